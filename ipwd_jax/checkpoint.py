@@ -1,0 +1,249 @@
+"""Checkpoints of a run, written by Orbax: asynchronous, atomic, and resumed bit for bit.
+
+A checkpoint has four items: `last` and `best`, the variables of the student after the latest and
+after the best evaluated epoch; `state`, everything else of the `TrainState`; `meta`, JSON of the
+position in the run. What a teacher or an evaluation needs is one item.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ipwd_jax import parallel
+from ipwd_jax.errors import UserError
+from ipwd_jax.state import TrainState
+
+_FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is, beside its arrays.
+
+    Attributes:
+      stage: index into `config.stages`.
+      step: steps taken in this stage.
+      seconds: wall time spent training so far, over all processes.
+      best_epoch: epoch of the main stage with the best top-1 so far; 0 before any.
+      best_top1: its test accuracy in percent; -1 before any.
+      history: one row of metrics per finished epoch.
+    """
+
+    stage: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_top1: float = -1.0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """All that a run needs to go on: what a checkpoint holds.
+
+    Attributes:
+      state: arrays of the run, on all devices.
+      best: variables of the student after its best epoch so far (the first ones before any).
+      position: the rest.
+    """
+
+    state: TrainState
+    best: Any
+    position: Position
+
+
+class Checkpoints:
+    """The checkpoints of one work directory, numbered by the steps of all stages together."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        self.folder = workdir.resolve() / _FOLDER
+        self.keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        policy = ocp.checkpoint_managers.LatestN(self.keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Numbers of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, number: int, snapshot: Snapshot) -> None:
+        """Starts writing a checkpoint; a number that exists already is left as it is.
+
+        Raises:
+          UserError: this or the previous checkpoint could not be written.
+        """
+        if number in self._manager.all_steps():
+            return
+        args = ocp.args.Composite(
+            last=ocp.args.StandardSave(snapshot.state.network()),
+            best=ocp.args.StandardSave(snapshot.best),
+            state=ocp.args.StandardSave(_without_network(snapshot.state)),
+            meta=ocp.args.JsonSave(dataclasses.asdict(snapshot.position)),
+        )
+        with self._writing():
+            self._manager.save(number, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises `UserError` as `save` does."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
+            kept = f"step {max(steps)}" if steps else "none"
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder} ({free:.0f} MiB free): "
+                f"{_first_line(error)}. Newest complete checkpoint: {kept}. "
+                "Make space and run the same command again; it goes on from there."
+            ) from error
+
+    def restore(self, template: Callable[[Position], TrainState]) -> Snapshot | None:
+        """The newest checkpoint that can be read, or None where there is none.
+
+        Newer ones that cannot be read are set aside under another name, with a warning.
+
+        Args:
+          template: a state of the stage that a position is in, of which only shapes are read.
+
+        Raises:
+          UserError: there are checkpoints but none can be read.
+        """
+        damaged = {}
+        for number in reversed(self.steps()):
+            try:
+                restored = self._restore(number, template)
+            except Exception as error:  # Orbax and TensorStore raise many kinds
+                damaged[number] = error
+                continue
+            self._set_aside(damaged)
+            return restored
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read (newest: "
+                f"{_first_line(damaged[max(damaged)])}). Nothing was changed; choose another "
+                "--workdir to start from the beginning."
+            )
+        return None
+
+    def _restore(self, number: int, template: Callable[[Position], TrainState]) -> Snapshot:
+        meta = self._manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        position = Position(**meta.meta)
+        state = template(position)
+        network = parallel.replicated_shapes(state.network())
+        items = self._manager.restore(
+            number,
+            args=ocp.args.Composite(
+                last=ocp.args.StandardRestore(network),
+                best=ocp.args.StandardRestore(network),
+                state=ocp.args.StandardRestore(
+                    parallel.replicated_shapes(_without_network(state))
+                ),
+            ),
+        )
+        return Snapshot(_with_network(items.state, items.last), items.best, position)
+
+    def _set_aside(self, damaged: dict[int, Exception]) -> None:
+        for number, error in damaged.items():
+            name = f"damaged-{number}"
+            logging.warning(
+                "checkpoint %s of %s cannot be read (%s); it is now called %s and an older one "
+                "is used",
+                number,
+                self.folder,
+                _first_line(error),
+                name,
+            )
+            (self.folder / str(number)).rename(self.folder / name)
+        if damaged:
+            self._manager.close()
+            self._manager = self._open()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any, Position]:
+    """The variables of the network that a run trained, on all devices, and how far it was.
+
+    Args:
+      workdir: of the run.
+      which: "last" or "best".
+      template: shapes of the expected network's variables.
+
+    Raises:
+      UserError: no checkpoint is there, it cannot be read, or it is of another network.
+    """
+    folder = workdir.resolve() / _FOLDER
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    if not steps:
+        raise UserError(f"no checkpoint in {folder}; train first, or choose another --workdir")
+    path = folder / str(max(steps)) / which
+    meta = folder / str(max(steps)) / "meta"
+    checkpointer = ocp.StandardCheckpointer()
+    try:
+        saved = checkpointer.metadata(path).item_metadata
+        shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved)}
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+    wanted = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(template)}
+    wrong = [
+        f"{name}: {shapes.get(name, 'missing')} there, {wanted.get(name, 'none')} wanted"
+        for name in sorted({*shapes, *wanted})
+        if shapes.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise UserError(
+            f"the checkpoint {path} is of another network or number of classes; "
+            f"{len(wrong)} tensors differ, for example {'; '.join(wrong[:3])}"
+        )
+    try:
+        variables = checkpointer.restore(path, parallel.replicated_shapes(template))
+        position = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(meta)
+        return variables, Position(**position)
+    except Exception as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+
+
+def _leaves(tree: Any):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _without_network(state: TrainState) -> TrainState:
+    return state.replace(
+        params={k: v for k, v in state.params.items() if k != "student"},
+        batch_stats={k: v for k, v in state.batch_stats.items() if k != "student"},
+    )
+
+
+def _with_network(state: TrainState, network: Any) -> TrainState:
+    return state.replace(
+        params={**state.params, "student": network["params"]},
+        batch_stats={**state.batch_stats, "student": network["batch_stats"]},
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

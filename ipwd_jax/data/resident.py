@@ -1,0 +1,29 @@
+"""A data set that lives on the device, whole, as uint8."""
+
+import flax.struct
+import jax
+import numpy as np
+
+from ipwd_jax.data.sources import Dataset, Split
+
+
+@flax.struct.dataclass
+class Resident:
+    """One split on the device.
+
+    Attributes:
+      images: (N, H, W, channels) uint8.
+      labels: (N,) int32.
+      mean: (channels,) float32, subtracted from pixels in 0..1.
+      std: (channels,) float32, by which they are divided.
+    """
+
+    images: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
+    mean: jax.Array | np.ndarray
+    std: jax.Array | np.ndarray
+
+
+def resident(dataset: Dataset, split: Split) -> Resident:
+    """A split of a data set with the statistics that normalise it, still in host memory."""
+    return Resident(split.images, split.labels, dataset.mean, dataset.std)

@@ -1,0 +1,29 @@
+"""How a run ends early: by the user's mistake, or at the user's wish."""
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something that the user can mend: a wrong name, value, file or directory.
+
+    The message says what is wrong, what was found and what to do. The command line prints it
+    without a traceback and exits with status 2.
+    """
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and everything is saved; `signum` says which signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
+    """A `UserError` for a `name` that is not among the `valid` ones, naming the nearest of them."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name.lower(), [v.lower() for v in valid], n=1, cutoff=0.5)
+    hint = next((f" Did you mean {v!r}?" for v in valid if near and v.lower() == near[0]), "")
+    return UserError(f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")

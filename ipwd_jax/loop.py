@@ -1,0 +1,291 @@
+"""The loop over stages, epochs and steps of one network's training."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from ipwd_jax import evaluate, metrics, optim, parallel, step, writers
+from ipwd_jax.checkpoint import Checkpoints, Snapshot
+from ipwd_jax.data import augment
+from ipwd_jax.data.resident import Resident, resident
+from ipwd_jax.data.sources import Dataset
+from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.losses.weighting import ipwd_weights
+from ipwd_jax.models.heads import Heads
+from ipwd_jax.state import TrainState, begin_stage, order_key
+from ipwd_jax.teacher import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run, ready to be trained."""
+
+    config: ConfigDict
+    terms: dict[str, nn.Module]
+    learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    first_step: int  # steps of the stages before
+
+    def begin(self, state: TrainState) -> TrainState:
+        """The state at the first step of this stage."""
+        return begin_stage(state, self.optimizer, step.metric_names(self.terms))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a run to its last."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    dataset: Dataset
+    teacher: Teacher | None
+    network: nn.Module
+    heads: Heads
+    stages: list[Stage]
+    steps_per_epoch: int
+
+
+class Loop:
+    """Trains a run from a snapshot to its end.
+
+    Attributes:
+      now: where the run is; changes with every step.
+    """
+
+    def __init__(
+        self, run: Run, now: Snapshot, checkpoints: Checkpoints, stopped_by: list[int]
+    ) -> None:
+        """`stopped_by` is filled from outside with the signals that ask the loop to stop."""
+        self.run, self.now, self.stopped_by = run, now, stopped_by
+        self._checkpoints = checkpoints
+        self._predict = evaluate.make_predict(run.network)
+        self._test = parallel.replicate(resident(run.dataset, run.dataset.test))
+        self._line = writers.ProgressLine()
+        self._tensorboard = SummaryWriter(
+            str(run.workdir / "tensorboard"), purge_step=self._number() + 1
+        )
+        self._started = self._saved_at = time.monotonic()
+        self._seconds_before = now.position.seconds
+        self._first_number = self._number()
+
+    def train(self) -> None:
+        """Trains all stages to their end and saves.
+
+        Raises:
+          UserError: a loss was not finite, or a checkpoint could not be written.
+          Interrupted: a signal came; the run is saved.
+        """
+        run, position = self.run, self.now.position
+        data = parallel.replicate(resident(run.dataset, run.dataset.train))
+        for index in range(position.stage, len(run.stages)):
+            stage = run.stages[index]
+            if index != position.stage:
+                position.stage, position.step = index, 0
+                self.now.state = parallel.replicate(stage.begin(self.now.state))
+            train_step = self._compile(stage)
+            while position.step < stage.config.epochs * run.steps_per_epoch:
+                speed = self._train_epoch(train_step, data)
+                self._end_epoch(stage, speed)
+                if self.stopped_by or self._save_is_due():
+                    self._save()
+        self._save()
+        self._checkpoints.wait()
+
+    def _compile(self, stage: Stage) -> Callable:
+        run = self.run
+        return parallel.compile_train_step(
+            step.make_train_step(
+                run.config,
+                stage.config,
+                run.network,
+                run.heads,
+                stage.terms,
+                run.teacher.network if run.teacher else None,
+                stage.optimizer,
+                optim.trainable_mask(self.now.state.params, stage.config.trainable),
+                run.steps_per_epoch,
+            )
+        )
+
+    def _train_epoch(self, train_step: Callable, data: Resident) -> float:
+        """Takes the steps that are left of this epoch; returns images a second."""
+        run, position = self.run, self.now.position
+        teacher = run.teacher.variables if run.teacher else {}
+        epoch, first = divmod(position.step, run.steps_per_epoch)
+        key = order_key(jax.random.key(run.config.seed))
+        order = augment.epoch_order(key, epoch, len(run.dataset.train.labels))
+        index, mask = augment.epoch_batches(order, run.config.batch_size, parallel.device_count())
+        started, images = time.monotonic(), 0
+        for rows, valid in zip(index[first:-1], mask[first:-1], strict=True):
+            self._step(train_step, data, teacher, rows, valid)
+            images += int(valid.sum())
+            if self._number() == self._first_number + 1:
+                jax.block_until_ready(self.now.state)
+                started, images = time.monotonic(), 0  # compilation is not training
+            if position.step % run.config.log_every_steps == 0:
+                self._show(self._averages(), images / (time.monotonic() - started))
+            if self.stopped_by or self._save_is_due():
+                self._save()
+        # The last step's snapshot waits for the end of the epoch, of which a row is written.
+        self._step(train_step, data, teacher, index[-1], mask[-1])
+        self._averages()
+        return (images + int(mask[-1].sum())) / (time.monotonic() - started)
+
+    def _step(self, train_step: Callable, data: Resident, teacher: Any, rows, valid) -> None:
+        self.now.state = train_step(self.now.state, data, teacher, rows, valid)
+        self.now.position.step += 1
+
+    def _number(self) -> int:
+        """Steps of all stages so far: the number of a checkpoint taken now."""
+        position = self.now.position
+        return self.run.stages[position.stage].first_step + position.step
+
+    def _averages(self) -> dict[str, float]:
+        """What the steps of this epoch have averaged to; waits for the latest step."""
+        averages, nonfinite = jax.device_get((self.now.state.metrics, self.now.state.nonfinite))
+        bad = {name: int(first) for name, first in nonfinite.items() if first >= 0}
+        if bad:
+            first = min(bad.values())
+            epoch = first // self.run.steps_per_epoch + 1
+            terms = [name for name in bad if name != "loss" and bad[name] == first] or ["loss"]
+            saved = self._checkpoints.steps()
+            raise UserError(
+                f"the loss was not finite at step {first + 1} (epoch {epoch}) of stage "
+                f"{self.run.stages[self.now.position.stage].config.name!r}: "
+                f"{', '.join(terms)}. Last good checkpoint: "
+                f"{f'step {saved[-1]}' if saved else 'none'} in {self.run.workdir}. "
+                "Try a lower learning rate, and another --workdir."
+            )
+        return {name: float(average.compute()) for name, average in averages.items()}
+
+    def _end_epoch(self, stage: Stage, speed: float) -> None:
+        """Evaluates when it is time, and writes the epoch's row of metrics."""
+        run, position = self.run, self.now.position
+        epoch = position.step // run.steps_per_epoch
+        averages = self._averages()
+        row: dict[str, Any] = {
+            "stage": stage.config.name,
+            "epoch": epoch,
+            "step": self._number(),
+            "learning_rate": float(stage.learning_rate(position.step - 1)),
+            **{f"train_{name}": value for name, value in averages.items() if name != "top1"},
+            "train_top1": 100 * averages["top1"],
+            "images_per_second": speed,
+        }
+        if epoch % run.config.eval_every_epochs == 0 or epoch == stage.config.epochs:
+            scores = self._test_scores(self.now.state.network())[1]
+            row |= {f"test_{name}": value for name, value in scores.items()}
+            if stage is run.stages[-1] and scores["top1"] > position.best_top1:
+                position.best_epoch, position.best_top1 = epoch, float(scores["top1"])
+                self.now.best = jax.tree.map(jnp.copy, self.now.state.network())
+        row |= self._weight_metrics()
+        position.history.append(row)
+        writers.write_csv(run.workdir / "metrics.csv", position.history)
+        for name, value in row.items():
+            if name not in ("stage", "step"):
+                self._tensorboard.add_scalar(name, value, row["step"])
+        self._show(averages, speed, row.get("test_top1"))
+
+    def _test_scores(self, variables: Any) -> tuple[np.ndarray, dict[str, float]]:
+        run = self.run
+        logits = evaluate.predict_all(
+            self._predict, variables, self._test, run.config.eval_batch_size
+        )
+        mass = run.teacher.class_mass if run.teacher else None
+        return logits, evaluate.score(logits, run.dataset.test.labels, mass)
+
+    def _weight_metrics(self) -> dict[str, float]:
+        """What the weights of this epoch's samples look like; empty when they are uniform."""
+        memory = jax.device_get(self.now.state.memory["weighting"])
+        if not memory:
+            return {}
+        row = {f"weight_{k}": v for k, v in metrics.weight_summary(memory["weight"]).items()}
+        if "h_kd" in memory:
+            labels, mass = self.run.dataset.train.labels, self.run.teacher.class_mass
+            for ratio in ("A", "B"):
+                weights = ipwd_weights(memory["h_kd"], memory["h_cls"], ratio)
+                row[f"mass_correlation_{ratio}"] = metrics.mass_correlation(weights, labels, mass)
+        return row
+
+    def _show(self, averages: dict[str, float], speed: float, test_top1: float | None = None):
+        """Shows where the run is; the line at the end of an epoch stays."""
+        run, position = self.run, self.now.position
+        stage = run.stages[position.stage]
+        at_end = position.step % run.steps_per_epoch == 0
+        losses = " ".join(f"{name} {averages[name]:.3f}" for name in ("loss", *stage.terms))
+        text = (
+            f"epoch {math.ceil(position.step / run.steps_per_epoch)}/{stage.config.epochs} "
+            f"step {(position.step - 1) % run.steps_per_epoch + 1}/{run.steps_per_epoch}  "
+            f"{losses}  train top1 {100 * averages['top1']:.2f}"
+        )
+        text += f"  test top1 {test_top1:.2f}" if test_top1 is not None else ""
+        total = run.stages[-1].first_step + run.stages[-1].config.epochs * run.steps_per_epoch
+        done = self._number() - self._first_number
+        left = (time.monotonic() - self._started) / done * (total - self._number())
+        self._line.show(
+            f"{text}  {speed:,.0f} images/s  {writers.duration(left)} left", final=at_end
+        )
+
+    def _save_is_due(self) -> bool:
+        every = self.run.config.checkpoint.every_seconds
+        return time.monotonic() - self._saved_at >= every
+
+    def _save(self) -> None:
+        """Saves, and ends the run when a signal asked for it."""
+        self._averages()  # never a snapshot that has gone bad
+        self.now.position.seconds = self._seconds()
+        self._checkpoints.save(self._number(), self.now)
+        self._saved_at = time.monotonic()
+        if self.stopped_by:
+            self._checkpoints.wait()
+            raise Interrupted(self.stopped_by[0])
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def result(self) -> dict[str, Any]:
+        """Writes predictions and `result.json` of a run that is trained, and returns the latter."""
+        run, position = self.run, self.now.position
+        last_logits, last = self._test_scores(self.now.state.network())
+        best_logits, best = self._test_scores(self.now.best)
+        writers.write_npz(
+            run.workdir / "predictions.npz",
+            last_logits=last_logits,
+            best_logits=best_logits,
+            labels=run.dataset.test.labels,
+        )
+        speeds = [row["images_per_second"] for row in position.history]
+        result = {
+            "name": run.config.name,
+            "data": run.dataset.name,
+            "network": run.config.model.name,
+            "parameters": sum(x.size for x in jax.tree.leaves(self.now.state.params["student"])),
+            "seed": run.config.seed,
+            "last": {"epoch": run.stages[-1].config.epochs, **last},
+            "best": {"epoch": position.best_epoch, **best},
+            "weights": self._weight_metrics(),
+            "teacher": None,
+            "train_seconds": position.seconds,
+            "images_per_second": float(np.median(speeds)),
+            "device": jax.devices()[0].device_kind,
+            "devices": parallel.device_count(),
+            "versions": writers.versions(),
+        }
+        if run.teacher:
+            scores = evaluate.score(
+                run.teacher.test_logits, run.dataset.test.labels, run.teacher.class_mass
+            )
+            result["teacher"] = {"network": run.config.teacher.name, **scores}
+        writers.write_json(run.workdir / "result.json", result)
+        return result

@@ -1,0 +1,141 @@
+"""What a classifier's answers are worth. NumPy in float64, on logits of a whole test set."""
+
+import numpy as np
+import scipy.special
+import scipy.stats
+
+
+def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """All scalar metrics of a prediction.
+
+    Args:
+      logits: (N, C).
+      labels: (N,) integers in 0..C-1.
+
+    Returns:
+      `top1`, `top5`, `ece` in percent; `nll` in nats; `brier` (summed over classes, 0..2);
+      `aurc`, `eaurc` times 1000.
+    """
+    log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+    confidence, correct = np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == labels
+    rows = np.arange(len(labels))
+    top5 = np.argpartition(-log_p, min(5, log_p.shape[1]) - 1, axis=1)[:, :5]
+    onehot = np.zeros_like(log_p)
+    onehot[rows, labels] = 1
+    area, excess = risk_coverage(confidence, correct)
+    return {
+        "top1": 100 * correct.mean(),
+        "top5": 100 * (top5 == labels[:, None]).any(axis=1).mean(),
+        "nll": -log_p[rows, labels].mean(),
+        "brier": ((np.exp(log_p) - onehot) ** 2).sum(axis=1).mean(),
+        "ece": 100 * calibration_error(confidence, correct),
+        "aurc": 1000 * area,
+        "eaurc": 1000 * excess,
+    }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error over equal bins `(lo, hi]` (Guo et al., 2017; PS-KD's code).
+
+    Args:
+      confidence: (N,) largest probability, in (0, 1].
+      correct: (N,) bool.
+      bins: number of bins.
+
+    Returns:
+      `sum_b n_b / N |accuracy_b - mean confidence_b|`, in 0..1.
+    """
+    width = 1 / bins
+    error = 0.0
+    for upper in np.arange(width, 1 + width, width):
+        inside = (confidence > upper - width) & (confidence <= upper)
+        if inside.any():
+            error += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """Area under the risk-coverage curve and its excess over the best possible order.
+
+    Geifman et al., 2019, as in PS-KD's code: the risk among the k most confident samples,
+    averaged over k = 1..N; the best order puts every error last.
+
+    Args:
+      confidence: (N,).
+      correct: (N,) bool.
+
+    Returns:
+      (AURC, E-AURC), both in 0..1.
+    """
+    count = len(correct)
+    wrong = ~correct[np.argsort(confidence, kind="stable")[::-1]]
+    area = (np.cumsum(wrong) / np.arange(1, count + 1)).mean()
+    errors = np.arange(1, wrong.sum() + 1)
+    best = (errors / (count - len(errors) + errors)).sum() / count
+    return area, area - best
+
+
+def group_recall(
+    logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray, groups: int = 4
+) -> list[float]:
+    """Mean per-class recall of classes grouped by how much mass the teacher gives them.
+
+    Niu et al., 2022, Table 1: classes are ranked by the teacher's total predicted probability,
+    most first, and cut into equal groups.
+
+    Args:
+      logits: (N, C).
+      labels: (N,) integers; a class without a sample is left out of its group's mean.
+      class_mass: (C,) the teacher's probabilities summed over the training set.
+      groups: number of groups.
+
+    Returns:
+      Percent per group, from the head of the ranking to its tail; nan for a group without samples.
+    """
+    classes = logits.shape[1]
+    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
+    count = np.bincount(labels, minlength=classes)
+    recall = np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
+    order = np.argsort(-class_mass, kind="stable")
+    parts = (recall[part] for part in np.array_split(order, groups))
+    return [100 * part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan
+            for part in parts]
+
+
+def weight_summary(weights: np.ndarray) -> dict[str, float]:
+    """Mean, extremes, deciles and effective sample size of per-sample weights.
+
+    Args:
+      weights: (N,) positive.
+
+    Returns:
+      `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, Kish's
+      `(sum w)^2 / sum w^2` as a share of N.
+    """
+    weights = weights.astype(np.float64)
+    deciles = np.quantile(weights, np.arange(1, 10) / 10)
+    return {
+        "mean": weights.mean(),
+        "min": weights.min(),
+        "max": weights.max(),
+        **{f"decile{i}": value for i, value in enumerate(deciles, start=1)},
+        "effective_sample_size": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+    }
+
+
+def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.ndarray) -> float:
+    """Spearman rank correlation over classes of the mean weight with the teacher's mass.
+
+    An inverse propensity must be negatively correlated. nan where either side is constant.
+
+    Args:
+      weights: (N,) of the training samples.
+      labels: (N,) integers; every class has a sample.
+      class_mass: (C,) the teacher's probabilities summed over the training set.
+    """
+    means = np.bincount(labels, weights, len(class_mass)) / np.bincount(
+        labels, minlength=len(class_mass)
+    )
+    if np.ptp(means) == 0 or np.ptp(class_mass) == 0:
+        return float("nan")
+    return float(scipy.stats.spearmanr(means, class_mass).statistic)

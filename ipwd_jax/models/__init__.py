@@ -1,0 +1,49 @@
+"""The networks, by name.
+
+A network is called as `net(x, train=False, mask=None)`, x (B, H, W, channels) float, and returns
+`Outputs`; its module has the fields `classes` and `axis_name` and says which is its
+`smallest_image`. A new family is one file beside this one and one line in `NETWORKS`.
+"""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+
+from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.models import resnet, wrn
+from ipwd_jax.models.base import Outputs
+
+__all__ = ["NETWORKS", "Outputs", "check_input", "create"]
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    **resnet.NETWORKS,
+    **wrn.NETWORKS,
+}
+
+
+def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
+    """Return the network `name`, one of `NETWORKS` or any other `wrn_<depth>_<width>`.
+
+    Args:
+        name: as above.
+        classes: number of logits.
+        axis_name: the mapped axis (of `jax.pmap` or `jax.shard_map`) whose devices take batch
+            statistics together; None: each device takes its own.
+
+    Raises:
+        UserError: no such network; the message names the nearest.
+    """
+    constructor = NETWORKS.get(name) or wrn.from_name(name)
+    if constructor is None:
+        raise unknown_name("network", name, [*NETWORKS, "wrn_<depth>_<width>"])
+    return constructor(classes=classes, axis_name=axis_name)
+
+
+def check_input(name: str, height: int, width: int) -> None:
+    """Raise `UserError` when images of `height` x `width` are too small for the network `name`."""
+    smallest = create(name, classes=1).smallest_image
+    if min(height, width) < smallest:
+        raise UserError(
+            f"{name} needs images of at least {smallest}x{smallest} pixels, found {height}x{width}."
+            " Enlarge them or pad them."
+        )

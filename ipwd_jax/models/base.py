@@ -1,0 +1,169 @@
+"""What every network is built from: its output, batch normalisation, convolution, initialisers.
+
+Networks follow the public PyTorch implementations that the distillation papers measured, so that
+their checkpoints can be read and their tables compared. Where PyTorch and Flax differ (padding
+of strided convolutions, the stored variance, initialisers) this module does as PyTorch does.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jax.nn.initializers import Initializer
+
+
+@struct.dataclass
+class Outputs:
+    """What a network returns for a batch of B images.
+
+    Attributes:
+        logits: (B, classes), before the softmax.
+        embedding: (B, D), the pooled vector that enters the classifier.
+        features: maps (B, H, W, C) from shallow to deep, without the embedding.
+        preact: the same maps before their last activation. As in the reference, the first one
+            (the stem) is the same array in both.
+        extra_logits: (B, classes) each, by name: the heads beside the main one, if any.
+    """
+
+    logits: jax.Array
+    embedding: jax.Array
+    features: tuple[jax.Array, ...]
+    preact: tuple[jax.Array, ...]
+    extra_logits: dict[str, jax.Array] = struct.field(default_factory=dict)
+
+
+# N(0, 2 / (H W out)), not truncated, for a kernel (H, W, in, out); `out` is the full width, also
+# when the convolution is grouped. He et al. 2015, https://arxiv.org/abs/1502.01852, eq. 14.
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Return the initialiser U(-b, b), b = 1 / sqrt(fan_in), of PyTorch's Linear and Conv2d.
+
+    PyTorch draws the bias from it too, with the fan-in of the kernel: hence the argument.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(
+        key, shape, dtype, -bound, bound, out_sharding=out_sharding
+    )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with the semantics of PyTorch.
+
+    A batch is normalised by its biased variance, while the running variance that is kept for
+    evaluation is the unbiased one, n / (n - 1) times as large (`flax.linen.BatchNorm` keeps the
+    biased one). Parameters `scale` and `bias`, statistics `mean` and `var` in `batch_stats`,
+    all (C,) float32. The statistics change only in training, when that collection is mutable;
+    initialisation leaves them at 0 and 1.
+
+    Attributes:
+        train: normalise by the statistics of the batch; otherwise by the running ones.
+        axis_name: the mapped axis over which the devices share their batches: every device
+            normalises by the statistics of the global batch. None: each by its own.
+        eps: added to the variance.
+        momentum: share of the running statistics that a step keeps (PyTorch's is one minus this).
+    """
+
+    train: bool
+    axis_name: str | None = None
+    eps: float = 1e-5
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Normalise `x`.
+
+        Args:
+            x: (B, ..., C), any float type; statistics are taken in float32 or better.
+            mask: (B,), float or bool; rows where it is 0 are padding: finite numbers of any size,
+                which are normalised too but count in no statistic. A device may hold padding
+                alone, as long as the global batch holds a valid row.
+
+        Returns:
+            An array with the shape and type of `x`.
+        """
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        row = (1,) * (x.ndim - 1) + (channels,)  # per-channel vectors against x, rank for rank
+        # The sums below are of x - running mean. Any constant would give the same statistics and
+        # gradients; one near the mean of the batch keeps E[d^2] - E[d]^2 from cancelling, which
+        # is what lets a single pass over x (and a single collective) do in float32.
+        d = x.astype(dtype) - lax.stop_gradient(running_mean.value).astype(dtype).reshape(row)
+        var = running_var.value.astype(dtype)
+        if self.train and not self.is_initializing():
+            count, offset, var = self._moments(d, mask)
+            d = d - offset.reshape(row)
+            if self.is_mutable_collection("batch_stats"):
+                unbiased = var * count / jnp.maximum(count - 1, 1)
+                running_mean.value += (1 - self.momentum) * offset
+                running_var.value += (1 - self.momentum) * (unbiased - running_var.value)
+        gain = lax.rsqrt(var + self.eps) * scale.astype(dtype)
+        return (d * gain.reshape(row) + bias.astype(dtype).reshape(row)).astype(x.dtype)
+
+    def _moments(
+        self, d: jax.Array, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Count (), mean (C,) and biased variance (C,) of the valid rows on all devices."""
+        rows: jax.Array | int = d.shape[0]
+        if mask is not None:
+            valid = mask != 0
+            rows = valid.sum(dtype=d.dtype)
+            d = jnp.where(valid.reshape((-1,) + (1,) * (d.ndim - 1)), d, 0)
+        count = jnp.asarray(rows * math.prod(d.shape[1:-1]), d.dtype)
+        axes = tuple(range(d.ndim - 1))
+        sums = count, d.sum(axes), jnp.square(d).sum(axes)
+        if self.axis_name is not None:
+            sums = lax.psum(sums, self.axis_name)
+        count, total, squares = sums
+        mean = total / count
+        # Rounding can take the difference below zero when a channel is constant. The gradient
+        # that the clip stops is d - mean, which is zero for such a channel.
+        return count, mean, jnp.maximum(squares / count - jnp.square(mean), 0)
+
+
+class Linear(nn.Module):
+    """A linear layer whose parameters `kernel` and `bias` start as PyTorch's do.
+
+    Attributes:
+        features: width of the output.
+        bias_init: initialiser of the bias; None: PyTorch's, which follows the width of the input
+            (so that `flax.linen.Dense`, whose initialiser does not see it, cannot draw it).
+    """
+
+    features: int
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, D) -> (B, features)."""
+        fan_in = x.shape[-1]
+        uniform = torch_uniform(fan_in)
+        kernel = self.param("kernel", uniform, (fan_in, self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init or uniform, (self.features,), jnp.float32)
+        return x @ kernel + bias[None]
+
+
+def conv(features: int, kernel: int = 3, stride: int = 1, *, name: str) -> nn.Conv:
+    """Return a square convolution without bias, padded by kernel // 2 on each side.
+
+    The padding is explicit because "SAME" pads a strided convolution on the far side only, which
+    shifts the map against PyTorch's by one pixel.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        stride,
+        padding=kernel // 2,
+        use_bias=False,
+        kernel_init=he_normal_fan_out,
+        name=name,
+    )

@@ -1,0 +1,83 @@
+"""ResNets for small images (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2).
+
+After `models/resnet.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they read.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; returns the sum, without the ReLU that follows it."""
+
+    width: int
+    stride: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        y = conv(self.width, stride=self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, mask))
+        y = conv(self.width, name="conv2")(y)
+        y = self.norm(name="bn2")(y, mask)
+        if self.stride != 1 or x.shape[-1] != self.width:
+            x = conv(self.width, kernel=1, stride=self.stride, name="downsample_0")(x)
+            x = self.norm(name="downsample_1")(x, mask)
+        return x + y
+
+
+class ResNet(nn.Module):
+    """ResNet of depth 6 * blocks + 2: a stem and three stages, of which two halve the map.
+
+    Attributes:
+        blocks: blocks per stage.
+        classes: number of logits.
+        widths: channels of the stem and of the three stages.
+        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+    """
+
+    blocks: int
+    classes: int
+    widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+    axis_name: str | None = None
+
+    smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+
+        Taps: the stem and the three stages.
+        """
+        norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
+        stem, *stages = self.widths
+        x = conv(stem, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x, mask))
+        features: tuple[jax.Array, ...] = (x,)
+        preact: tuple[jax.Array, ...] = (x,)
+        for stage, width in enumerate(stages, start=1):
+            for block in range(self.blocks):
+                stride = 2 if stage > 1 and block == 0 else 1
+                pre = BasicBlock(width, stride, norm, name=f"layer{stage}_{block}")(x, mask)
+                x = nn.relu(pre)
+            features += (x,)
+            preact += (pre,)
+        embedding = x.mean((1, 2))
+        fc = Linear(self.classes, name="fc")
+        return Outputs(fc(embedding), embedding, features, preact)
+
+
+# The stem of the x4 networks is 32 wide, not 64. Every published x4 checkpoint and parameter count
+# has it so.
+_X4 = (32, 64, 128, 256)
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{6 * n + 2}": partial(ResNet, blocks=n) for n in (1, 2, 3, 5, 7, 9, 18)},
+    **{f"resnet{6 * n + 2}x4": partial(ResNet, blocks=n, widths=_X4) for n in (1, 5)},
+}

@@ -1,0 +1,116 @@
+"""Wide residual networks (Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146).
+
+After `models/wrn.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they read.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from ipwd_jax.errors import UserError
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+
+
+class PreactBlock(nn.Module):
+    """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut.
+
+    As in the reference, and unlike a ResNet's block: the projection acts on the activated input,
+    not on `x`, and the widths alone decide whether there is one, not the stride.
+
+    Returns:
+        The raw sum, and the output of the first BatchNorm (`x` normalised, before the ReLU).
+    """
+
+    width: int
+    stride: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        pre = self.norm(name="bn1")(x, mask)
+        activated = nn.relu(pre)
+        y = conv(self.width, stride=self.stride, name="conv1")(activated)
+        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = conv(self.width, name="conv2")(y)
+        if x.shape[-1] != self.width:
+            x = conv(self.width, kernel=1, stride=self.stride, name="convShortcut")(activated)
+        return x + y, pre
+
+
+class WideResNet(nn.Module):
+    """WRN of depth 6 * blocks + 4, without dropout.
+
+    Attributes:
+        blocks: blocks per group.
+        width: factor on the channels 16, 32, 64 of the three groups (the stem keeps 16).
+        classes: number of logits.
+        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+    """
+
+    blocks: int
+    width: int
+    classes: int
+    axis_name: str | None = None
+
+    smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+
+        Taps: the stem's convolution and the raw sum that leaves each group. The BatchNorm that
+        reads such a sum, the next group's first or the final one, gives its `preact`. The
+        reference evaluates that layer again for the tap, and so updates its running statistics
+        twice in a step; here they are updated once.
+        """
+        norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
+        x = conv(16, name="conv1")(x)
+        features: tuple[jax.Array, ...] = (x,)
+        preact: tuple[jax.Array, ...] = (x,)
+        for group in (1, 2, 3):
+            for block in range(self.blocks):
+                stride = 2 if group > 1 and block == 0 else 1
+                layer = PreactBlock(
+                    8 * 2**group * self.width, stride, norm, name=f"block{group}_layer_{block}"
+                )
+                x, pre = layer(x, mask)
+                if group > 1 and block == 0:
+                    preact += (pre,)
+            features += (x,)
+        pre = norm(name="bn1")(x, mask)
+        preact += (pre,)
+        embedding = nn.relu(pre).mean((1, 2))
+        fc = Linear(self.classes, bias_init=nn.initializers.zeros, name="fc")
+        return Outputs(fc(embedding), embedding, features, preact)
+
+
+def from_name(name: str) -> Callable[..., nn.Module] | None:
+    """Return the constructor that `wrn_<depth>_<width>` names; None for a name of another form.
+
+    Raises:
+        UserError: no such network exists: wrong depth, or width 0.
+    """
+    match = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
+    if match is None:
+        return None
+    depth, width = map(int, match.groups())
+    blocks, rest = divmod(depth - 4, 6)
+    if rest or blocks < 1 or width < 1:
+        near = f"wrn_{4 + 6 * max(1, round((depth - 4) / 6))}_{max(1, width)}"
+        raise UserError(
+            f"no network {name!r}: in wrn_<depth>_<width> the depth is 6 n + 4 "
+            f"(10, 16, 22, 28, 34, 40, ...) and the width at least 1. Nearest: {near!r}."
+        )
+    return partial(WideResNet, blocks=blocks, width=width)
+
+
+# Those of the published tables, for lists and hints; `from_name` knows all the others.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    f"wrn_{6 * n + 4}_{width}": partial(WideResNet, blocks=n, width=width)
+    for n in (2, 6)
+    for width in (1, 2)
+}

@@ -1,0 +1,56 @@
+"""Data parallelism over the devices of one process; the only file that names `pmap`.
+
+A step is written for one device's rows. The devices meet in collectives over the axis `AXIS`; the
+state has no device axis and is the same on all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+AXIS = "batch"
+
+
+def devices() -> list[jax.Device]:
+    """The devices over which a batch is spread."""
+    return jax.local_devices()
+
+
+def device_count() -> int:
+    """How many they are."""
+    return len(devices())
+
+
+def _everywhere() -> jax.NamedSharding:
+    mesh = jax.sharding.Mesh(devices(), (AXIS,))
+    return jax.NamedSharding(mesh, jax.P())
+
+
+def replicate(tree: Any) -> Any:
+    """Puts the leaves of a pytree on all devices, whole on each."""
+    return jax.device_put(tree, _everywhere())
+
+
+def replicated_shapes(tree: Any) -> Any:
+    """Shapes and dtypes of a pytree, to be restored whole on each device."""
+    everywhere = _everywhere()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
+    )
+
+
+def compile_train_step(step: Callable) -> Callable:
+    """Compiles `step(state, data, teacher_variables, index, mask) -> state`.
+
+    `index` and `mask` have a leading device axis, all else is replicated; the state is donated.
+    """
+    return jax.pmap(
+        step, AXIS, in_axes=(None, None, None, 0, 0), out_axes=None, donate_argnums=0,
+        devices=devices(),
+    )
+
+
+def compile_predict(predict: Callable) -> Callable:
+    """Compiles `predict(variables, data, index)`; `index` and the result have a device axis."""
+    return jax.pmap(predict, AXIS, in_axes=(None, None, 0), devices=devices())

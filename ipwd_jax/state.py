@@ -1,0 +1,147 @@
+"""What a run carries from step to step: one pytree, donated to each step, saved whole."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu.metrics import Average
+from ml_collections import ConfigDict
+
+from ipwd_jax.losses import weighting
+from ipwd_jax.losses.base import Batch
+from ipwd_jax.models.heads import Heads
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run.
+
+    Attributes:
+      step: scalar int32, steps taken in this stage.
+      params: `{"student": …, "heads": …, "terms": {term: …}}`.
+      batch_stats: `{"student": …, "terms": {term: …}}`.
+      memory: `{"terms": {term: …}, "weighting": …}`, what is remembered of training samples.
+      opt_state: of optax.
+      metrics: name -> average over the epoch so far.
+      nonfinite: loss name -> first step of the stage at which it was not finite, or -1.
+      key: typed PRNG key from which order, crops and flips of every epoch follow; never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    memory: Any
+    opt_state: optax.OptState
+    metrics: dict[str, Average]
+    nonfinite: dict[str, jax.Array]
+    key: jax.Array
+
+    def network(self) -> dict[str, Any]:
+        """The student's own variables, as its `apply` takes them."""
+        return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
+
+
+def order_key(key: jax.Array) -> jax.Array:
+    """The key from which the order of the samples is drawn."""
+    return jax.random.fold_in(key, 1)
+
+
+def augment_key(key: jax.Array) -> jax.Array:
+    """The key from which the views of the samples are drawn."""
+    return jax.random.fold_in(key, 2)
+
+
+def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of the variables of a network for images of shape (H, W, channels)."""
+    return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+
+
+def init_state(
+    seed: int,
+    network: nn.Module,
+    heads: Heads,
+    terms: dict[str, nn.Module],
+    teacher: nn.Module | None,
+    weighting_config: ConfigDict,
+    image_shape: tuple[int, ...],
+    train_size: int,
+) -> TrainState:
+    """The state before the first step, without an optimiser's (see `begin_stage`).
+
+    Args:
+      seed: of every random number of the run.
+      network: the student.
+      heads: its extra heads.
+      terms: the terms of all stages.
+      teacher: the teacher's network, of which only shapes are used.
+      weighting_config: `config.weighting`.
+      image_shape: (H, W, channels).
+      train_size: number of training samples.
+    """
+    key = jax.random.key(seed)
+    student_key, heads_key, terms_key = jax.random.split(jax.random.fold_in(key, 0), 3)
+    variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
+
+    def outputs(net: nn.Module):
+        image = jnp.zeros((2, *image_shape))
+        shapes = jax.eval_shape(lambda k: net.init_with_output(k, image)[0], key)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    student = outputs(network)
+    teacher_outputs = outputs(teacher) if teacher else None
+    head_params = heads.init(heads_key, student.embedding).get("params", {})
+    student = student.replace(
+        extra_logits={name: jnp.zeros_like(student.logits) for name in heads.gradient}
+    )
+    rows = jnp.zeros(2, jnp.int32)
+    batch = Batch(
+        image=jnp.zeros((2, *image_shape)),
+        label=rows,
+        index=rows,
+        view=rows,
+        mask=jnp.ones(2),
+        epoch=jnp.int32(0),
+    )
+    term_variables = {
+        name: term.init(jax.random.fold_in(terms_key, i), student, teacher_outputs, batch)
+        for i, (name, term) in enumerate(sorted(terms.items()))
+    }
+
+    def collection(name: str):
+        return {term: v[name] for term, v in term_variables.items() if name in v}
+
+    return TrainState(
+        step=jnp.int32(0),
+        params={
+            "student": variables["params"],
+            "heads": head_params,
+            "terms": collection("params"),
+        },
+        batch_stats={
+            "student": variables["batch_stats"],
+            "terms": collection("batch_stats"),
+        },
+        memory={
+            "terms": collection("memory"),
+            "weighting": weighting.init_memory(weighting_config, train_size),
+        },
+        opt_state=(),
+        metrics={},
+        nonfinite={},
+        key=key,
+    )
+
+
+def begin_stage(
+    state: TrainState, optimizer: optax.GradientTransformation, metric_names: list[str]
+) -> TrainState:
+    """The state at the first step of a stage: a fresh optimiser, counters at zero."""
+    return state.replace(
+        step=jnp.int32(0),
+        opt_state=optimizer.init(state.params),
+        metrics={name: Average.empty() for name in metric_names},
+        nonfinite={name: jnp.int32(-1) for name in metric_names},
+    )

@@ -1,0 +1,235 @@
+"""A run from its config to its result: checks, teacher, resume, training."""
+
+import contextlib
+import json
+import math
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import evaluate, losses, models, optim, parallel, writers
+from ipwd_jax import teacher as teacher_lib
+from ipwd_jax import workdir as workdir_lib
+from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network
+from ipwd_jax.data import load as load_data
+from ipwd_jax.data.resident import resident
+from ipwd_jax.data.sources import Dataset, fingerprint
+from ipwd_jax.errors import UserError
+from ipwd_jax.loop import Loop, Run, Stage
+from ipwd_jax.models.heads import Heads
+from ipwd_jax.state import init_state, network_shapes
+from ipwd_jax.teacher import Teacher
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    dataset: Dataset | None = None,
+    teacher_only: bool = False,
+) -> dict[str, Any]:
+    """Trains what `config` says, a missing teacher first; goes on where it was stopped.
+
+    Args:
+      config: of `ipwd_jax.config.default`, changed.
+      workdir: folder of the run; made when missing.
+      dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
+      teacher_only: stop when the teacher is there.
+
+    Returns:
+      What `result.json` holds: of the student's run, or of the teacher's.
+
+    Raises:
+      UserError: something that the user can mend is wrong; the message says what.
+      Interrupted: SIGINT or SIGTERM came; the run is saved.
+    """
+    workdir = pathlib.Path(workdir)
+    config_lib.validate(config)
+    if teacher_only and not config.teacher.name:
+        raise UserError("this config has no teacher; set --config.teacher.name to a network")
+    dataset = dataset or load_data(config.data)
+    _check_fit(config, dataset)
+    checksums = {"data": fingerprint(dataset)}
+    with workdir_lib.locked(workdir) if not teacher_only else contextlib.nullcontext():
+        if not teacher_only:
+            workdir_lib.claim(workdir, config, checksums)
+        teacher = None
+        if config.teacher.name:
+            teacher_workdir = teacher_lib.find_workdir(config, workdir)
+            teacher_result = _ensure_teacher(config, teacher_workdir, dataset, checksums)
+            if teacher_only:
+                return teacher_result
+            teacher = teacher_lib.load(config, teacher_workdir, dataset)
+            checksums["teacher"] = teacher.checksum
+            workdir_lib.claim(workdir, config, checksums)
+        return _train(config, workdir, dataset, teacher)
+
+
+def evaluate_run(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None
+) -> dict[str, Any]:
+    """Measures the newest checkpoint of a run on the test set of `config.data`.
+
+    Args:
+      config: names the network and the data, which may be another split than in training.
+      workdir: of the run.
+      dataset: in place of `config.data.name`.
+
+    Returns:
+      Metrics of the `last` and of the `best` epoch, also written to `eval.json`.
+
+    Raises:
+      UserError: the checkpoint is missing, unreadable or of another network.
+    """
+    workdir = pathlib.Path(workdir)
+    config_lib.validate(config)
+    dataset = dataset or load_data(config.data)
+    _check_fit(config, dataset)
+    network = models.create(config.model.name, len(dataset.class_names))
+    template = network_shapes(network, dataset.train.images.shape[1:])
+    predict = evaluate.make_predict(network)
+    data = parallel.replicate(resident(dataset, dataset.test))
+    result: dict[str, Any] = {
+        "data": dataset.name,
+        "network": config.model.name,
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(template["params"])),
+        "seed": config.seed,
+    }
+    for which in ("last", "best"):
+        variables, position = load_network(workdir, which, template)
+        logits = evaluate.predict_all(predict, variables, data, config.eval_batch_size)
+        epochs = {"last": len(position.history), "best": position.best_epoch}
+        result[which] = {
+            "epoch": epochs[which],
+            **evaluate.score(logits, dataset.test.labels),
+        }
+    writers.write_json(workdir / "eval.json", result)
+    return result
+
+
+def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises `UserError` where the data does not fit the networks or the batches."""
+    size, height, width, _ = dataset.train.images.shape
+    networks = {"batch_size": config.model.name, "teacher.batch_size": config.teacher.name}
+    for key, name in networks.items():
+        batch_size = config.teacher.batch_size if "." in key else config.batch_size
+        if name:
+            models.check_input(name, height, width)
+        if name and batch_size > size:
+            raise UserError(
+                f"config.{key} is {batch_size}, but {dataset.name} has only {size} training images"
+            )
+
+
+def _ensure_teacher(
+    config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, checksums: dict[str, str]
+) -> dict[str, Any]:
+    """Trains the teacher where it is missing or unfinished; the result of its run.
+
+    A finished teacher that `config.teacher.workdir` names is taken as it is, however it was
+    trained, on the same data.
+    """
+    config_of_teacher = config_lib.teacher_config(config)
+    with workdir_lib.locked(workdir):
+        if config.teacher.workdir and (workdir / "result.json").exists():
+            noted = json.loads((workdir / "config.json").read_text())["checksums"]
+            if noted["data"] != checksums["data"]:
+                raise UserError(f"the teacher in {workdir} was trained on other data")
+            return _finished(workdir)
+        workdir_lib.claim(workdir, config_of_teacher, checksums)
+        print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
+        return _train(config_of_teacher, workdir, dataset, None)
+
+
+def _finished(workdir: pathlib.Path) -> dict[str, Any] | None:
+    path = workdir / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _build(
+    config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, teacher: Teacher | None
+) -> Run:
+    steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
+    stages, first_step = [], 0
+    for stage in config_lib.stages(config):
+        terms = losses.create(stage.loss, config.terms)
+        rate = optim.schedule(stage.optimizer, steps_per_epoch, stage.epochs)
+        stages.append(Stage(stage, terms, rate, optim.sgd(stage.optimizer, rate), first_step))
+        first_step += stage.epochs * steps_per_epoch
+    heads = {k: v for stage in stages for t in stage.terms.values() for k, v in t.heads.items()}
+    classes = len(dataset.class_names)
+    axis_name = parallel.AXIS if config.sync_batch_norm else None
+    return Run(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        teacher=teacher,
+        network=models.create(config.model.name, classes, axis_name),
+        heads=Heads(classes, heads),
+        stages=stages,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, teacher: Teacher | None
+) -> dict[str, Any]:
+    """Trains one network and writes its results; returns at once where that is done."""
+    if result := _finished(workdir):
+        print(f"Finished already: {workdir}", flush=True)
+        return result
+    run = _build(config, workdir, dataset, teacher)
+    initial = init_state(
+        config.seed,
+        run.network,
+        run.heads,
+        {name: term for stage in run.stages for name, term in stage.terms.items()},
+        teacher.network if teacher else None,
+        config.weighting,
+        dataset.train.images.shape[1:],
+        len(dataset.train.labels),
+    )
+    overview = parameter_overview.get_parameter_overview(initial.params)
+    writers.write_atomically(workdir / "parameters.txt", f"{overview}\n".encode())
+    workdir_lib.check_space(workdir, (config.checkpoint.keep + 2) * 3 * _bytes(initial))
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints, _signals() as stopped_by:
+        now = checkpoints.restore(lambda position: run.stages[position.stage].begin(initial))
+        if now:
+            print(f"Going on from step {checkpoints.steps()[-1]} of {workdir}", flush=True)
+        else:
+            state = parallel.replicate(run.stages[0].begin(initial))
+            now = Snapshot(state, jax.tree.map(jnp.copy, state.network()), Position())
+        loop = Loop(run, now, checkpoints, stopped_by)
+        loop.train()
+        return loop.result()
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
+    received: list[int] = []
+
+    def handle(signum: int, _) -> None:
+        received.append(signum)
+        signal.signal(signum, previous[signum])
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,61 @@
+"""PyTorch's SGD, step by hand, and the learning rates of the recipes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import optim
+
+
+def settings(**changes):
+    optimizer = config_lib.default().optimizer
+    optimizer.update(changes)
+    return optimizer
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_follows_pytorch_over_a_change_of_learning_rate(nesterov):
+    optimizer = settings(
+        learning_rate=0.1, nesterov=nesterov, weight_decay=0.01, milestones=(1,), momentum=0.9
+    )
+    sgd = optim.sgd(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
+    params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}
+    state = sgd.init(params)
+    by_hand = {k: np.asarray(p, np.float64) for k, p in params.items()}
+    velocity = None
+    for step in range(4):
+        grads = {"kernel": jnp.array([0.3, 0.1]) * (step + 1), "bias": jnp.array([-1.0])}
+        updates, state = sgd.update(grads, state, params)
+        params = {k: params[k] + updates[k] for k in params}
+        rate = 0.1 if step < 2 else 0.01
+        g = {k: np.asarray(grads[k], np.float64) + 0.01 * by_hand[k] for k in by_hand}
+        velocity = {k: 0.9 * velocity[k] + g[k] for k in g} if velocity else g
+        move = {k: g[k] + 0.9 * velocity[k] if nesterov else velocity[k] for k in g}
+        by_hand = {k: by_hand[k] - rate * move[k] for k in by_hand}
+        for name in params:
+            np.testing.assert_allclose(params[name], by_hand[name], rtol=1e-6)
+
+
+def test_step_schedule_falls_once_a_milestone_is_finished():
+    rate = optim.schedule(settings(milestones=(150, 180, 210)), steps_per_epoch=782, epochs=240)
+    epochs = {1: 0.05, 150: 0.05, 151: 5e-3, 180: 5e-3, 181: 5e-4, 210: 5e-4, 211: 5e-5, 240: 5e-5}
+    for epoch, expected in epochs.items():
+        for step in (782 * (epoch - 1), 782 * epoch - 1):
+            np.testing.assert_allclose(rate(step), expected, rtol=1e-5)
+
+
+def test_cosine_schedule():
+    rate = optim.schedule(settings(schedule="cosine"), steps_per_epoch=10, epochs=4)
+    for step in (0, 1, 10, 20, 39, 40):
+        expected = 0.05 / 2 * (1 + np.cos(np.pi * step / 40))
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-9)
+
+
+def test_trainable_mask():
+    params = {"student": {"fc": {"kernel": 0}, "fc2": {"kernel": 0}}, "heads": {"cls": 0}}
+    assert optim.trainable_mask(params, ("student/fc",)) == {
+        "student": {"fc": {"kernel": True}, "fc2": {"kernel": False}},
+        "heads": {"cls": False},
+    }
+    assert optim.trainable_mask(params, ())["heads"]["cls"]

@@ -1,0 +1,43 @@
+"""A run does not depend on how many devices share its batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+DEVICES = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module", params=["float32", "float64"])
+def runs(request, tmp_path_factory):
+    """States after ten steps on each number of devices, from one process with eight of them."""
+    out = tmp_path_factory.mktemp(request.param)
+    # Without NPROC the collectives of virtual devices can deadlock on a machine with few cores.
+    environment = {**os.environ, "NPROC": "8", "JAX_NUM_CPU_DEVICES": "8"}
+    if request.param == "float64":
+        environment["JAX_ENABLE_X64"] = "1"
+    subprocess.run(
+        [sys.executable, HERE / "ten_steps.py", out, json.dumps(DEVICES)],
+        check=True,
+        env=environment,
+        timeout=300,
+    )
+    states = {n: dict(np.load(out / f"{n}.npz")) for n in DEVICES}
+    return request.param, states
+
+
+def test_equal_on_any_number_of_devices(runs):
+    dtype, states = runs
+    tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
+    for n in DEVICES[1:]:
+        assert states[n].keys() == states[1].keys()
+        for name, expected in states[1].items():
+            scale = np.abs(expected).max() + 1e-12
+            np.testing.assert_allclose(
+                states[n][name] / scale, expected / scale, atol=tolerance, err_msg=f"{name} on {n}"
+            )
