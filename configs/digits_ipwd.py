@@ -1,6 +1,6 @@
 """IPWD on 1,797 real handwritten digits (8x8 pixels): the whole of a run in a minute on a CPU.
 
-    python -m ipwd_jax.main --config=configs/digits_ipwd.py
+python -m ipwd_jax.main --config=configs/digits_ipwd.py
 """
 
 from ipwd_jax.config import default

@@ -152,9 +152,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 last=ocp.args.StandardRestore(network),
                 best=ocp.args.StandardRestore(network),
-                state=ocp.args.StandardRestore(
-                    parallel.replicated_shapes(_without_network(state))
-                ),
+                state=ocp.args.StandardRestore(parallel.replicated_shapes(_without_network(state))),
             ),
         )
         return Snapshot(_with_network(items.state, items.last), items.best, position)

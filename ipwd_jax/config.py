@@ -22,7 +22,9 @@ def default() -> ConfigDict:
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 
     config.data = ConfigDict()
-    config.data.name = "cifar100"  # see ipwd_jax.data.SOURCES, or tfds:NAME, folder:PATH, numpy:PATH
+    config.data.name = (
+        "cifar100"  # see ipwd_jax.data.SOURCES, or tfds:NAME, folder:PATH, numpy:PATH
+    )
     config.data.dir = ""  # archives or prepared TFDS data; empty: the source's usual place
     config.data.download = False  # fetch a missing CIFAR archive (checksum verified)
     config.data.train_split = ""  # empty: "train"
@@ -223,9 +225,7 @@ def _validate_optimizer(path: str, optimizer: ConfigDict) -> None:
     if not 0 <= optimizer.momentum < 1:
         raise UserError(f"config.{path}.momentum must be in [0, 1), found {optimizer.momentum}")
     if list(optimizer.milestones) != sorted(set(optimizer.milestones)):
-        raise UserError(
-            f"config.{path}.milestones must rise, found {tuple(optimizer.milestones)}"
-        )
+        raise UserError(f"config.{path}.milestones must rise, found {tuple(optimizer.milestones)}")
 
 
 def _validate_loss(config: ConfigDict, stage: ConfigDict) -> None:

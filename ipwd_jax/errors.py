@@ -26,4 +26,5 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     valid = sorted(valid)
     near = difflib.get_close_matches(name.lower(), [v.lower() for v in valid], n=1, cutoff=0.5)
     hint = next((f" Did you mean {v!r}?" for v in valid if near and v.lower() == near[0]), "")
-    return UserError(f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")
+    listed = f" Valid: {', '.join(valid)}." if len(valid) < 50 else ""
+    return UserError(f"unknown {kind} {name!r}.{hint}{listed}")

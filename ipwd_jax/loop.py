@@ -18,8 +18,8 @@ from tensorboardX import SummaryWriter
 from ipwd_jax import evaluate, metrics, optim, parallel, step, writers
 from ipwd_jax.checkpoint import Checkpoints, Snapshot
 from ipwd_jax.data import augment
+from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident, resident
-from ipwd_jax.data.sources import Dataset
 from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.losses.weighting import ipwd_weights
 from ipwd_jax.models.heads import Heads

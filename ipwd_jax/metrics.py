@@ -98,8 +98,9 @@ def group_recall(
     recall = np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
     order = np.argsort(-class_mass, kind="stable")
     parts = (recall[part] for part in np.array_split(order, groups))
-    return [100 * part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan
-            for part in parts]
+    return [
+        100 * part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan for part in parts
+    ]
 
 
 def weight_summary(weights: np.ndarray) -> dict[str, float]:

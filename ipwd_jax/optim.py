@@ -20,7 +20,8 @@ def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.
     if optimizer.schedule == "cosine":
         return optax.cosine_decay_schedule(optimizer.learning_rate, steps_per_epoch * epochs)
     return optax.piecewise_constant_schedule(
-        optimizer.learning_rate, {m * steps_per_epoch: optimizer.decay for m in optimizer.milestones}
+        optimizer.learning_rate,
+        {m * steps_per_epoch: optimizer.decay for m in optimizer.milestones},
     )
 
 

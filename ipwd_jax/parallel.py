@@ -35,9 +35,7 @@ def replicate(tree: Any) -> Any:
 def replicated_shapes(tree: Any) -> Any:
     """Shapes and dtypes of a pytree, to be restored whole on each device."""
     everywhere = _everywhere()
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
 
 def compile_train_step(step: Callable) -> Callable:
@@ -46,7 +44,11 @@ def compile_train_step(step: Callable) -> Callable:
     `index` and `mask` have a leading device axis, all else is replicated; the state is donated.
     """
     return jax.pmap(
-        step, AXIS, in_axes=(None, None, None, 0, 0), out_axes=None, donate_argnums=0,
+        step,
+        AXIS,
+        in_axes=(None, None, None, 0, 0),
+        out_axes=None,
+        donate_argnums=0,
         devices=devices(),
     )
 

@@ -165,4 +165,3 @@ def make_train_step(
         )
 
     return step
-

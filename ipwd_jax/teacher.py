@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from ipwd_jax import evaluate, models, parallel
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.config import teacher_config
+from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import resident
-from ipwd_jax.data.sources import Dataset
 from ipwd_jax.state import network_shapes
 
 

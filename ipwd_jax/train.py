@@ -20,8 +20,8 @@ from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network
 from ipwd_jax.data import load as load_data
+from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
-from ipwd_jax.data.sources import Dataset, fingerprint
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop, Run, Stage
 from ipwd_jax.models.heads import Heads

@@ -47,9 +47,7 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
     heads = Heads(CLASSES, {"cls": True})
     steps_per_epoch = -(-SIZE // BATCH)
     sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, steps_per_epoch, 4))
-    now = state.init_state(
-        0, network, heads, terms, teacher, config.weighting, (8, 8, 3), SIZE
-    )
+    now = state.init_state(0, network, heads, terms, teacher, config.weighting, (8, 8, 3), SIZE)
     if jax.config.jax_enable_x64:
         floats = (now.params, now.batch_stats, now.memory)
         floats = jax.tree.map(lambda x: x.astype("float64"), floats)

@@ -101,9 +101,7 @@ class TestIpwd:
         assert not any(np.any(g) for g in grads)
 
     def test_clip(self):
-        np.testing.assert_allclose(
-            ipwd(batch(), clip=3.0)[0], np.minimum(self.A, 3.0), rtol=1e-5
-        )
+        np.testing.assert_allclose(ipwd(batch(), clip=3.0)[0], np.minimum(self.A, 3.0), rtol=1e-5)
 
     def test_batch_normalisation_leaves_out_padding(self):
         weights, memory = ipwd(batch(mask=(1, 1, 1, 0)), batch_normalize=True)

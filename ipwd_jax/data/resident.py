@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from ipwd_jax.data.sources import Dataset, Split
+from ipwd_jax.data.base import Dataset, Split
 
 
 @flax.struct.dataclass

@@ -56,9 +56,7 @@ def ipwd_scores(
     """
     if standardize:
         kd_logits, cls_logits = standardized(kd_logits), standardized(cls_logits)
-    return lax.stop_gradient(
-        (cross_entropy(kd_logits, labels), cross_entropy(cls_logits, labels))
-    )
+    return lax.stop_gradient((cross_entropy(kd_logits, labels), cross_entropy(cls_logits, labels)))
 
 
 def ipwd_weights(h_kd, h_cls, ratio: str = "A"):

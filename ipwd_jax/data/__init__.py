@@ -1,0 +1,38 @@
+"""The sources of data, by name. A new source is one function and one line here."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from ipwd_jax.data import arrays, cifar, folder, tfds
+from ipwd_jax.data.base import Dataset, Split, fingerprint, from_arrays
+from ipwd_jax.errors import unknown_name
+
+__all__ = ["SOURCES", "Dataset", "Split", "fingerprint", "from_arrays", "load"]
+
+# `NAME` or `NAME:ARGUMENT` in `config.data.name`; the functions take the config and the argument.
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    "digits": arrays.digits,
+    "cifar10": lambda config: cifar.cifar(config, "cifar10"),
+    "cifar100": lambda config: cifar.cifar(config, "cifar100"),
+    "tfds:NAME": tfds.prepared,
+    "folder:PATH": folder.folder,
+    "numpy:PATH.npz": arrays.numpy_file,
+}
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Read the data set that `config.name` names.
+
+    Args:
+        config: `config.data` of a run.
+
+    Raises:
+        UserError: no such source, or its data is missing, damaged or unfit.
+    """
+    kind, _, argument = config.name.partition(":")
+    for name, source in SOURCES.items():
+        known, _, takes = name.partition(":")
+        if kind == known and bool(argument) == bool(takes):
+            return source(config, argument) if takes else source(config)
+    raise unknown_name("data set", config.name, SOURCES)

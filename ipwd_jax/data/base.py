@@ -1,0 +1,176 @@
+"""What a data set is once it is read: two splits of images in memory."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from ipwd_jax.errors import UserError
+
+# Mean and deviation of the training pixels in 0..1, as the published recipes print them.
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images (N, H, W, channels) uint8 and their labels (N,) int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A classification data set in memory.
+
+    Attributes:
+        name: for people.
+        train: training split.
+        test: test split.
+        class_names: one per class, in the order of the labels.
+        mean: (channels,) float32 of the training pixels in 0..1.
+        std: (channels,) float32.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def from_arrays(
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray | None = None,
+    test_labels: np.ndarray | None = None,
+    *,
+    name: str = "arrays",
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Make a data set of NumPy arrays, with checks.
+
+    Args:
+        train_images: (N, H, W, channels) or (N, H, W) uint8.
+        train_labels: (N,) integers from 0; every class occurs.
+        test_images: likewise, or None: every k-th sample of each class is held out.
+        test_labels: likewise.
+        name: for people.
+        class_names: one per class; default "0", "1", ...
+        mean: per channel, of pixels in 0..1; default: computed from the training images.
+        std: likewise.
+        test_fraction: about 1 / k, when there is no test split.
+
+    Raises:
+        UserError: something about the arrays is wrong; the message says what was found.
+    """
+    train = _split(f"{name} training", train_images, train_labels)
+    if test_images is None:
+        train, test = hold_out(train, test_fraction)
+    else:
+        test = _split(f"{name} test", test_images, test_labels)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise UserError(
+            f"{name}: training images have the shape {train.images.shape[1:]}, "
+            f"test images {test.images.shape[1:]}"
+        )
+    classes = len(class_names) if class_names else int(train.labels.max()) + 1
+    if classes < 2:
+        raise UserError(f"{name} has {classes} classes; at least 2 are needed")
+    if missing := sorted(set(range(classes)) - set(train.labels.tolist())):
+        raise UserError(f"{name} has {classes} classes, without a training image: {missing[:10]}")
+    used = {*train.labels.tolist(), *test.labels.tolist()}
+    if beyond := sorted(used - set(range(classes))):
+        raise UserError(
+            f"{name} has {classes} classes, but labels that are none of them: {beyond[:10]}"
+        )
+    if not (len(mean) and len(std)):
+        computed = _statistics(train.images)
+        mean, std = (mean if len(mean) else computed[0]), (std if len(std) else computed[1])
+    channels = train.images.shape[-1]
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if mean.shape != (channels,) or std.shape != (channels,) or (std <= 0).any():
+        raise UserError(
+            f"{name} has {channels} channels; mean and std need as many values, std above 0, "
+            f"found mean {mean.tolist()} and std {std.tolist()}"
+        )
+    class_names = tuple(class_names or map(str, range(classes)))
+    return Dataset(name, train, test, class_names, mean, std)
+
+
+def _split(what: str, images: np.ndarray, labels: np.ndarray) -> Split:
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+        raise UserError(
+            f"{what} images must be (N, H, W, channels) uint8 with pixels in 0..255, found "
+            f"{images.shape} {images.dtype}; floats in 0..1 become so by (255 * x).astype('uint8')"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{what} labels must be {len(images)} integers, one per image, found "
+            f"{labels.shape} {labels.dtype}"
+        )
+    if labels.min() < 0:
+        raise UserError(f"{what} labels start at 0, found {labels.min()}")
+    return Split(np.ascontiguousarray(images), labels.astype(np.int32))
+
+
+def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
+    """Part a split in two, each class alike: every k-th of its samples, in order, is held out.
+
+    Args:
+        split: what is parted.
+        fraction: about the share of each class that is held out, 1 / k; in (0, 0.5].
+
+    Returns:
+        What stays and what is held out; a function of the arguments alone.
+    """
+    if not 0 < fraction <= 0.5:
+        raise UserError(f"config.data.test_fraction must be in (0, 0.5], found {fraction}")
+    every = round(1 / fraction)
+    held = np.zeros(len(split.labels), bool)
+    for label in np.unique(split.labels):
+        held[np.flatnonzero(split.labels == label)[every - 1 :: every]] = True
+    if not held.any():
+        raise UserError(f"no class has the {every} images of which one would be held out as a test")
+    return (
+        Split(split.images[~held], split.labels[~held]),
+        Split(split.images[held], split.labels[held]),
+    )
+
+
+def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation per channel of pixels in 0..1; 1 for a channel that is constant."""
+    # Exact sums of integers, from how often each of the 256 values occurs.
+    counts = [
+        np.bincount(images[..., channel].ravel(), minlength=256)
+        for channel in range(images.shape[-1])
+    ]
+    share = np.array(counts) / (images.size / images.shape[-1])
+    values = np.arange(256) / 255
+    mean = share @ values
+    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))
+    return mean, np.where(std > 1e-6, std, 1.0)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Checksum of everything that training and evaluation read: 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((dataset.train.images.shape, dataset.test.images.shape)).encode())
+    for split in (dataset.train, dataset.test):
+        digest.update(split.images.tobytes())
+        digest.update(split.labels.tobytes())
+    digest.update(dataset.mean.tobytes() + dataset.std.tobytes())
+    digest.update(repr(len(dataset.class_names)).encode())
+    return digest.hexdigest()

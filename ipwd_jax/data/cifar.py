@@ -1,0 +1,120 @@
+"""CIFAR-10 and CIFAR-100 from the official binary archives, without TensorFlow.
+
+Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images.
+"""
+
+import hashlib
+import os
+import pathlib
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ipwd_jax.data.base import STATISTICS, Dataset, from_arrays
+from ipwd_jax.errors import UserError
+
+URL = "https://www.cs.toronto.edu/~kriz"
+SHA256 = {
+    "cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar100": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+}
+# Folder in the archive, files of each split, file of class names, label bytes of a record.
+_LAYOUT = {
+    "cifar10": (
+        "cifar-10-batches-bin",
+        [f"data_batch_{i}.bin" for i in range(1, 6)],
+        ["test_batch.bin"],
+        "batches.meta.txt",
+        1,
+    ),
+    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], "fine_label_names.txt", 2),
+}
+
+
+def cifar(config: ConfigDict, name: str) -> Dataset:
+    """`cifar10`, or `cifar100` with its 100 fine labels, in the official order and split.
+
+    Args:
+        config: `dir` holds the archive or the folder that it unpacks to (empty:
+            `~/.cache/ipwd_jax`); `download` allows to fetch the archive.
+        name: "cifar10" or "cifar100".
+
+    Raises:
+        UserError: not there, damaged, or not to be fetched.
+    """
+    root = pathlib.Path(config.dir or "~/.cache/ipwd_jax").expanduser()
+    folder, train, test, names, label_bytes = _LAYOUT[name]
+    files = _read(root, name, folder, [*train, *test, names], config.download)
+
+    def split(parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        # A record: label bytes (CIFAR-100: coarse, fine), then 3 x 32 x 32 pixels by channel.
+        size = label_bytes + 3072
+        data = b"".join(files[part] for part in parts)
+        if not data or len(data) % size:
+            raise UserError(f"{parts} of {name} in {root} are not whole records of {size} bytes")
+        records = np.frombuffer(data, np.uint8).reshape(-1, size)
+        images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return images, records[:, label_bytes - 1].astype(np.int32)
+
+    mean, std = STATISTICS[name]
+    return from_arrays(
+        *split(train),
+        *split(test),
+        name=name,
+        class_names=files[names].decode().split(),
+        mean=config.mean or mean,
+        std=config.std or std,
+    )
+
+
+def _read(
+    root: pathlib.Path, name: str, folder: str, files: list[str], download: bool
+) -> dict[str, bytes]:
+    archive = root / f"{name.replace('cifar', 'cifar-')}-binary.tar.gz"
+    if not archive.exists() and (root / folder).is_dir():
+        try:
+            return {file: (root / folder / file).read_bytes() for file in files}
+        except OSError as error:
+            raise UserError(f"{root / folder} is not the whole of {name}: {error}") from error
+    if not archive.exists():
+        if not download:
+            raise UserError(
+                f"{name} is not in {root}. Fetch it with --config.data.download, or put "
+                f"{archive.name} from {URL} there, or name its folder with --config.data.dir"
+            )
+        _fetch(f"{URL}/{archive.name}", archive, SHA256[name])
+    elif _sha256(archive) != SHA256[name]:
+        raise UserError(
+            f"{archive} is damaged or another file: its SHA-256 is not {SHA256[name]}. "
+            "Delete it and fetch it again with --config.data.download"
+        )
+    with tarfile.open(archive) as tar:
+        return {file: tar.extractfile(f"{folder}/{file}").read() for file in files}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetch(url: str, path: pathlib.Path, sha256: str) -> None:
+    """Downloads to another name, which becomes `path` only when the checksum is right."""
+    partial = path.with_name(f"{path.name}.part")
+    by_hand = f"Put the file there by hand, or use another source. Address: {url}"
+    print(f"Fetching {url} to {path}", file=sys.stderr)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
+            while block := response.read(1 << 20):
+                file.write(block)
+        if _sha256(partial) != sha256:
+            raise UserError(f"what {url} sent does not have the SHA-256 {sha256}. {by_hand}")
+        os.replace(partial, path)
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(f"{path.name} could not be fetched: {error}. {by_hand}") from error
+    finally:
+        partial.unlink(missing_ok=True)
