@@ -113,7 +113,8 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     teacher = default()
     teacher.data = config.data
     teacher.model.name = config.teacher.name
-    teacher.name = f"{config.data.name.replace(':', '_').replace('/', '_')}_{config.teacher.name}"
+    data_name = config.data.name.rpartition("/")[2].replace(":", "_")  # without a path
+    teacher.name = f"{data_name}_{config.teacher.name}"
     for key in ("seed", "epochs", "batch_size", "optimizer"):
         teacher[key] = config.teacher[key]
     teacher.terms.ce.label_smoothing = config.teacher.label_smoothing

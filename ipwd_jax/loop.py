@@ -75,7 +75,7 @@ class Loop:
         self._tensorboard = SummaryWriter(
             str(run.workdir / "tensorboard"), purge_step=self._number() + 1
         )
-        self._started = self._saved_at = time.monotonic()
+        self._started = self._saved_at = self._compiled_at = time.monotonic()
         self._seconds_before = now.position.seconds
         self._first_number = self._number()
 
@@ -133,6 +133,7 @@ class Loop:
             if self._number() == self._first_number + 1:
                 jax.block_until_ready(self.now.state)
                 started, images = time.monotonic(), 0  # compilation is not training
+                self._compiled_at = started
             if position.step % run.config.log_every_steps == 0:
                 self._show(self._averages(), images / (time.monotonic() - started))
             if self.stopped_by or self._save_is_due():
@@ -195,6 +196,7 @@ class Loop:
         for name, value in row.items():
             if name not in ("stage", "step"):
                 self._tensorboard.add_scalar(name, value, row["step"])
+        self._tensorboard.flush()
         self._show(averages, speed, row.get("test_top1"))
 
     def _test_scores(self, variables: Any) -> tuple[np.ndarray, dict[str, float]]:
@@ -231,8 +233,8 @@ class Loop:
         )
         text += f"  test top1 {test_top1:.2f}" if test_top1 is not None else ""
         total = run.stages[-1].first_step + run.stages[-1].config.epochs * run.steps_per_epoch
-        done = self._number() - self._first_number
-        left = (time.monotonic() - self._started) / done * (total - self._number())
+        done = max(1, self._number() - self._first_number - 1)
+        left = (time.monotonic() - self._compiled_at) / done * (total - self._number())
         self._line.show(
             f"{text}  {speed:,.0f} images/s  {writers.duration(left)} left", final=at_end
         )

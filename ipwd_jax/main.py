@@ -68,7 +68,7 @@ def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}_seed{config.seed}")
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name or 'run'}_seed{config.seed}")
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:

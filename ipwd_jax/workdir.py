@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from ml_collections import ConfigDict
 
 from ipwd_jax import writers
-from ipwd_jax.config import differences
+from ipwd_jax.config import default, differences
 from ipwd_jax.errors import UserError
 
 # Settings that may change between two starts of a run: they leave its numbers as they are, or
@@ -89,12 +89,23 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
 
 
 def _binding(config: dict) -> dict:
-    """A deep copy without the settings that may change."""
-    config = json.loads(json.dumps(config))
+    """A deep copy without the settings that may change.
+
+    Settings that it lacks, of terms added since it was written, for example, have their defaults.
+    """
+    config = _filled(config, json.loads(default().to_json()))
     for path in _FREE:
         parent, _, key = path.rpartition(".")
         (config[parent] if parent else config).pop(key, None)
     return config
+
+
+def _filled(config: dict, defaults: dict) -> dict:
+    missing = {key: value for key, value in defaults.items() if key not in config}
+    return missing | {
+        key: _filled(value, defaults.get(key, {})) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def check_space(workdir: pathlib.Path, needed: int) -> None:

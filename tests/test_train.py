@@ -1,0 +1,320 @@
+"""A whole run on a small data set: what it leaves, what it reuses, and that it learns."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import data, losses, models, train
+from ipwd_jax.checkpoint import load_network
+from ipwd_jax.data.resident import resident
+from ipwd_jax.errors import UserError
+from ipwd_jax.evaluate import make_predict, predict_all
+from ipwd_jax.metrics import evaluate, weight_summary
+from ipwd_jax.models.heads import Heads
+from ipwd_jax.parallel import replicate
+from ipwd_jax.state import init_state, network_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Most of the time here would go into optimising programs that run for a second."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Two hundred images whose class is where the bright square is; four classes."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    images = rng.integers(0, 80, (200, 8, 8, 1), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        image[row + 1 : row + 3, column + 1 : column + 3] += 150
+    return data.from_arrays(images, labels, name="squares")
+
+
+def settings(**changes):
+    config = config_lib.default()
+    config.name = "squares"
+    config.data.update({"name": "squares", "crop_padding": 0, "flip": False})
+    config.model.name = config.teacher.name = "resnet8"
+    config.epochs, config.teacher.epochs = 3, 3
+    config.batch_size = config.teacher.batch_size = 24
+    for optimizer in (config.optimizer, config.teacher.optimizer):
+        optimizer.milestones = (2,)
+    config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
+    config.weighting.name = "ipwd"
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def done(dataset, tmp_path_factory):
+    """The work directory and result of one IPWD run."""
+    workdir = tmp_path_factory.mktemp("runs") / "student"
+    return workdir, train.run(settings(), workdir, dataset)
+
+
+def rows(workdir):
+    with (workdir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def variables(workdir, which="last"):
+    template = network_shapes(models.create("resnet8", 4), (8, 8, 1))
+    return load_network(workdir, which, template)[0]
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)))
+
+
+class TestResult:
+    def test_it_learns(self, done):
+        _, result = done
+        assert result["last"]["top1"] > 60 and result["teacher"]["top1"] > 60
+
+    def test_files(self, done):
+        workdir, result = done
+        assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
+        assert json.loads((workdir / "config.json").read_text())["config"]["epochs"] == 3
+        assert "student/conv1/kernel" in (workdir / "parameters.txt").read_text()
+        assert len(list((workdir / "checkpoints").iterdir())) <= 3
+
+    def test_predictions_are_those_of_the_saved_networks(self, done, dataset):
+        workdir, result = done
+        predictions = np.load(workdir / "predictions.npz")
+        predict = make_predict(models.create("resnet8", 4))
+        test = replicate(resident(dataset, dataset.test))
+        for which in ("last", "best"):
+            logits = predict_all(predict, variables(workdir, which), test, batch_size=7)
+            np.testing.assert_allclose(predictions[f"{which}_logits"], logits, atol=1e-4)
+            for name, value in evaluate(
+                predictions[f"{which}_logits"], dataset.test.labels
+            ).items():
+                assert result[which][name] == pytest.approx(value), name
+
+    def test_last_and_best_are_kept_apart(self, done):
+        workdir, result = done
+        scores = [float(row["test_top1"]) for row in rows(workdir)]
+        assert result["last"]["epoch"] == 3
+        assert result["last"]["top1"] == pytest.approx(scores[-1])
+        assert result["best"]["top1"] == pytest.approx(max(scores))
+        assert result["best"]["epoch"] == 1 + scores.index(max(scores)), "the first of equals"
+
+    def test_rows_of_metrics(self, done):
+        workdir, _ = done
+        table = rows(workdir)
+        assert [int(row["step"]) for row in table] == [7, 14, 21]  # 160 images in steps of 24
+        assert [float(row["learning_rate"]) for row in table] == pytest.approx([0.05, 0.05, 0.005])
+        for row in table:
+            total = 0.1 * float(row["train_ce"]) + 0.9 * float(row["train_kd"])
+            assert float(row["train_loss"]) == pytest.approx(
+                total + float(row["train_cls"]), rel=1e-4
+            )
+        assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+
+    def test_weights_are_logged(self, done):
+        workdir, _ = done
+        row = rows(workdir)[-1]
+        names = [f"weight_{name}" for name in weight_summary(np.ones(3))]
+        assert set(names) <= row.keys()
+        assert (
+            1 < float(row["weight_min"]) <= float(row["weight_decile5"]) <= float(row["weight_max"])
+        )
+        for ratio in "AB":
+            assert -1 <= float(row[f"mass_correlation_{ratio}"]) <= 1
+        assert {f"test_recall_group{i}" for i in range(1, 5)} <= row.keys()
+
+    def test_tensorboard_has_the_same_numbers(self, done):
+        workdir, _ = done
+        found = {}
+        for file in (workdir / "tensorboard").iterdir():
+            content = file.read_bytes()
+            while content:  # length, its checksum, event, its checksum
+                length = int.from_bytes(content[:8], "little")
+                event = Event.FromString(content[12 : 12 + length])
+                content = content[12 + length + 4 :]
+                found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+        for row in rows(workdir):
+            for name in ("test_top1", "train_loss", "weight_mean"):
+                assert found[name, int(row["step"])] == pytest.approx(float(row[name]), rel=1e-5)
+
+    def test_the_same_command_again_does_nothing(self, done, dataset, capsys):
+        workdir, result = done
+        before = (workdir / "metrics.csv").stat().st_mtime_ns
+        assert train.run(settings(), workdir, dataset) == json.loads(json.dumps(result))
+        assert "Finished already" in capsys.readouterr().out
+        assert (workdir / "metrics.csv").stat().st_mtime_ns == before
+
+    def test_evaluation_of_the_checkpoint(self, done, dataset):
+        workdir, result = done
+        scores = train.evaluate_run(settings(), workdir, dataset)
+        for which in ("last", "best"):
+            assert scores[which]["epoch"] == result[which]["epoch"]
+            assert scores[which]["nll"] == pytest.approx(result[which]["nll"], rel=1e-4)
+        assert json.loads((workdir / "eval.json").read_text())["last"]["top1"] > 60
+
+
+class TestTeacher:
+    def test_it_is_trained_beside_the_student_and_reused(self, done, dataset):
+        workdir, result = done
+        teacher = workdir.parent / "squares_resnet8_seed0"
+        assert (teacher / "result.json").exists()
+        before = (teacher / "result.json").stat().st_mtime_ns
+        other = train.run(settings(seed=1, epochs=1), workdir.parent / "other", dataset)
+        assert (teacher / "result.json").stat().st_mtime_ns == before
+        assert other["teacher"] == result["teacher"]
+        assert not equal(variables(workdir), variables(workdir.parent / "other"))
+
+    def test_only_the_teacher(self, done, dataset, tmp_path):
+        workdir, _ = done
+        config = settings(**{"teacher.workdir": str(tmp_path / "teacher"), "teacher.epochs": 1})
+        result = train.run(config, tmp_path / "student", dataset, teacher_only=True)
+        assert result["last"]["epoch"] == 1 and not (tmp_path / "student").exists()
+        # A finished teacher that is named is taken, however long it was trained.
+        config = settings(**{"teacher.workdir": str(tmp_path / "teacher"), "epochs": 1})
+        train.run(config, tmp_path / "student", dataset)
+        # It may not be swapped for another under a run that began with it.
+        config = settings(
+            **{"teacher.workdir": str(workdir.parent / "squares_resnet8_seed0"), "epochs": 1}
+        )
+        with pytest.raises(UserError, match="checksum of the teacher"):
+            train.run(config, tmp_path / "student", dataset)
+
+    def test_another_recipe_does_not_replace_it(self, done, dataset, tmp_path):
+        workdir, _ = done
+        with pytest.raises(
+            UserError, match=r"squares_resnet8_seed0 holds.*\n  config.epochs: 3 there, 2"
+        ):
+            train.run(settings(**{"teacher.epochs": 2}), workdir.parent / "third", dataset)
+
+    def test_another_network_or_class_count_is_refused(self, done, tmp_path):
+        workdir, _ = done
+        teacher = workdir.parent / "squares_resnet8_seed0"
+        for name, classes in (("resnet14", 4), ("resnet8", 5)):
+            template = network_shapes(models.create(name, classes), (8, 8, 1))
+            with pytest.raises(UserError, match="another network or number of classes"):
+                load_network(teacher, "last", template)
+
+
+def test_stages_follow_each_other_and_frozen_parts_stay(dataset, tmp_path):
+    config = settings(
+        **{
+            "teacher.name": "",
+            "loss.kd": 0.0,
+            "weighting.name": "uniform",
+            "epochs": 1,
+            "trainable": ("student/fc", "heads"),
+            "first_stage.epochs": 1,
+            "first_stage.loss.cls": 1.0,
+            "first_stage.trainable": ("heads",),
+        }
+    )
+    train.run(config, tmp_path, dataset)
+    first, main = rows(tmp_path)
+    assert [row["stage"] for row in (first, main)] == ["first", "main"]
+    assert [int(row["step"]) for row in (first, main)] == [7, 14]
+    assert float(first["train_cls"]) > 0 and first["train_ce"] == ""
+    network = models.create("resnet8", 4)
+    initial = init_state(
+        0, network, Heads(4, {"cls": True}), {}, None, config.weighting, (8, 8, 1), 160
+    )
+    trained, initial = variables(tmp_path)["params"], initial.network()["params"]
+    assert not equal(trained.pop("fc"), initial.pop("fc"))
+    assert equal(trained, initial)
+
+
+class TestWrongInput:
+    def test_non_finite_loss_names_step_term_and_checkpoint(self, dataset, tmp_path):
+        config = settings(**{"teacher.name": "", "loss.kd": 0.0, "weighting.name": "uniform"})
+        config.optimizer.learning_rate = 1e30
+        config.log_every_steps = 1
+        with pytest.raises(UserError) as error:
+            train.run(config, tmp_path, dataset)
+        for word in ("not finite at step", "(epoch 1)", "ce", "Last good checkpoint: none"):
+            assert word in str(error.value)
+
+    def test_before_anything_is_trained(self, dataset, tmp_path):
+        cases = {
+            "batch_size is 161": {"batch_size": 161},
+            "teacher.batch_size is 500": {"teacher.batch_size": 500},
+            "unknown data set 'squares'": {},
+        }
+        for words, changes in cases.items():
+            with pytest.raises(UserError, match=words):
+                train.run(settings(**changes), tmp_path, dataset if changes else None)
+        images = np.zeros((8, 3, 9, 1), np.uint8)
+        small = data.from_arrays(images, np.arange(8) % 2, test_fraction=0.5)
+        with pytest.raises(UserError, match="resnet8 needs images of at least 4x4"):
+            train.run(settings(), tmp_path, small)
+        with pytest.raises(UserError, match="no teacher"):
+            config = settings(**{"teacher.name": "", "loss.kd": 0.0, "weighting.name": "uniform"})
+            train.run(config, tmp_path, dataset, teacher_only=True)
+        assert not list(tmp_path.iterdir())
+
+    def test_no_space(self, dataset, tmp_path, monkeypatch):
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+        with pytest.raises(UserError, match=r"1 MiB free; the checkpoints .* need \d+ MiB"):
+            train.run(settings(), tmp_path / "run", dataset)
+
+    def test_evaluation_without_a_checkpoint(self, dataset, tmp_path):
+        with pytest.raises(UserError, match="no checkpoint"):
+            train.evaluate_run(settings(), tmp_path, dataset)
+
+
+def test_every_control_of_ipwd_is_a_configuration(dataset, done):
+    """KD with a constant weight, KD with the extra head, WSLD: one epoch of each."""
+    workdir, _ = done
+    cases = {
+        "constant": {"loss.cls": 0.0, "weighting.name": "constant", "weighting.constant": 2.0},
+        "head": {"weighting.name": "uniform", "terms.cls.backbone_gradient": False},
+        "wsld": {"loss.cls": 0.0, "weighting.name": "wsld", "terms.kd.cross_entropy": True},
+    }
+    for name, changes in cases.items():
+        result = train.run(settings(**{"epochs": 1, **changes}), workdir.parent / name, dataset)
+        weights = result["weights"]
+        assert bool(weights) == (name != "head")
+        if name == "constant":
+            assert weights["weight_mean"] == weights["weight_max"] == 2
+        if name == "wsld":
+            assert 0 <= weights["weight_min"] < weights["weight_max"] <= 1
+
+
+def test_a_new_term_is_one_class_and_one_line(dataset, done, monkeypatch):
+    """A regressor with BatchNorm and a memory: everything that a term may carry."""
+    import flax.linen as nn
+    import jax.numpy as jnp
+
+    from ipwd_jax.models.base import BatchNorm
+
+    class Toy(nn.Module):
+        width: int = 3
+        needs_teacher = True
+        heads = {}  # noqa: RUF012
+
+        @nn.compact
+        def __call__(self, student, teacher, batch):
+            seen = self.variable("memory", "seen", jnp.zeros, (200,))
+            if not self.is_initializing():
+                seen.value = seen.value.at[batch.index].add(batch.mask)
+            regressed = nn.Dense(teacher.embedding.shape[-1])(student.embedding)
+            regressed = BatchNorm(train=True, axis_name=None)(regressed, batch.mask)
+            return ((regressed - teacher.embedding) ** 2).mean(axis=1)
+
+    monkeypatch.setitem(losses.TERMS, "toy", Toy)
+    config = settings(epochs=2)
+    config.loss = {"ce": 1.0, "toy": 1.0}
+    config.weighting.name = "uniform"
+    config.terms.toy = losses.hyper_parameters("toy")
+    workdir = done[0].parent / "toy"
+    train.run(config, workdir, dataset)
+    table = rows(workdir)
+    assert float(table[1]["train_toy"]) < float(table[0]["train_toy"])
