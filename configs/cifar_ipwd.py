@@ -9,7 +9,7 @@ label-only head. The paper reports 76.03 % for resnet32x4 -> resnet8x4 and 73.91
 resnet110 -> resnet32 (last or best epoch: not stated).
 """
 
-from ipwd_jax.config import cifar_learning_rate, default
+from ipwd_jax.config import cifar_learning_rate, default, teacher_and_student
 
 
 def get_config(arg: str = ""):
@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
         arg: `TEACHER,STUDENT`, two networks in place of these.
     """
     config = default()
-    teacher, student = arg.split(",") if arg else ("resnet32x4", "resnet8x4")
+    teacher, student = teacher_and_student(arg, "resnet32x4", "resnet8x4")
     config.name = f"cifar100_ipwd_{teacher}_{student}"
     config.model.name = student
     config.teacher.name = teacher

@@ -3,7 +3,7 @@
 python -m ipwd_jax.main --config=configs/digits_ipwd.py
 """
 
-from ipwd_jax.config import default
+from ipwd_jax.config import default, teacher_and_student
 
 
 def get_config(arg: str = ""):
@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
         arg: `TEACHER,STUDENT`, two networks in place of resnet20 and resnet8.
     """
     config = default()
-    teacher, student = arg.split(",") if arg else ("resnet20", "resnet8")
+    teacher, student = teacher_and_student(arg, "resnet20", "resnet8")
     config.name = f"digits_ipwd_{teacher}_{student}"
     config.data.name = "digits"
     config.data.crop_padding = 1

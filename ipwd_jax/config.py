@@ -99,6 +99,14 @@ def _optimizer() -> ConfigDict:
     )
 
 
+def teacher_and_student(arg: str, teacher: str, student: str) -> list[str]:
+    """The two networks that the argument of a config file names, or else those given here."""
+    names = arg.split(",") if arg else [teacher, student]
+    if len(names) != 2:
+        raise UserError(f"this config takes TEACHER,STUDENT after the colon, found {arg!r}")
+    return names
+
+
 def cifar_learning_rate(network: str) -> float:
     """First learning rate on CIFAR by Tian et al., 2020: 0.05, or 0.01 for three light networks."""
     return 0.01 if network in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
@@ -125,7 +133,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 
 
 def stages(config: ConfigDict) -> list[ConfigDict]:
-    """The stages of a run in order, each with `name`, `epochs`, `loss`, `optimizer`, `trainable`."""
+    """The stages of a run in order: `name`, `epochs`, `loss`, `optimizer`, `trainable` of each."""
     keys = ("epochs", "loss", "optimizer", "trainable")
     main = ConfigDict({"name": "main", **{key: config[key] for key in keys}})
     first = ConfigDict({"name": "first", **{key: config.first_stage[key] for key in keys}})
@@ -144,14 +152,25 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
+def has_key(config: ConfigDict, path: str) -> bool:
+    """Whether `path` ("optimizer.momentum") is a setting of `config`."""
+    return path in set(_flat(config))
+
+
 def unknown_key(path: str, config: ConfigDict) -> UserError:
-    """The error for a config key `path` ("optimizer.lr") that does not exist in `config`."""
+    """The error for a `path` that is not a setting of `config`, with the nearest that is."""
     known = sorted(_flat(config), key=len)
-    near = difflib.get_close_matches(path, known, n=1)
-    if not near:
-        names = difflib.get_close_matches(path.rpartition(".")[2], [_name(k) for k in known], n=1)
-        near = [k for k in known if _name(k) in names]
-    hint = f" Did you mean config.{near[0]}?" if near else ""
+    parent, _, name = path.rpartition(".")
+    section = [k for k in known if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(name, [_name(k) for k in section], n=1)
+    if near:
+        hint = f" Did you mean config.{parent}{'.' if parent else ''}{near[0]}?"
+    elif parent and section:
+        hint = f" config.{parent} has: {', '.join(sorted(map(_name, section)))}."
+    else:
+        names = difflib.get_close_matches(name, [_name(k) for k in known], n=1)
+        found = [k for k in known if _name(k) in names]
+        hint = f" Did you mean config.{found[0]}?" if found else ""
     return UserError(f"unknown setting config.{path}.{hint}")
 
 

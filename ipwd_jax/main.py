@@ -13,11 +13,12 @@ directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz
 import logging as python_logging
 import pathlib
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ipwd_jax.config import default, unknown_key
+from ipwd_jax.config import default, has_key, unknown_key
 from ipwd_jax.errors import Interrupted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,23 +37,25 @@ _MODE = flags.DEFINE_enum(
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; errors of a config or of its overrides become one line."""
+    """Parses flags; what is wrong with them, the config or its overrides becomes one line."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (KeyError, AttributeError) as error:
-        names = [a.lstrip("-").partition("=")[0] for a in argv if a.startswith("--config.")]
-        for name in names:
-            node = default()
-            for key in name.split(".")[1:]:
-                if key not in node:
-                    _exit(unknown_key(name.partition(".")[2], default()))
-                node = node[key]
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.keys()  # a file that could not be loaded says so here
+        return rest
+    except (KeyError, AttributeError) as error:  # an override of what the config does not have
+        for argument in argv:
+            path = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+            if argument.lstrip("-").startswith("config.") and not has_key(default(), path):
+                _exit(unknown_key(path, default()))
         _exit(UserError(f"the config cannot be read: {error}"))
-    except (TypeError, ValueError, OSError) as error:
-        _exit(UserError(f"the config cannot be read: {error}"))
+    except flags.Error as error:
+        _exit(UserError(str(error).strip().splitlines()[-1]))
+    except OSError:
+        _exit(UserError(f"the config file {flags.FLAGS['config'].config_filename} does not exist"))
 
 
-def _exit(error: UserError) -> None:
+def _exit(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -63,7 +66,7 @@ def _main(argv: list[str]) -> None:
     if _CONFIG.value is None:
         found = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("*.py")))
         raise app.UsageError(f"--config=FILE is missing{f'; here: {found}' if found else ''}")
-    from ipwd_jax import report, train  # JAX is loaded once the command line is known to be right
+    from ipwd_jax import report, train  # the slow imports, once the flags are right
 
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)

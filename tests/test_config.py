@@ -63,15 +63,15 @@ def test_wrong_type_is_refused_by_the_config():
 def test_names_added_by_a_config_file():
     config = config_lib.default()
     config.loss.kdd = 1.0
-    with pytest.raises(UserError, match="loss term 'kdd'.*Did you mean 'kd'"):
+    with pytest.raises(UserError, match=r"loss term 'kdd'.*Did you mean 'kd'"):
         config_lib.validate(config)
     config = config_lib.default()
     config.optimizer.lr = 0.1
-    with pytest.raises(UserError, match="unknown setting config.optimizer.lr"):
+    with pytest.raises(UserError, match=r"unknown setting config\.optimizer\.lr"):
         config_lib.validate(config)
     config = config_lib.default()
     del config.optimizer
-    with pytest.raises(UserError, match="config.optimizer"):
+    with pytest.raises(UserError, match=r"config\.optimizer"):
         config_lib.validate(config)
 
 
@@ -82,6 +82,7 @@ def test_names_added_by_a_config_file():
         ("learning_rate", "learning_rate"),
         ("losss", "config.loss"),
         ("weighting.cilp", "config.weighting.clip"),
+        ("optimizer.lr", "config.optimizer has: decay, learning_rate, milestones"),
     ],
 )
 def test_unknown_key_names_the_nearest(path, meant):
