@@ -7,9 +7,9 @@ position in the run. What a teacher or an evaluation needs is one item.
 
 import contextlib
 import dataclasses
-import logging
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -160,13 +160,11 @@ class Checkpoints:
     def _set_aside(self, damaged: dict[int, Exception]) -> None:
         for number, error in damaged.items():
             name = f"damaged-{number}"
-            logging.warning(
-                "checkpoint %s of %s cannot be read (%s); it is now called %s and an older one "
-                "is used",
-                number,
-                self.folder,
-                _first_line(error),
-                name,
+            print(
+                f"warning: checkpoint {number} in {self.folder} cannot be read "
+                f"({_first_line(error)}). It is called {name} now, and an older one is used.",
+                file=sys.stderr,
+                flush=True,
             )
             (self.folder / str(number)).rename(self.folder / name)
         if damaged:

@@ -62,15 +62,13 @@ class TestArrays:
         )
         assert dataset.train.images.shape[1:] == (4, 4, 1) and dataset.std == 1
 
-    def test_hold_out_takes_every_kth_of_each_class(self):
-        labels = np.array([0] * 10 + [1] * 20 + [2] * 4, np.int32)
-        stay, held = hold_out(data.Split(np.arange(34), labels), 0.2)
-        assert np.bincount(held.labels).tolist() == [2, 4] and held.images[:3].tolist() == [
-            4,
-            9,
-            14,
-        ]
-        assert sorted([*stay.images, *held.images]) == list(range(34))
+    @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.3, 0.4, 0.5])
+    def test_hold_out_takes_its_share_of_every_class(self, fraction):
+        labels = np.array([0] * 10 + [1] * 20 + [2] * 2 + [3], np.int32)
+        stay, held = hold_out(data.Split(np.arange(33), labels), fraction)
+        wanted = [round(10 * fraction), round(20 * fraction), 1, 0]
+        assert np.bincount(held.labels, minlength=4).tolist() == wanted
+        assert sorted([*stay.images, *held.images]) == list(range(33))
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -80,6 +78,8 @@ class TestArrays:
             ({"train_labels": np.zeros(12)}, ["12 integers", "float64"]),
             ({"train_labels": np.zeros(3, int)}, ["12 integers", "(3,)"]),
             ({"train_labels": np.arange(12) - 1}, ["start at 0", "-1"]),
+            ({"train_labels": np.arange(12) % 3 + 2**32}, ["32 bits", "4294967296"]),
+            ({"mean": (0.5,) * 3, "std": (0.1, 0.1, np.nan)}, ["std above 0", "nan"]),
             ({"train_labels": np.zeros(12, int)}, ["1 classes", "at least 2"]),
             ({"train_labels": np.arange(12) % 3 * 2}, ["without a training image: [1, 3]"]),
             ({"test_labels": np.full(12, 7)}, ["none of them: [7]"]),
@@ -115,13 +115,13 @@ class TestArrays:
 def test_digits():
     dataset = load("digits")
     assert dataset.train.images.shape[1:] == (8, 8, 1) and len(dataset.class_names) == 10
-    assert len(dataset.train.labels) + len(dataset.test.labels) == 1797
+    assert (len(dataset.train.labels), len(dataset.test.labels)) == (1438, 359)
     share = np.bincount(dataset.test.labels) / (
         np.bincount(dataset.test.labels) + np.bincount(dataset.train.labels)
     )
     assert (abs(share - 0.2) < 0.01).all()
     assert dataset.train.images.max() == 255
-    assert data.fingerprint(dataset) == "1f3eb03851ffdde4"
+    assert data.fingerprint(dataset) == "a31070271876a7e1"
 
 
 class TestNumpyFile:
@@ -189,6 +189,8 @@ def archive(request, tmp_path, monkeypatch):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     monkeypatch.setattr(cifar, "URL", server.as_uri())
+    counts = len(expected.train.labels), len(expected.test.labels)
+    monkeypatch.setattr(cifar, "COUNTS", counts)
     monkeypatch.setitem(cifar.SHA256, name, hashlib.sha256(path.read_bytes()).hexdigest())
     return name, path, expected, tmp_path / "local"
 
@@ -200,6 +202,9 @@ class TestCifar:
         dataset = load(name, dir=str(local), download=True)
         assert same(dataset, expected) and dataset.class_names == ("apple", "pear")
         np.testing.assert_allclose(dataset.mean, cifar.STATISTICS[name][0])
+        np.testing.assert_allclose(
+            load(name, dir=str(local), mean=(0.1, 0.2, 0.3)).mean, (0.1, 0.2, 0.3)
+        )
         path.unlink()
         assert same(load(name, dir=str(local)), expected)
 
@@ -208,6 +213,11 @@ class TestCifar:
         with tarfile.open(path) as tar:
             tar.extractall(local, filter="data")
         assert same(load(name, dir=str(local)), expected)
+        assert same(load(name, dir=str(local / cifar._LAYOUT[name][0])), expected)
+        cut = next(local.glob("*/*test*.bin"))
+        whole = cut.read_bytes()
+        cut.write_bytes(whole[: len(whole) // 2])  # two whole records
+        fails([cut.name, "4 images", "are needed"], name, dir=str(local))
         next(local.glob("*/*test*.bin")).unlink()
         fails(["not the whole", "test"], name, dir=str(local))
 
@@ -246,12 +256,25 @@ class TestTfds:
         fails(["'trian'", "Did you mean 'train'"], "tfds:tiny", dir=str(TFDS), train_split="trian")
         fails(["cannot be read"], "tfds:tiny", dir=str(TFDS), train_split="train[oops]")
         fails(["mnistt", "Did you mean 'mnist'"], "tfds:mnistt", dir=str(tmp_path))
-        command = f"python -m ipwd_jax.data.tfds mnist {tmp_path}"
+        command = f"python -m ipwd_jax.data.prepare mnist {tmp_path}"
         fails(["not prepared", "ipwd_jax[tfds]", command], "tfds:mnist", dir=str(tmp_path))
         shutil.copytree(TFDS, tmp_path / "copy")
         info = next(tmp_path.glob("copy/tiny/*/dataset_info.json"))
         info.write_text(info.read_text().replace("array_record", "tfrecord"))
-        fails(["tfrecord", "prepare it again"], "tfds:tiny", dir=str(tmp_path / "copy"))
+        fails(["tfrecord", f"{tmp_path}/copy_array_record"], "tfds:tiny", dir=f"{tmp_path}/copy")
+        info.write_text(info.read_text().replace("tfrecord", "array_record"))
+        next(info.parent.glob("tiny-test*")).write_bytes(b"damaged")
+        fails(["'test'", "cannot be read"], "tfds:tiny", dir=f"{tmp_path}/copy")
+        fails(["mnist:9.9.9", "cannot be opened"], "tfds:mnist:9.9.9", dir=str(tmp_path))
+
+    def test_preparing_needs_tensorflow(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-m", "ipwd_jax.data.prepare", "mnist", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1 and done.stderr.startswith("error: preparing a data set needs")
 
 
 class TestFolder:
@@ -285,12 +308,30 @@ class TestFolder:
         self.write(tmp_path / "b/turned.png", turned, exif=exif)
         self.write(tmp_path / "b/alpha.png", Image.new("RGBA", (6, 6), (9, 8, 7, 255)))
         dataset = load(f"folder:{tmp_path}", test_fraction=0.5)
-        assert dataset.train.images.shape == (3, 6, 6, 3)
         images = np.concatenate([dataset.train.images, dataset.test.images])
+        assert images.shape == (5, 6, 6, 3)
         wanted = [np.full((6, 6, 3), 7), np.full((6, 6, 3), 255), np.asarray(turned)[::-1, ::-1],
                   np.full((6, 6, 3), (9, 8, 7))]  # fmt: skip
         for image in wanted:
             assert any(np.array_equal(image, x) for x in images)
+
+    def test_sixteen_bits_become_eight(self, tmp_path):
+        grey = np.array([[0, 255, 256], [1000, 40000, 65535]], np.uint16)
+        for name in "ab":
+            self.write(tmp_path / name / "1.png", Image.fromarray(grey))
+            self.write(tmp_path / name / "2.png", Image.fromarray(grey))
+        dataset = load(f"folder:{tmp_path}", test_fraction=0.5)
+        assert np.array_equal(dataset.train.images[0, :, :, 0], [[0, 0, 1], [3, 156, 255]])
+        self.write(tmp_path / "a/3.tiff", Image.fromarray(np.ones((2, 3), np.float32)))
+        fails(["3.tiff", "mode F"], f"folder:{tmp_path}")
+
+    def test_what_is_no_image_is_left_out(self, tmp_path):
+        for name in "ab":
+            for i in range(2):
+                self.write(tmp_path / name / f"{i}.png")
+            (tmp_path / name / "._0.png").write_bytes(b"not an image")
+            (tmp_path / name / "album.jpg").mkdir()
+        assert len(load(f"folder:{tmp_path}", test_fraction=0.5).train.labels) == 2
 
     def test_sizes_are_made_equal_on_request(self, tmp_path):
         stripes = np.zeros((10, 30, 3), np.uint8)
@@ -323,3 +364,9 @@ class TestFolder:
 )
 def test_unknown_source(name, hint):
     fails([f"data set {name!r}", f"Did you mean '{hint}"], name)
+
+
+def test_settings_that_a_source_does_not_use_are_refused():
+    fails(["config.data.image_size is 32", "digits does not use"], "digits", image_size=32)
+    fails(["train_split", "numpy does not use"], "numpy:x.npz", train_split="train")
+    fails(["download", "tfds does not use"], "tfds:tiny", download=True)

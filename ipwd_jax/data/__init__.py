@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax.data import arrays, cifar, folder, tfds
 from ipwd_jax.data.base import Dataset, Split, fingerprint, from_arrays
-from ipwd_jax.errors import unknown_name
+from ipwd_jax.errors import UserError, unknown_name
 
 __all__ = ["SOURCES", "Dataset", "Split", "fingerprint", "from_arrays", "load"]
 
@@ -20,6 +20,14 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "numpy:PATH.npz": arrays.numpy_file,
 }
 
+# Settings that only some sources read.
+_USED_BY = {
+    "image_size": ("folder",),
+    "train_split": ("tfds", "folder"),
+    "test_split": ("tfds", "folder"),
+    "download": ("cifar10", "cifar100"),
+}
+
 
 def load(config: ConfigDict) -> Dataset:
     """Read the data set that `config.name` names.
@@ -31,6 +39,11 @@ def load(config: ConfigDict) -> Dataset:
         UserError: no such source, or its data is missing, damaged or unfit.
     """
     kind, _, argument = config.name.partition(":")
+    for setting, sources in _USED_BY.items():
+        if config[setting] and kind not in sources:
+            raise UserError(
+                f"config.data.{setting} is {config[setting]!r}, which data from {kind} does not use"
+            )
     for name, source in SOURCES.items():
         known, _, takes = name.partition(":")
         if kind == known and bool(argument) == bool(takes):

@@ -10,7 +10,7 @@ from ipwd_jax.errors import UserError
 
 
 def digits(config: ConfigDict) -> Dataset:
-    """1,797 handwritten digits, 8x8 grey, real and without a download; every 5th is for testing.
+    """1,797 handwritten digits, 8x8 grey, real and without a download; 1,438 train, 359 test.
 
     From scikit-learn: the test set of Kaynak, 1995, UCI Optical Recognition of Handwritten Digits.
     """

@@ -62,13 +62,13 @@ def from_arrays(
     Args:
         train_images: (N, H, W, channels) or (N, H, W) uint8.
         train_labels: (N,) integers from 0; every class occurs.
-        test_images: likewise, or None: every k-th sample of each class is held out.
+        test_images: likewise, or None: some samples of each class are held out (`hold_out`).
         test_labels: likewise.
         name: for people.
         class_names: one per class; default "0", "1", ...
         mean: per channel, of pixels in 0..1; default: computed from the training images.
         std: likewise.
-        test_fraction: about 1 / k, when there is no test split.
+        test_fraction: share of each class that is held out.
 
     Raises:
         UserError: something about the arrays is wrong; the message says what was found.
@@ -98,7 +98,11 @@ def from_arrays(
         mean, std = (mean if len(mean) else computed[0]), (std if len(std) else computed[1])
     channels = train.images.shape[-1]
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    if mean.shape != (channels,) or std.shape != (channels,) or (std <= 0).any():
+    if (
+        mean.shape != (channels,)
+        or std.shape != (channels,)
+        or not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all())
+    ):
         raise UserError(
             f"{name} has {channels} channels; mean and std need as many values, std above 0, "
             f"found mean {mean.tolist()} and std {std.tolist()}"
@@ -121,29 +125,33 @@ def _split(what: str, images: np.ndarray, labels: np.ndarray) -> Split:
             f"{what} labels must be {len(images)} integers, one per image, found "
             f"{labels.shape} {labels.dtype}"
         )
-    if labels.min() < 0:
-        raise UserError(f"{what} labels start at 0, found {labels.min()}")
+    if labels.min() < 0 or labels.max() >= 2**31:
+        raise UserError(
+            f"{what} labels start at 0 and fit into 32 bits, found {labels.min()} to {labels.max()}"
+        )
     return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
 def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
-    """Part a split in two, each class alike: every k-th of its samples, in order, is held out.
+    """Part a split in two, each class alike, evenly over the order of its samples.
 
     Args:
         split: what is parted.
-        fraction: about the share of each class that is held out, 1 / k; in (0, 0.5].
+        fraction: share of each class that is held out, in (0, 0.5]; at least one sample of every
+            class that has two.
 
     Returns:
         What stays and what is held out; a function of the arguments alone.
     """
     if not 0 < fraction <= 0.5:
         raise UserError(f"config.data.test_fraction must be in (0, 0.5], found {fraction}")
-    every = round(1 / fraction)
     held = np.zeros(len(split.labels), bool)
     for label in np.unique(split.labels):
-        held[np.flatnonzero(split.labels == label)[every - 1 :: every]] = True
+        members = np.flatnonzero(split.labels == label)
+        count = max(round(fraction * len(members)), int(len(members) > 1))
+        held[members[(np.arange(count) + 1) * len(members) // (count + 1)]] = True
     if not held.any():
-        raise UserError(f"no class has the {every} images of which one would be held out as a test")
+        raise UserError("every class has a single image, so none can be held out for testing")
     return (
         Split(split.images[~held], split.labels[~held]),
         Split(split.images[held], split.labels[held]),

@@ -22,6 +22,7 @@ SHA256 = {
     "cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     "cifar100": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
 }
+COUNTS = (50_000, 10_000)  # training and test images of both
 # Folder in the archive, files of each split, file of class names, label bytes of a record.
 _LAYOUT = {
     "cifar10": (
@@ -48,22 +49,27 @@ def cifar(config: ConfigDict, name: str) -> Dataset:
     """
     root = pathlib.Path(config.dir or "~/.cache/ipwd_jax").expanduser()
     folder, train, test, names, label_bytes = _LAYOUT[name]
+    if root.name == folder:
+        root = root.parent
     files = _read(root, name, folder, [*train, *test, names], config.download)
 
-    def split(parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def split(parts: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
         # A record: label bytes (CIFAR-100: coarse, fine), then 3 x 32 x 32 pixels by channel.
         size = label_bytes + 3072
         data = b"".join(files[part] for part in parts)
-        if not data or len(data) % size:
-            raise UserError(f"{parts} of {name} in {root} are not whole records of {size} bytes")
+        if len(data) != count * size:
+            raise UserError(
+                f"{', '.join(parts)} of {name} in {root} have {len(data)} bytes in all; "
+                f"{count} images of {size} bytes each are needed"
+            )
         records = np.frombuffer(data, np.uint8).reshape(-1, size)
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, records[:, label_bytes - 1].astype(np.int32)
 
     mean, std = STATISTICS[name]
     return from_arrays(
-        *split(train),
-        *split(test),
+        *split(train, COUNTS[0]),
+        *split(test, COUNTS[1]),
         name=name,
         class_names=files[names].decode().split(),
         mean=config.mean or mean,

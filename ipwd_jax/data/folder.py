@@ -8,7 +8,10 @@ from ml_collections import ConfigDict
 from ipwd_jax.data.base import Dataset, from_arrays
 from ipwd_jax.errors import UserError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+}
 
 
 def folder(config: ConfigDict, path: str) -> Dataset:
@@ -65,7 +68,11 @@ def _folders(root: pathlib.Path) -> list[str]:
 def _read(root: pathlib.Path, names: list[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
     images, labels, files = [], [], []
     for label, name in enumerate(names):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
+        found = sorted(
+            p
+            for p in (root / name).rglob("[!.]*")  # macOS leaves ._NAME beside NAME
+            if p.suffix.lower() in _SUFFIXES and p.is_file()
+        )
         if not found:
             raise UserError(f"the class folder {root / name} has no image files")
         files += found
@@ -87,7 +94,14 @@ def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:
 
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):  # convert() would clip at 255 what goes to 65,535
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise UserError(f"{file} has pixels of mode {image.mode}, of unknown range")
+            image = image.convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{file} cannot be read as an image: {error}") from error
     if image_size:

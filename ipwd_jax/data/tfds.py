@@ -1,14 +1,7 @@
-"""TensorFlow Datasets that are prepared on disk, read without TensorFlow.
-
-    python -m ipwd_jax.data.tfds NAME [DIR]
-
-prepares one, which does need TensorFlow: pip install 'ipwd_jax[tfds]'.
-"""
+"""TensorFlow Datasets that are prepared on disk, read without TensorFlow."""
 
 import os
-import pathlib
 import re
-import sys
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -35,20 +28,23 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
     root = config.dir or os.environ.get("TFDS_DATA_DIR") or None
     try:
         builder = tfds.builder(name, data_dir=root)
+        prepared_in = builder.info.splits and builder.info.file_format.value
     except tfds.core.registered.DatasetNotFoundError:
-        raise unknown_name(
-            "TFDS data set", name, tfds.list_builders(with_community_datasets=False)
-        ) from None
-    command = f"python -m ipwd_jax.data.tfds {name}" + (f" {root}" if root else "")
-    if not builder.info.splits:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise unknown_name("TFDS data set", name, known) from None
+    except Exception as error:  # TFDS raises many kinds for a version or config that is not there
+        raise UserError(f"the TFDS data set {name!r} cannot be opened: {error}") from error
+    command = f"python -m ipwd_jax.data.prepare {name}"
+    if not prepared_in:
         raise UserError(
             f"{name} is not prepared in {builder.data_path}. Prepare it with: "
-            f"pip install 'ipwd_jax[tfds]' && {command}"
+            f"pip install 'ipwd_jax[tfds]' && {command} {root or ''}".rstrip()
         )
-    if builder.info.file_format.value != "array_record":
+    if prepared_in != "array_record":
+        other = f"{builder.data_path.parents[1]}_array_record"
         raise UserError(
-            f"{builder.data_path} is in the format {builder.info.file_format.value}, which only "
-            f"TensorFlow reads; prepare it again in another folder: {command}"
+            f"{builder.data_path} is in the format {prepared_in}, which only TensorFlow reads. "
+            f"Prepare it in another folder, {command} {other}, and set --config.data.dir={other}"
         )
     keys = builder.info.supervised_keys
     if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
@@ -74,9 +70,14 @@ def _read(builder, split: str, image: str, label: str) -> tuple[np.ndarray, np.n
         if base not in splits:
             raise unknown_name(f"split of {builder.name}", base, splits)
     try:
-        source = builder.as_data_source(split)
-    except ValueError as error:
+        return _decode(builder, builder.as_data_source(split), image, label)
+    except UserError:
+        raise
+    except Exception as error:  # of TFDS, of the record files, of the image decoder
         raise UserError(f"the split {split!r} of {builder.name} cannot be read: {error}") from error
+
+
+def _decode(builder, source, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
     images, labels, ids = None, np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
@@ -91,51 +92,10 @@ def _read(builder, split: str, image: str, label: str) -> tuple[np.ndarray, np.n
             images[row], labels[row] = example[image], example[label]
             ids.append(example.get("id"))
     if images is None:
-        raise UserError(f"the split {split!r} of {builder.name} is empty")
+        raise UserError(f"a split of {builder.name} is empty")
     if None in ids:
         return images, labels
     # TFDS shuffles when it prepares. The ids of CIFAR count its examples: in their order a run is
     # the same as from the official archive.
     order = np.argsort(np.array(ids))
     return images[order], labels[order]
-
-
-def prepare(name: str, root: str | None = None) -> pathlib.Path:
-    """Download and write a TFDS data set in the format that `prepared` reads.
-
-    Args:
-        name: of TFDS.
-        root: where; None: TFDS's default, or `$TFDS_DATA_DIR`.
-
-    Returns:
-        The folder of the data set.
-
-    Raises:
-        UserError: no TensorFlow, or no such data set.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        import tensorflow  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "preparing a data set needs TensorFlow: pip install 'ipwd_jax[tfds]'"
-        ) from None
-    root = root or os.environ.get("TFDS_DATA_DIR")
-    try:
-        builder = tfds.builder(name, data_dir=root, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError:
-        raise unknown_name(
-            "TFDS data set", name, tfds.list_builders(with_community_datasets=False)
-        ) from None
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_path)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    try:
-        print(prepare(*sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -1,0 +1,78 @@
+"""Python's share of a training step: how long the call takes to return, and the step to end.
+
+    python benchmarks/dispatch.py [STEPS]
+
+Trains resnet8 with a resnet20 teacher and IPWD on the digits, one step at a time, and prints one
+JSON line: microseconds until the call returns, and until the result is there.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import data as data_lib
+from ipwd_jax import losses, models, optim, parallel, state, step
+from ipwd_jax.data import augment
+from ipwd_jax.data.resident import resident
+from ipwd_jax.models.heads import Heads
+
+
+def main(steps: int) -> None:
+    config = config_lib.default()
+    config.data.update({"name": "digits", "crop_padding": 1, "flip": False})
+    config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
+    config.weighting.name = "ipwd"
+    dataset = data_lib.load(config.data)
+    size, *shape = dataset.train.images.shape
+    network, teacher = models.create("resnet8", 10, parallel.AXIS), models.create("resnet20", 10)
+    (stage,) = config_lib.stages(config)
+    terms, heads = losses.create(stage.loss, config.terms), Heads(10, {"cls": True})
+    per_epoch = -(-size // config.batch_size)
+    sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, stage.epochs))
+    now = state.init_state(0, network, heads, terms, teacher, config.weighting, tuple(shape), size)
+    now = parallel.replicate(state.begin_stage(now, sgd, step.metric_names(terms)))
+    answers = parallel.replicate(teacher.init(jax.random.key(1), np.zeros((1, *shape), np.float32)))
+    data = parallel.replicate(resident(dataset, dataset.train))
+    train_step = parallel.compile_train_step(
+        step.make_train_step(
+            config, stage, network, heads, terms, teacher, sgd,
+            optim.trainable_mask(now.params, ()), per_epoch,
+        )
+    )  # fmt: skip
+    index, mask = augment.epoch_batches(
+        np.arange(size, dtype=np.int32), config.batch_size, parallel.device_count()
+    )
+    returned, ended = [], []
+    for i in range(steps + 20):
+        started = time.perf_counter()
+        now = train_step(now, data, answers, index[i % len(index)], mask[i % len(index)])
+        returned.append(time.perf_counter() - started)
+        jax.block_until_ready(now)
+        ended.append(time.perf_counter() - started)
+    quartiles = {
+        name: [round(1e6 * q) for q in statistics.quantiles(times[20:], n=4)]
+        for name, times in {"call_us": returned, "step_us": ended}.items()
+    }
+    leaves = len(jax.tree.leaves((now, data, answers)))
+    print(
+        json.dumps(
+            {
+                **quartiles,
+                "arrays": leaves,
+                "steps": steps,
+                "jax": jax.__version__,
+                "device": jax.devices()[0].device_kind,
+                "machine": platform.machine(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 300)

@@ -1,0 +1,53 @@
+"""Prepare a TFDS data set for `--config.data.name=tfds:NAME`; needs pip install 'ipwd_jax[tfds]'.
+
+    python -m ipwd_jax.data.prepare NAME [DIR]
+
+DIR is where it is written; default: TFDS's own, or $TFDS_DATA_DIR.
+"""
+
+import os
+import pathlib
+import sys
+
+from ipwd_jax.errors import UserError, unknown_name
+
+
+def prepare(name: str, root: str | None = None) -> pathlib.Path:
+    """Download and write a TFDS data set in the `array_record` format.
+
+    Args:
+        name: of TFDS.
+        root: where; None: TFDS's default, or `$TFDS_DATA_DIR`.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        UserError: no TensorFlow, or no such data set.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        import tensorflow  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "preparing a data set needs TensorFlow: pip install 'ipwd_jax[tfds]'"
+        ) from None
+    root = root or os.environ.get("TFDS_DATA_DIR")
+    try:
+        builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        raise unknown_name(
+            "TFDS data set", name, tfds.list_builders(with_community_datasets=False)
+        ) from None
+    builder.download_and_prepare()
+    return pathlib.Path(builder.data_path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    try:
+        print(prepare(*sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")
