@@ -28,12 +28,12 @@ class Position:
     """Where a run is, beside its arrays.
 
     Attributes:
-      stage: index into `config.stages`.
-      step: steps taken in this stage.
-      seconds: wall time spent training so far, over all processes.
-      best_epoch: epoch of the main stage with the best top-1 so far; 0 before any.
-      best_top1: its test accuracy in percent; -1 before any.
-      history: one row of metrics per finished epoch.
+        stage: index into `config.stages`.
+        step: steps taken in this stage.
+        seconds: wall time spent training so far, over all processes.
+        best_epoch: epoch of the main stage with the best top-1 so far; 0 before any.
+        best_top1: its test accuracy in percent; -1 before any.
+        history: one row of metrics per finished epoch.
     """
 
     stage: int = 0
@@ -49,9 +49,9 @@ class Snapshot:
     """All that a run needs to go on: what a checkpoint holds.
 
     Attributes:
-      state: arrays of the run, on all devices.
-      best: variables of the student after its best epoch so far (the first ones before any).
-      position: the rest.
+        state: arrays of the run, on all devices.
+        best: variables of the student after its best epoch so far (the first ones before any).
+        position: the rest.
     """
 
     state: TrainState
@@ -82,7 +82,7 @@ class Checkpoints:
         """Starts writing a checkpoint; a number that exists already is left as it is.
 
         Raises:
-          UserError: this or the previous checkpoint could not be written.
+            UserError: this or the previous checkpoint could not be written.
         """
         if number in self._manager.all_steps():
             return
@@ -120,10 +120,10 @@ class Checkpoints:
         Newer ones that cannot be read are set aside under another name, with a warning.
 
         Args:
-          template: a state of the stage that a position is in, of which only shapes are read.
+            template: a state of the stage that a position is in, of which only shapes are read.
 
         Raises:
-          UserError: there are checkpoints but none can be read.
+            UserError: there are checkpoints but none can be read.
         """
         damaged = {}
         for number in reversed(self.steps()):
@@ -185,12 +185,12 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
     """The variables of the network that a run trained, on all devices, and how far it was.
 
     Args:
-      workdir: of the run.
-      which: "last" or "best".
-      template: shapes of the expected network's variables.
+        workdir: of the run.
+        which: "last" or "best".
+        template: shapes of the expected network's variables.
 
     Raises:
-      UserError: no checkpoint is there, it cannot be read, or it is of another network.
+        UserError: no checkpoint is there, it cannot be read, or it is of another network.
     """
     folder = workdir.resolve() / _FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]

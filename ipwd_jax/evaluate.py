@@ -29,10 +29,10 @@ def predict_all(predict: Callable, variables: Any, data: Resident, batch_size: i
     """Logits (N, C) of every image of a split, whatever N and the number of devices.
 
     Args:
-      predict: of `make_predict`.
-      variables: of the network, on all devices.
-      data: the split, on all devices.
-      batch_size: images of a call over all devices; does not change the result.
+        predict: of `make_predict`.
+        variables: of the network, on all devices.
+        data: the split, on all devices.
+        batch_size: images of a call over all devices; does not change the result.
     """
     size = len(data.labels)
     order = np.arange(size, dtype=np.int32)
@@ -49,9 +49,9 @@ def score(
     """`metrics.evaluate`, and `recall_group1`.. (head to tail) where a teacher ranks the classes.
 
     Args:
-      logits: (N, C).
-      labels: (N,).
-      class_mass: (C,) the teacher's probabilities summed over the training set.
+        logits: (N, C).
+        labels: (N,).
+        class_mass: (C,) the teacher's probabilities summed over the training set.
     """
     scores = metrics.evaluate(logits, labels)
     if class_mass is not None:

@@ -60,7 +60,7 @@ class Loop:
     """Trains a run from a snapshot to its end.
 
     Attributes:
-      now: where the run is; changes with every step.
+        now: where the run is; changes with every step.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Loop:
         """Trains all stages to their end and saves.
 
         Raises:
-          UserError: a loss was not finite, or a checkpoint could not be written.
-          Interrupted: a signal came; the run is saved.
+            UserError: a loss was not finite, or a checkpoint could not be written.
+            Interrupted: a signal came; the run is saved.
         """
         run, position = self.run, self.now.position
         data = parallel.replicate(resident(run.dataset, run.dataset.train))

@@ -9,12 +9,12 @@ def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """All scalar metrics of a prediction.
 
     Args:
-      logits: (N, C).
-      labels: (N,) integers in 0..C-1.
+        logits: (N, C).
+        labels: (N,) integers in 0..C-1.
 
     Returns:
-      `top1`, `top5`, `ece` in percent; `nll` in nats; `brier` (summed over classes, 0..2);
-      `aurc`, `eaurc` times 1000.
+        `top1`, `top5`, `ece` in percent; `nll` in nats; `brier` (summed over classes, 0..2);
+        `aurc`, `eaurc` times 1000.
     """
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     confidence, correct = np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == labels
@@ -38,12 +38,12 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
     """Expected calibration error over equal bins `(lo, hi]` (Guo et al., 2017; PS-KD's code).
 
     Args:
-      confidence: (N,) largest probability, in (0, 1].
-      correct: (N,) bool.
-      bins: number of bins.
+        confidence: (N,) largest probability, in (0, 1].
+        correct: (N,) bool.
+        bins: number of bins.
 
     Returns:
-      `sum_b n_b / N |accuracy_b - mean confidence_b|`, in 0..1.
+        `sum_b n_b / N |accuracy_b - mean confidence_b|`, in 0..1.
     """
     width = 1 / bins
     error = 0.0
@@ -61,11 +61,11 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, f
     averaged over k = 1..N; the best order puts every error last.
 
     Args:
-      confidence: (N,).
-      correct: (N,) bool.
+        confidence: (N,).
+        correct: (N,) bool.
 
     Returns:
-      (AURC, E-AURC), both in 0..1.
+        (AURC, E-AURC), both in 0..1.
     """
     count = len(correct)
     wrong = ~correct[np.argsort(confidence, kind="stable")[::-1]]
@@ -84,13 +84,13 @@ def group_recall(
     most first, and cut into equal groups.
 
     Args:
-      logits: (N, C).
-      labels: (N,) integers; a class without a sample is left out of its group's mean.
-      class_mass: (C,) the teacher's probabilities summed over the training set.
-      groups: number of groups.
+        logits: (N, C).
+        labels: (N,) integers; a class without a sample is left out of its group's mean.
+        class_mass: (C,) the teacher's probabilities summed over the training set.
+        groups: number of groups.
 
     Returns:
-      Percent per group, from the head of the ranking to its tail; nan for a group without samples.
+        Percent per group, from head to tail of the ranking; nan for a group without samples.
     """
     classes = logits.shape[1]
     hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
@@ -107,11 +107,11 @@ def weight_summary(weights: np.ndarray) -> dict[str, float]:
     """Mean, extremes, deciles and effective sample size of per-sample weights.
 
     Args:
-      weights: (N,) positive.
+        weights: (N,) positive.
 
     Returns:
-      `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, Kish's
-      `(sum w)^2 / sum w^2` as a share of N.
+        `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, Kish's
+        `(sum w)^2 / sum w^2` as a share of N.
     """
     weights = weights.astype(np.float64)
     deciles = np.quantile(weights, np.arange(1, 10) / 10)
@@ -130,9 +130,9 @@ def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.nda
     An inverse propensity must be negatively correlated. nan where either side is constant.
 
     Args:
-      weights: (N,) of the training samples.
-      labels: (N,) integers; every class has a sample.
-      class_mass: (C,) the teacher's probabilities summed over the training set.
+        weights: (N,) of the training samples.
+        labels: (N,) integers; every class has a sample.
+        class_mass: (C,) the teacher's probabilities summed over the training set.
     """
     means = np.bincount(labels, weights, len(class_mass)) / np.bincount(
         labels, minlength=len(class_mass)

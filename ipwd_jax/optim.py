@@ -13,9 +13,9 @@ def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.
     stage, each step its own rate.
 
     Args:
-      optimizer: a config with `schedule`, `learning_rate`, `milestones`, `decay`.
-      steps_per_epoch: steps of one epoch.
-      epochs: epochs of the stage.
+        optimizer: a config with `schedule`, `learning_rate`, `milestones`, `decay`.
+        steps_per_epoch: steps of one epoch.
+        epochs: epochs of the stage.
     """
     if optimizer.schedule == "cosine":
         return optax.cosine_decay_schedule(optimizer.learning_rate, steps_per_epoch * epochs)

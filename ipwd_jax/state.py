@@ -20,14 +20,14 @@ class TrainState:
     """The state of a run.
 
     Attributes:
-      step: scalar int32, steps taken in this stage.
-      params: `{"student": …, "heads": …, "terms": {term: …}}`.
-      batch_stats: `{"student": …, "terms": {term: …}}`.
-      memory: `{"terms": {term: …}, "weighting": …}`, what is remembered of training samples.
-      opt_state: of optax.
-      metrics: name -> average over the epoch so far.
-      nonfinite: loss name -> first step of the stage at which it was not finite, or -1.
-      key: typed PRNG key from which order, crops and flips of every epoch follow; never changes.
+        step: scalar int32, steps taken in this stage.
+        params: `{"student": …, "heads": …, "terms": {term: …}}`.
+        batch_stats: `{"student": …, "terms": {term: …}}`.
+        memory: `{"terms": {term: …}, "weighting": …}`, what is remembered of training samples.
+        opt_state: of optax.
+        metrics: name -> average over the epoch so far.
+        nonfinite: loss name -> first step of the stage at which it was not finite, or -1.
+        key: typed PRNG key from which order, crops and flips of every epoch follow; never changes.
     """
 
     step: jax.Array
@@ -72,14 +72,14 @@ def init_state(
     """The state before the first step, without an optimiser's (see `begin_stage`).
 
     Args:
-      seed: of every random number of the run.
-      network: the student.
-      heads: its extra heads.
-      terms: the terms of all stages.
-      teacher: the teacher's network, of which only shapes are used.
-      weighting_config: `config.weighting`.
-      image_shape: (H, W, channels).
-      train_size: number of training samples.
+        seed: of every random number of the run.
+        network: the student.
+        heads: its extra heads.
+        terms: the terms of all stages.
+        teacher: the teacher's network, of which only shapes are used.
+        weighting_config: `config.weighting`.
+        image_shape: (H, W, channels).
+        train_size: number of training samples.
     """
     key = jax.random.key(seed)
     student_key, heads_key, terms_key = jax.random.split(jax.random.fold_in(key, 0), 3)

@@ -43,19 +43,19 @@ def make_train_step(
     the term's per-sample loss, multiplied by the weighting for the terms that it names.
 
     Args:
-      config: of the run.
-      stage: of `config.stages`.
-      network: the student.
-      heads: its extra heads.
-      terms: the active terms of this stage.
-      teacher: the teacher's network, or None.
-      optimizer: of `optim.sgd`.
-      trainable: bools like `TrainState.params`; other leaves stay as they are.
-      steps_per_epoch: steps of one epoch.
+        config: of the run.
+        stage: of `config.stages`.
+        network: the student.
+        heads: its extra heads.
+        terms: the active terms of this stage.
+        teacher: the teacher's network, or None.
+        optimizer: of `optim.sgd`.
+        trainable: bools like `TrainState.params`; other leaves stay as they are.
+        steps_per_epoch: steps of one epoch.
 
     Returns:
-      `step(state, data, teacher_variables, index, mask) -> state` for one device's rows: `index`
-      (B,) int32 into `data`, `mask` (B,) float32.
+        `step(state, data, teacher_variables, index, mask) -> state` for one device's rows: `index`
+        (B,) int32 into `data`, `mask` (B,) float32.
     """
     padding, flip = config.data.crop_padding, config.data.flip
     views = augment.num_views(padding, flip)

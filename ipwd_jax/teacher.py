@@ -24,11 +24,11 @@ class Teacher:
     """A network that is asked and never trained.
 
     Attributes:
-      network: its module.
-      variables: its parameters and running statistics, on all devices.
-      checksum: of `variables`.
-      class_mass: (C,) float64, its probabilities summed over the unaugmented training set.
-      test_logits: (N_test, C).
+        network: its module.
+        variables: its parameters and running statistics, on all devices.
+        checksum: of `variables`.
+        class_mass: (C,) float64, its probabilities summed over the unaugmented training set.
+        test_logits: (N_test, C).
     """
 
     network: nn.Module
@@ -49,12 +49,12 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
     """Reads a trained teacher and asks it about the whole data set.
 
     Args:
-      config: of the student's run.
-      workdir: of the teacher's run.
-      dataset: of both.
+        config: of the student's run.
+        workdir: of the teacher's run.
+        dataset: of both.
 
     Raises:
-      UserError: the checkpoint is missing, unreadable or of another network.
+        UserError: the checkpoint is missing, unreadable or of another network.
     """
     network = models.create(config.teacher.name, len(dataset.class_names))
     template = network_shapes(network, dataset.train.images.shape[1:])

@@ -38,17 +38,17 @@ def run(
     """Trains what `config` says, a missing teacher first; goes on where it was stopped.
 
     Args:
-      config: of `ipwd_jax.config.default`, changed.
-      workdir: folder of the run; made when missing.
-      dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
-      teacher_only: stop when the teacher is there.
+        config: of `ipwd_jax.config.default`, changed.
+        workdir: folder of the run; made when missing.
+        dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
+        teacher_only: stop when the teacher is there.
 
     Returns:
-      What `result.json` holds: of the student's run, or of the teacher's.
+        What `result.json` holds: of the student's run, or of the teacher's.
 
     Raises:
-      UserError: something that the user can mend is wrong; the message says what.
-      Interrupted: SIGINT or SIGTERM came; the run is saved.
+        UserError: something that the user can mend is wrong; the message says what.
+        Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config)
@@ -78,15 +78,15 @@ def evaluate_run(
     """Measures the newest checkpoint of a run on the test set of `config.data`.
 
     Args:
-      config: names the network and the data, which may be another split than in training.
-      workdir: of the run.
-      dataset: in place of `config.data.name`.
+        config: names the network and the data, which may be another split than in training.
+        workdir: of the run.
+        dataset: in place of `config.data.name`.
 
     Returns:
-      Metrics of the `last` and of the `best` epoch, also written to `eval.json`.
+        Metrics of the `last` and of the `best` epoch, also written to `eval.json`.
 
     Raises:
-      UserError: the checkpoint is missing, unreadable or of another network.
+        UserError: the checkpoint is missing, unreadable or of another network.
     """
     workdir = pathlib.Path(workdir)
     config_lib.validate(config)

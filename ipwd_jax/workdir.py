@@ -30,7 +30,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes the directory and keeps other processes out of it.
 
     Raises:
-      UserError: it cannot be written, or another process is using it.
+        UserError: it cannot be written, or another process is using it.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,13 +51,13 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
     """Notes in `config.json` what a work directory is for, or refuses one that is for other things.
 
     Args:
-      workdir: of the run.
-      config: of the run.
-      checksums: of what the run reads (`data`, `teacher`); those noted earlier are kept.
+        workdir: of the run.
+        config: of the run.
+        checksums: of what the run reads (`data`, `teacher`); those noted earlier are kept.
 
     Raises:
-      UserError: the directory is of another config, data or teacher; the message says what
-        differs.
+        UserError: the directory is of another config, data or teacher; the message says what
+          differs.
     """
     path = workdir / "config.json"
     plain = json.loads(config.to_json_best_effort())

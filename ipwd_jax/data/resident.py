@@ -12,10 +12,10 @@ class Resident:
     """One split on the device.
 
     Attributes:
-      images: (N, H, W, channels) uint8.
-      labels: (N,) int32.
-      mean: (channels,) float32, subtracted from pixels in 0..1.
-      std: (channels,) float32, by which they are divided.
+        images: (N, H, W, channels) uint8.
+        labels: (N,) int32.
+        mean: (channels,) float32, subtracted from pixels in 0..1.
+        std: (channels,) float32, by which they are divided.
     """
 
     images: jax.Array | np.ndarray

@@ -25,7 +25,7 @@ def create(loss: ConfigDict, hyper: ConfigDict) -> dict[str, nn.Module]:
     """The active terms, by name: those whose weight in `loss` is not zero.
 
     Args:
-      loss: weight of each term.
-      hyper: hyper-parameters of each term (`config.terms`).
+        loss: weight of each term.
+        hyper: hyper-parameters of each term (`config.terms`).
     """
     return {name: TERMS[name](**hyper[name]) for name, weight in loss.items() if weight}

@@ -21,12 +21,12 @@ class Batch:
     """The rows of one step on one device.
 
     Attributes:
-      image: (B, H, W, channels) float32, augmented and normalised.
-      label: (B,) int32 in 0..classes-1.
-      index: (B,) int32, position in the training set.
-      view: (B,) int32, which of the augmented views of the image this is.
-      mask: (B,) float32, 0 for rows that only pad the batch.
-      epoch: scalar int32, epochs finished in this stage.
+        image: (B, H, W, channels) float32, augmented and normalised.
+        label: (B,) int32 in 0..classes-1.
+        index: (B,) int32, position in the training set.
+        view: (B,) int32, which of the augmented views of the image this is.
+        mask: (B,) float32, 0 for rows that only pad the batch.
+        epoch: scalar int32, epochs finished in this stage.
     """
 
     image: jax.Array
@@ -44,12 +44,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     `torch.nn.CrossEntropyLoss`.
 
     Args:
-      logits: (B, C).
-      labels: (B,) integers in 0..C-1.
-      label_smoothing: mass spread evenly over the classes, in 0..1.
+        logits: (B, C).
+        labels: (B,) integers in 0..C-1.
+        label_smoothing: mass spread evenly over the classes, in 0..1.
 
     Returns:
-      (B,) loss in nats, of the dtype of `logits`.
+        (B,) loss in nats, of the dtype of `logits`.
     """
     log_p = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]

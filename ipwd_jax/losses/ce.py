@@ -12,7 +12,7 @@ class CrossEntropy(nn.Module):
     """`CE(logits, label)`, per sample.
 
     Attributes:
-      label_smoothing: mass spread evenly over the classes (0.1 in Szegedy et al., 2016).
+        label_smoothing: mass spread evenly over the classes (0.1 in Szegedy et al., 2016).
     """
 
     label_smoothing: float = 0.0
@@ -31,9 +31,9 @@ class ClsHead(nn.Module):
     which sees the labels and never the teacher.
 
     Attributes:
-      backbone_gradient: whether this loss also trains the backbone. The paper does not say; with
-        True the backbone gets one more cross-entropy, so compare with a run that has this term
-        and uniform weights.
+        backbone_gradient: whether this loss also trains the backbone. The paper does not say; with
+          True the backbone gets one more cross-entropy, so compare with a run that has this term
+          and uniform weights.
     """
 
     backbone_gradient: bool = True

@@ -22,13 +22,13 @@ def kd_loss(
     leaves the teacher's entropy in (another value, the same gradient).
 
     Args:
-      student_logits: (B, C).
-      teacher_logits: (B, C).
-      temperature: T > 0.
-      cross_entropy: `H(teacher, student)` in place of the KL divergence.
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        temperature: T > 0.
+        cross_entropy: `H(teacher, student)` in place of the KL divergence.
 
     Returns:
-      (B,) loss in nats, times T^2.
+        (B,) loss in nats, times T^2.
     """
     log_s = jax.nn.log_softmax(student_logits / temperature)
     log_t = jax.nn.log_softmax(teacher_logits / temperature)
@@ -40,8 +40,8 @@ class KD(nn.Module):
     """`kd_loss` of the student's and the teacher's logits, per sample.
 
     Attributes:
-      temperature: T; 4 on CIFAR-100 (Tian et al., 2020).
-      cross_entropy: leave the teacher's entropy in the value, as WSLD does.
+        temperature: T; 4 on CIFAR-100 (Tian et al., 2020).
+        cross_entropy: leave the teacher's entropy in the value, as WSLD does.
     """
 
     temperature: float = 4.0

@@ -20,12 +20,12 @@ def wsld_weights(student_logits: jax.Array, teacher_logits: jax.Array, labels: j
     the authors' code. Used with `kd.cross_entropy`, T 4 and loss weight 2.25 on CIFAR-100.
 
     Args:
-      student_logits: (B, C).
-      teacher_logits: (B, C).
-      labels: (B,) integers.
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        labels: (B,) integers.
 
     Returns:
-      (B,) weights in [0, 1], detached.
+        (B,) weights in [0, 1], detached.
     """
     ratio = cross_entropy(student_logits, labels) / (cross_entropy(teacher_logits, labels) + 1e-7)
     return lax.stop_gradient(-jnp.expm1(-jnp.maximum(ratio, 0.0)))
@@ -46,13 +46,13 @@ def ipwd_scores(
     that the two heads' scales do not matter.
 
     Args:
-      kd_logits: (B, C) of the head that is trained with the teacher.
-      cls_logits: (B, C) of the head that is trained with labels only.
-      labels: (B,) integers.
-      standardize: whether `standardized` is applied first.
+        kd_logits: (B, C) of the head that is trained with the teacher.
+        cls_logits: (B, C) of the head that is trained with labels only.
+        labels: (B,) integers.
+        standardize: whether `standardized` is applied first.
 
     Returns:
-      Two (B,) arrays in nats, detached.
+        Two (B,) arrays in nats, detached.
     """
     if standardize:
         kd_logits, cls_logits = standardized(kd_logits), standardized(cls_logits)
@@ -68,12 +68,12 @@ def ipwd_weights(h_kd, h_cls, ratio: str = "A"):
     correlated with the teacher's mass, which every IPWD run reports for both.
 
     Args:
-      h_kd: (B,) score of the distilled head, NumPy or JAX.
-      h_cls: (B,) score of the label-only head.
-      ratio: "A" or "B".
+        h_kd: (B,) score of the distilled head, NumPy or JAX.
+        h_cls: (B,) score of the label-only head.
+        ratio: "A" or "B".
 
     Returns:
-      (B,) weights.
+        (B,) weights.
     """
     above, below = {"A": (h_kd, h_cls), "B": (h_cls, h_kd)}[ratio]
     return 1 + above / (below + 1e-7)
@@ -108,15 +108,15 @@ def weigh(
     order.
 
     Args:
-      weighting: `config.weighting`.
-      student: logits (B, C), and for IPWD `extra_logits["cls"]`.
-      teacher: logits (B, C), for WSLD.
-      batch: labels, indices, mask and epoch.
-      memory: of `init_memory`.
-      axis_name: mapped axis over which the global batch is spread.
+        weighting: `config.weighting`.
+        student: logits (B, C), and for IPWD `extra_logits["cls"]`.
+        teacher: logits (B, C), for WSLD.
+        batch: labels, indices, mask and epoch.
+        memory: of `init_memory`.
+        axis_name: mapped axis over which the global batch is spread.
 
     Returns:
-      (B,) float32 weights without gradient, and the new memory, equal on all devices.
+        (B,) float32 weights without gradient, and the new memory, equal on all devices.
     """
     record = {}
     if weighting.name == "uniform":

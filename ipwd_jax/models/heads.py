@@ -13,8 +13,8 @@ class Heads(nn.Module):
     """One linear classifier per name, all on the same embedding.
 
     Attributes:
-      classes: width of each head.
-      gradient: head name -> whether its gradient reaches the backbone.
+        classes: width of each head.
+        gradient: head name -> whether its gradient reaches the backbone.
     """
 
     classes: int
