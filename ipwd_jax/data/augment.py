@@ -57,7 +57,8 @@ def apply_views(images: jax.Array, view: jax.Array, padding: int, flip: bool) ->
     crop, mirrored = jnp.divmod(view, 2) if flip else (view, jnp.zeros_like(view))
 
     def cut(image: jax.Array, crop: jax.Array, mirrored: jax.Array) -> jax.Array:
-        image = lax.dynamic_slice(image, (crop // side, crop % side, 0), images.shape[1:])
+        corner = crop // side, crop % side, jnp.zeros_like(crop)
+        image = lax.dynamic_slice(image, corner, images.shape[1:])
         return jnp.where(mirrored, image[:, ::-1], image)
 
     return jax.vmap(cut)(bordered, crop, mirrored)
