@@ -2,18 +2,22 @@
 
 A checkpoint has four items: `last` and `best`, the variables of the student after the latest and
 after the best evaluated epoch; `state`, everything else of the `TrainState`; `meta`, JSON of the
-position in the run. What a teacher or an evaluation needs is one item.
+position in the run and of a checksum of each item, because changed bytes in a file of numbers go
+unnoticed otherwise. What a teacher or an evaluation needs is one item.
 """
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ipwd_jax import parallel
@@ -86,11 +90,14 @@ class Checkpoints:
         """
         if number in self._manager.all_steps():
             return
+        items = {
+            "last": snapshot.state.network(),
+            "best": snapshot.best,
+            "state": _without_network(snapshot.state),
+        }
         args = ocp.args.Composite(
-            last=ocp.args.StandardSave(snapshot.state.network()),
-            best=ocp.args.StandardSave(snapshot.best),
-            state=ocp.args.StandardSave(_without_network(snapshot.state)),
-            meta=ocp.args.JsonSave(dataclasses.asdict(snapshot.position)),
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+            meta=ocp.args.JsonSave(_meta(snapshot.position, items)),
         )
         with self._writing():
             self._manager.save(number, args=args, force=True)
@@ -143,8 +150,8 @@ class Checkpoints:
         return None
 
     def _restore(self, number: int, template: Callable[[Position], TrainState]) -> Snapshot:
-        meta = self._manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        position = Position(**meta.meta)
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        position, checksums = _read_meta(self._manager.restore(number, args=args).meta)
         state = template(position)
         network = parallel.replicated_shapes(state.network())
         items = self._manager.restore(
@@ -155,11 +162,15 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(parallel.replicated_shapes(_without_network(state))),
             ),
         )
+        for name in ("last", "best", "state"):
+            _verify(name, items[name], checksums)
         return Snapshot(_with_network(items.state, items.last), items.best, position)
 
     def _set_aside(self, damaged: dict[int, Exception]) -> None:
         for number, error in damaged.items():
             name = f"damaged-{number}"
+            while (self.folder / name).exists():
+                name += "-again"
             print(
                 f"warning: checkpoint {number} in {self.folder} cannot be read "
                 f"({_first_line(error)}). It is called {name} now, and an older one is used.",
@@ -217,10 +228,46 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
         )
     try:
         variables = checkpointer.restore(path, parallel.replicated_shapes(template))
-        position = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(meta)
-        return variables, Position(**position)
+        meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(meta)
+        position, checksums = _read_meta(meta_of_run)
+        _verify(which, variables, checksums)
+        return variables, position
     except Exception as error:
         raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+
+
+def _meta(position: Position, items: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a checkpoint: the position, and checksums of it and of the items."""
+    plain = dataclasses.asdict(position)
+    checksums = {name: _checksum(item) for name, item in items.items()}
+    return {**plain, "checksums": {"position": _checksum_of_json(plain), **checksums}}
+
+
+def _read_meta(meta: dict[str, Any]) -> tuple[Position, dict[str, str]]:
+    """The position and the checksums of a checkpoint; raises ValueError for a changed position."""
+    plain = {key: value for key, value in meta.items() if key != "checksums"}
+    if _checksum_of_json(plain) != meta["checksums"]["position"]:
+        raise ValueError("the position has changed since it was saved")
+    return Position(**plain), meta["checksums"]
+
+
+def _verify(name: str, item: Any, checksums: dict[str, str]) -> None:
+    if _checksum(item) != checksums[name]:
+        raise ValueError(f"the numbers of {name!r} have changed since they were saved")
+
+
+def _checksum(tree: Any) -> str:
+    """CRC-32 over all leaves of a pytree, in order: 8 hexadecimal digits."""
+    crc = 0
+    for leaf in jax.tree.leaves(tree):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)), crc)
+    return f"{crc:08x}"
+
+
+def _checksum_of_json(value: Any) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def _leaves(tree: Any):

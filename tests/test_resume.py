@@ -1,8 +1,11 @@
 """Runs that are killed, stopped, damaged or refused, and go on bit for bit."""
 
 import csv
+import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,14 +14,15 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import models, workdir
-from ipwd_jax.checkpoint import load_network
+from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network
 from ipwd_jax.errors import UserError
-from ipwd_jax.state import network_shapes
+from ipwd_jax.state import TrainState, network_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,167 +38,273 @@ def environment(tmp_path_factory):
     }
 
 
-def start(runs, environment, *prefix, every_seconds=0.0):
+def start(runs, environment, every_seconds=0.0, largest_file=resource.RLIM_INFINITY):
     """One epoch of a teacher and two of a student; a checkpoint after every step by default."""
     command = [
-        *prefix, sys.executable, "-m", "ipwd_jax.main",
+        sys.executable, "-m", "ipwd_jax.main",
         "--config=configs/digits_ipwd.py:resnet8,resnet8", "--config.epochs=2",
-        "--config.teacher.epochs=1", f"--workdir={runs}/student",
+        "--config.teacher.epochs=1", f"--workdir={runs / 'student'}",
         f"--config.checkpoint.every_seconds={every_seconds}",
     ]  # fmt: skip
+    limit = (largest_file, resource.RLIM_INFINITY)
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def finish(process):
+def output_of(process, code=0):
     output, _ = process.communicate(timeout=200)
-    return process.returncode, output
+    assert process.returncode == code, output
+    return output
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, environment):
     """The folder of the runs of a teacher and a student that nothing disturbed."""
     runs = tmp_path_factory.mktemp("reference")
-    code, output = finish(start(runs, environment, every_seconds=60.0))
-    assert code == 0, output
+    output_of(start(runs, environment, every_seconds=60.0))
     return runs
+
+
+TEACHER = "digits_resnet8_seed0"
 
 
 def networks(runs):
     template = network_shapes(models.create("resnet8", 10), (8, 8, 1))
     return [
         jax.device_get(load_network(runs / run, which, template)[0])
-        for run in ("digits_resnet8_seed0", "student")
+        for run in (TEACHER, "student")
         for which in ("last", "best")
     ]
 
 
-def history(runs):
-    with (runs / "student" / "metrics.csv").open() as file:
+def history(run):
+    with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def result(run):
+    times = ("images_per_second", "train_seconds")
+    return {
+        k: v for k, v in json.loads((run / "result.json").read_text()).items() if k not in times
+    }
 
 
 def assert_same(runs, reference):
     same = jax.tree.map(np.array_equal, networks(runs), networks(reference))
     assert all(jax.tree.leaves(same))
-    assert history(runs) == history(reference)
+    for run in (TEACHER, "student"):
+        assert history(runs / run) == history(reference / run)
+        assert result(runs / run) == result(reference / run)
 
 
-def checkpoints(runs):
-    return {p for p in runs.glob("*/checkpoints/*") if p.name.isdigit()}
-
-
-@pytest.fixture
-def stopped(reference, environment, tmp_path):
-    """A student that was stopped in the middle by SIGTERM, beside the finished teacher."""
-    shutil.copytree(reference / "digits_resnet8_seed0", tmp_path / "digits_resnet8_seed0")
-    process = start(tmp_path, environment)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("student/checkpoints/[0-9]*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    code, output = finish(process)
-    assert code == 128 + signal.SIGTERM
-    assert "SIGTERM; the same command goes on from here" in output
-    return tmp_path
+def checkpoints(runs, run="*"):
+    return {p for p in runs.glob(f"{run}/checkpoints/*") if p.name.isdigit()}
 
 
 def newest(runs):
-    return max((p for p in checkpoints(runs) if "student" in str(p)), key=lambda p: int(p.name))
+    return max(checkpoints(runs, "student"), key=lambda p: int(p.name))
+
+
+def stop(runs, environment, signum):
+    """Starts the run and stops it by a signal after it has written two checkpoints."""
+    known = checkpoints(runs)
+    process = start(runs, environment)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(runs, "student") - known) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    output = output_of(process, 128 + signum)
+    assert f"{signum.name}; the same command goes on from here" in output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="module")
+def stopped_once(reference, environment, tmp_path_factory):
+    """A student that was stopped in the middle by SIGTERM, beside the finished teacher."""
+    runs = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(reference / TEACHER, runs / TEACHER)
+    stop(runs, environment, signal.SIGTERM)
+    return runs
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    return shutil.copytree(stopped_once, tmp_path / "runs")
+
+
+def test_stopped_by_signals(stopped, reference, environment):
+    number = newest(stopped).name  # by SIGTERM
+    assert f"Going on from step {number}" in stop(stopped, environment, signal.SIGINT)
+    number = newest(stopped).name
+    output = output_of(start(stopped, environment, every_seconds=60.0))
+    assert f"Going on from step {number}" in output
+    assert_same(stopped, reference)
 
 
 def largest_file(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)  # of those with numbers
 
 
-def test_stopped_by_a_signal(stopped, reference, environment):
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def overwrite(file):
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(random.Random(0).randbytes(64))
+
+
+DAMAGES = {"truncated": truncate, "missing": Path.unlink, "overwritten": overwrite}
+
+
+def test_damaged_checkpoint_is_set_aside(stopped, reference, environment):
     number = newest(stopped).name
-    code, output = finish(start(stopped, environment, every_seconds=60.0))
-    assert code == 0 and f"Going on from step {number}" in output
-    assert_same(stopped, reference)
-
-
-def test_stopped_by_control_c(reference, environment, tmp_path):
-    process = start(tmp_path, environment)
-    while not checkpoints(tmp_path):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
-    assert code == 128 + signal.SIGINT and "goes on from here" in output
-    code, output = finish(start(tmp_path, environment, every_seconds=60.0))
-    assert code == 0, output
-    assert_same(tmp_path, reference)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped"])
-def test_damaged_checkpoint_is_set_aside(stopped, reference, environment, damage):
-    folder = newest(stopped)
-    file = largest_file(folder)
-    content = file.read_bytes()
-    if damage == "truncated":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "missing":
-        file.unlink()
-    else:
-        middle = len(content) // 2
-        file.write_bytes(content[:middle] + bytes(64) + content[middle + 64 :])
-    code, output = finish(start(stopped, environment, every_seconds=60.0))
-    assert code == 0, output
-    assert (
-        f"damaged-{folder.name}" in output and (folder.parent / f"damaged-{folder.name}").exists()
-    )
-    assert_same(stopped, reference)
+    older = min(int(p.name) for p in checkpoints(stopped, "student"))
+    processes = {}
+    for name, damage in DAMAGES.items():
+        runs = shutil.copytree(stopped, stopped.parent / name)
+        damage(largest_file(newest(runs)))
+        processes[runs] = start(runs, environment, every_seconds=60.0)
+    for runs, process in processes.items():
+        output = output_of(process)
+        assert f"warning: checkpoint {number} in {runs / 'student'}" in output
+        assert f"Going on from step {older}" in output
+        assert (runs / "student" / "checkpoints" / f"damaged-{number}" / "state").is_dir()
+        assert_same(runs, reference)
 
 
 def test_no_checkpoint_can_be_read(stopped, environment):
-    for folder in checkpoints(stopped):
-        if "student" in str(folder):
-            largest_file(folder).write_bytes(b"")
-    before = checkpoints(stopped)
-    code, output = finish(start(stopped, environment))
-    assert code == 2 and "no checkpoint in" in output and "Nothing was changed" in output
-    assert checkpoints(stopped) == before
+    for folder in checkpoints(stopped, "student"):
+        overwrite(largest_file(folder))
+
+    def contents():
+        return {p: p.is_file() and p.read_bytes() for p in stopped.rglob("*")}
+
+    before = contents()
+    output = output_of(start(stopped, environment), 2)
+    assert "no checkpoint in" in output and "Nothing was changed" in output
+    assert "Traceback" not in output
+    assert contents() == before
 
 
 def test_no_space_for_a_checkpoint(stopped, reference, environment):
-    limit = "trap '' XFSZ; ulimit -f 98; exec \"$@\""  # files of at most 98 KiB can be written
     number = newest(stopped).name
-    code, output = finish(start(stopped, environment, "bash", "-c", limit, "bash"))
-    assert code == 2, output
+    output = output_of(start(stopped, environment, largest_file=100_000), 2)
     assert "a checkpoint could not be written" in output
     assert f"Newest complete checkpoint: step {number}" in output
-    code, output = finish(start(stopped, environment, every_seconds=60.0))
-    assert code == 0, output
+    assert "Traceback" not in output
+    output = output_of(start(stopped, environment, every_seconds=60.0))
+    assert f"Going on from step {number}" in output
     assert_same(stopped, reference)
 
 
 @pytest.mark.slow
 def test_killed_ten_times(reference, environment, tmp_path):
     moments = random.Random(0)
-    hit = 0
-    while hit < 10:
-        known = checkpoints(tmp_path)
-        process = start(tmp_path, environment)
-        while process.poll() is None and checkpoints(tmp_path) <= known:
+    kills, while_writing, runs = 0, 0, tmp_path / "0"
+    while kills < 10:
+        known = checkpoints(runs)
+        process = start(runs, environment)
+        while process.poll() is None and checkpoints(runs) <= known:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.5))  # also while a checkpoint is being written
-        if process.poll() is not None:
-            pytest.fail(f"the run ended after {hit} kills: {finish(process)[1]}")
         process.kill()
-        process.communicate()
-        hit += 1
-    code, output = finish(start(tmp_path, environment, every_seconds=60.0))
-    assert code == 0, output
-    assert_same(tmp_path, reference)
+        output, _ = process.communicate()
+        if process.returncode == 0:  # the end came first: begin another run
+            assert_same(runs, reference)
+            runs = tmp_path / str(kills)
+            continue
+        assert process.returncode == -signal.SIGKILL, output
+        kills += 1
+        while_writing += any(runs.glob("*/checkpoints/*tmp*"))
+    assert while_writing > 0
+    output_of(start(runs, environment, every_seconds=60.0))
+    assert_same(runs, reference)
+
+
+class TestCheckpoint:
+    """Checkpoints 1 and 2 of a tiny state, of which the newer is damaged."""
+
+    @staticmethod
+    def state(number):
+        numbers = jax.random.normal(jax.random.key(number), (2000,))
+        return TrainState(
+            step=jnp.int32(number),
+            params={"student": {"a": numbers}, "heads": {}},
+            batch_stats={"student": {"a": -numbers}},
+            memory={"b": 2 * numbers},
+            opt_state=(3 * numbers,),
+            metrics={},
+            nonfinite={},
+            key=jax.random.key(number),
+        )
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            for number in (1, 2):
+                state = self.state(number)
+                position = Position(step=number, best_top1=math.pi, history=[{"loss": math.nan}])
+                checkpoints.save(number, Snapshot(state, state.network(), position))
+                checkpoints.wait()
+        return tmp_path
+
+    def restore(self, run):
+        with Checkpoints(run, keep=2) as checkpoints:
+            snapshot = checkpoints.restore(lambda position: self.state(0))
+        number = snapshot.position.step
+        expected = self.state(number)
+        plain = lambda state: state.replace(key=jax.random.key_data(state.key))  # noqa: E731
+        same = jax.tree.map(np.array_equal, plain(snapshot.state), plain(expected))
+        assert all(jax.tree.leaves(same))
+        assert np.array_equal(snapshot.best["params"]["a"], expected.params["student"]["a"])
+        return number
+
+    def test_undamaged(self, run):
+        assert self.restore(run) == 2
+
+    @pytest.mark.parametrize("item", ["last", "best", "state"])
+    def test_overwritten_numbers(self, run, item, capsys):
+        overwrite(largest_file(run / "checkpoints" / "2" / item))
+        assert self.restore(run) == 1
+        assert "checkpoint 2" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("old", ['"step": 2', "3.14159"])
+    def test_overwritten_position(self, run, old, capsys):
+        file = run / "checkpoints" / "2" / "meta" / "metadata"
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, old[:-1] + "8"))
+        assert self.restore(run) == 1
+        assert "position" in capsys.readouterr().err
+
+    def test_number_that_was_set_aside_before(self, run, capsys):
+        other = run / "checkpoints" / "damaged-2"
+        shutil.copytree(run / "checkpoints" / "2", other)
+        overwrite(largest_file(run / "checkpoints" / "2" / "last"))
+        assert self.restore(run) == 1
+        assert other.exists() and (run / "checkpoints" / "damaged-2-again").exists()
+        assert "damaged-2-again" in capsys.readouterr().err
+
+    def test_one_item(self, run):
+        template = jax.eval_shape(lambda: self.state(0).network())
+        variables, position = load_network(run, "best", template)
+        assert position.step == 2
+        assert np.array_equal(variables["params"]["a"], self.state(2).params["student"]["a"])
+        overwrite(largest_file(run / "checkpoints" / "2" / "best"))
+        with pytest.raises(UserError, match="best cannot be read"):
+            load_network(run, "best", template)
 
 
 class TestWorkDirectory:
