@@ -41,7 +41,7 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
 def trainable_mask(params, prefixes: tuple[str, ...]):
     """A pytree of bools like `params`: whether the leaf's path starts with one of `prefixes`.
 
-    Paths are written `student/layer1_0/conv1/kernel`; a prefix ends at a `/`. No prefixes at all
+    Paths are written `student/layer1.0/conv1/kernel`; a prefix ends at a `/`. No prefixes at all
     means everything.
     """
 

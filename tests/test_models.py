@@ -226,8 +226,8 @@ def test_wrn_taps_do_not_update_statistics_twice():
     train = jax.jit(partial(network.apply, train=True, mutable="batch_stats"))
     outputs, new = train(variables, normal(2, 8, 8, 3))
     layers = [
-        lambda tree: tree["batch_stats"]["block2_layer_0"]["bn1"],
-        lambda tree: tree["batch_stats"]["block3_layer_0"]["bn1"],
+        lambda tree: tree["batch_stats"]["block2.layer.0"]["bn1"],
+        lambda tree: tree["batch_stats"]["block3.layer.0"]["bn1"],
         lambda tree: tree["batch_stats"]["bn1"],
     ]
     for layer, tap in zip(layers, outputs.features[1:], strict=True):
@@ -293,12 +293,12 @@ def test_weights_survive_the_round_trip_bit_for_bit(name):
 def test_names_and_layouts_are_pytorchs():
     variables = variables_of(models.create("wrn_16_1", classes=5))
     tensors = to_torch(variables)
-    kernel = variables["params"]["block2_layer_0"]["convShortcut"]["kernel"]
+    kernel = variables["params"]["block2.layer.0"]["convShortcut"]["kernel"]
     tensor = tensors["block2.layer.0.convShortcut.weight"]
     assert tensor.shape == (32, 16, 1, 1)
     assert tensor[3, 2, 0, 0] == kernel[0, 0, 2, 3]
     np.testing.assert_array_equal(tensors["fc.weight"].T, variables["params"]["fc"]["kernel"])
-    var = variables["batch_stats"]["block1_layer_0"]["bn1"]["var"]
+    var = variables["batch_stats"]["block1.layer.0"]["bn1"]["var"]
     np.testing.assert_array_equal(tensors["block1.layer.0.bn1.running_var"], var)
 
 

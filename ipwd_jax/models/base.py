@@ -6,6 +6,7 @@ of strided convolutions, the stored variance, initialisers) this module does as 
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,12 @@ class Outputs:
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def torch_uniform(fan_in: int) -> Initializer:
-    """Return the initialiser U(-b, b), b = 1 / sqrt(fan_in), of PyTorch's Linear and Conv2d.
+# PyTorch's default for the kernels of Conv2d and Linear: U(-b, b), b = 1 / sqrt(fan_in).
+torch_uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-    PyTorch draws the bias from it too, with the fan-in of the kernel: hence the argument.
-    """
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """Return PyTorch's initialiser of a bias: U(-b, b), b = 1 / sqrt(fan_in) of the kernel."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(
         key, shape, dtype, -bound, bound, out_sharding=out_sharding
@@ -135,35 +137,107 @@ class Linear(nn.Module):
 
     Attributes:
         features: width of the output.
+        kernel_init: initialiser of the kernel.
         bias_init: initialiser of the bias; None: PyTorch's, which follows the width of the input
             (so that `flax.linen.Dense`, whose initialiser does not see it, cannot draw it).
     """
 
     features: int
+    kernel_init: Initializer = torch_uniform_kernel
     bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, D) -> (B, features)."""
+        """(B, D) -> (B, features), of the wider type of `x` and the bias."""
         fan_in = x.shape[-1]
-        uniform = torch_uniform(fan_in)
-        kernel = self.param("kernel", uniform, (fan_in, self.features), jnp.float32)
-        bias = self.param("bias", self.bias_init or uniform, (self.features,), jnp.float32)
-        return x @ kernel + bias[None]
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features), jnp.float32)
+        bias_init = self.bias_init or torch_uniform(fan_in)
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        dtype = jnp.promote_types(x.dtype, bias.dtype)
+        return jnp.dot(x, kernel, preferred_element_type=dtype) + bias[None]
 
 
-def conv(features: int, kernel: int = 3, stride: int = 1, *, name: str) -> nn.Conv:
-    """Return a square convolution without bias, padded by kernel // 2 on each side.
+class Conv(nn.Module):
+    """A square convolution, or its transpose, with PyTorch's padding and initialisation.
 
     The padding is explicit because "SAME" pads a strided convolution on the far side only, which
-    shifts the map against PyTorch's by one pixel.
+    shifts the map against PyTorch's by one pixel. `flax.linen.Conv` would do but for the bias,
+    whose initialiser does not see the fan-in. Parameters: `kernel` (H, W, in / groups, features),
+    for a transpose (H, W, features, in), and `bias` (features,).
+
+    Attributes:
+        features: channels of the output.
+        kernel: pixels a side.
+        stride: of the output; of a transpose, by how much it enlarges.
+        padding: pixels on each side; None: kernel // 2.
+        groups: of channels that do not see each other.
+        use_bias: whether there is a bias.
+        kernel_init: initialiser of the kernel.
+        bias_init: initialiser of the bias; None: PyTorch's.
+        transpose: the transposed convolution, as `torch.nn.ConvTranspose2d`.
     """
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        stride,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=he_normal_fan_out,
-        name=name,
-    )
+
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int | None = None
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: Initializer = torch_uniform_kernel
+    bias_init: Initializer | None = None
+    transpose: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, C) -> (B, H', W', features), of the type of `x` and the kernel."""
+        # Of a transpose PyTorch takes the width of the output for the fan-in: its kernel is
+        # stored the other way round.
+        width = self.features if self.transpose else x.shape[-1] // self.groups
+        other = x.shape[-1] if self.transpose else self.features
+        shape = (self.kernel, self.kernel, width, other)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        padding = self.kernel // 2 if self.padding is None else self.padding
+        dtype = jnp.promote_types(x.dtype, kernel.dtype)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        strides, layout = (self.stride,) * 2, ("NHWC", "HWIO", "NHWC")
+        if self.transpose:
+            border = (self.kernel - 1 - padding,) * 2
+            y = lax.conv_transpose(
+                x, kernel, strides, (border,) * 2, dimension_numbers=layout, transpose_kernel=True
+            )
+        else:
+            y = lax.conv_general_dilated(
+                x,
+                kernel,
+                strides,
+                ((padding, padding),) * 2,
+                dimension_numbers=layout,
+                feature_group_count=self.groups,
+            )
+        if self.use_bias:
+            bias_init = self.bias_init or torch_uniform(self.kernel**2 * width)
+            bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+            y = y + bias.astype(dtype).reshape(1, 1, 1, -1)
+        return y
+
+
+# A convolution without bias that starts He-normal, as most networks have them.
+conv = partial(Conv, kernel_init=he_normal_fan_out)
+
+
+def avg_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:
+    """Average pooling as `torch.nn.AvgPool2d`: the padding counts as zeros."""
+    border = ((padding, padding),) * 2
+    return nn.avg_pool(x, (kernel, kernel), (stride or kernel,) * 2, border)
+
+
+def max_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:
+    """Max pooling as `torch.nn.MaxPool2d`: the padding never wins."""
+    border = ((padding, padding),) * 2
+    return nn.max_pool(x, (kernel, kernel), (stride or kernel,) * 2, border)
+
+
+def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
+    """Deal the channels of `groups` groups out in turn, as the ShuffleNets do: (..., C)."""
+    split = x.reshape(*x.shape[:-1], groups, -1)
+    return split.swapaxes(-1, -2).reshape(x.shape)

@@ -27,8 +27,8 @@ class BasicBlock(nn.Module):
         y = conv(self.width, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask)
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = conv(self.width, kernel=1, stride=self.stride, name="downsample_0")(x)
-            x = self.norm(name="downsample_1")(x, mask)
+            x = conv(self.width, kernel=1, stride=self.stride, name="downsample.0")(x)
+            x = self.norm(name="downsample.1")(x, mask)
         return x + y
 
 
@@ -64,7 +64,7 @@ class ResNet(nn.Module):
         for stage, width in enumerate(stages, start=1):
             for block in range(self.blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
-                pre = BasicBlock(width, stride, norm, name=f"layer{stage}_{block}")(x, mask)
+                pre = BasicBlock(width, stride, norm, name=f"layer{stage}.{block}")(x, mask)
                 x = nn.relu(pre)
             features += (x,)
             preact += (pre,)

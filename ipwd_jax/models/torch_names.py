@@ -1,7 +1,7 @@
 """Weights of the public PyTorch implementations to and from Flax variables.
 
-Modules carry the names of the reference with "_" for ".", so one rule serves every network:
-`params/layer1_0/conv1/kernel` is `layer1.0.conv1.weight`, `batch_stats/bn1/var` is
+Modules carry the names of the reference, dots included, so one rule serves every network:
+`params/layer1.0/conv1/kernel` is `layer1.0.conv1.weight`, `batch_stats/bn1/var` is
 `bn1.running_var`. No PyTorch is needed: a state dict is a mapping from names to NumPy arrays.
 """
 
@@ -67,7 +67,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _torch_name(path: tuple[str, ...]) -> str:
     _, *modules, leaf = path
-    return f"{'.'.join(modules).replace('_', '.')}.{_LEAVES[leaf]}"
+    return ".".join((*modules, _LEAVES.get(leaf, leaf)))
 
 
 def _transpose(x: np.ndarray, axes_by_rank: dict[int, tuple[int, ...]]) -> np.ndarray:

@@ -75,7 +75,7 @@ class WideResNet(nn.Module):
             for block in range(self.blocks):
                 stride = 2 if group > 1 and block == 0 else 1
                 layer = PreactBlock(
-                    8 * 2**group * self.width, stride, norm, name=f"block{group}_layer_{block}"
+                    8 * 2**group * self.width, stride, norm, name=f"block{group}.layer.{block}"
                 )
                 x, pre = layer(x, mask)
                 if group > 1 and block == 0:
