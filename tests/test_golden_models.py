@@ -14,25 +14,23 @@ import numpy as np
 import pytest
 
 from ipwd_jax import models
-from ipwd_jax.errors import UserError
 from ipwd_jax.models.torch_names import from_torch, to_torch
 
-GOLDEN = helpers.golden_json("models.json")
 RECIPE = helpers.recipe()
-QUICK = {"resnet8", "resnet20", "resnet8x4", "wrn_16_1", "wrn_16_2"}
-
-
-def is_ours(name):
-    try:
-        models.create(name, classes=1)
-    except UserError:
-        return False
-    return True
+# Files of golden values, and our names of the networks in them where they differ.
+FILES = {
+    "models": {},
+    "selfkd_models": {"ResNet101_cifar": "ResNet101", "DenseNet121_cifar": "DenseNet121"},
+    "imagenet_models": {"ResNet18": "ResNet18_imagenet", "ResNet34": "ResNet34_imagenet"},
+}
+# A small network of each family; the others are slow.
+QUICK = {"resnet8", "resnet8x4", "wrn_16_1", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1"}
+QUICK |= {"ShuffleV2", "PreActResNet18", "DenseNet121_cifar", "MobileNetV1", "ResNet18"}
 
 
 @dataclass
 class Case:
-    """A network of the golden file: what it should give and what it gives in float64."""
+    """A network of a golden file: what it should give and what it gives in float64."""
 
     network: Any
     variables: Any
@@ -60,37 +58,44 @@ def train_step(network, variables, images, labels):
     return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
 
-def golden_images(name, batch):
-    return RECIPE.images(name, batch, GOLDEN["image_size"]).transpose(0, 2, 3, 1)
+def cases():
+    for file in FILES:
+        for name in helpers.golden_json(f"{file}.json")["models"]:
+            marks = () if name in QUICK else pytest.mark.slow
+            yield pytest.param((file, name), id=name, marks=marks)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in filter(is_ours, GOLDEN["models"])
-    ],
-)
+@pytest.fixture(scope="module", params=cases())
 def case(request):
-    name = request.param
-    golden = GOLDEN["models"][name]
-    network = models.create(name, GOLDEN["classes"])
+    file, name = request.param
+    header = helpers.golden_json(f"{file}.json")
+    golden = header["models"][name]
+    network = models.create(FILES[file].get(name, name), header["classes"])
     arrays = {
         key.removeprefix(f"{name}/"): value
-        for key, value in helpers.golden_arrays("models.npz").items()
+        for key, value in helpers.golden_arrays(f"{file}.npz").items()
         if key.startswith(f"{name}/")
     }
-    eval_images = golden_images(GOLDEN["eval_images"], len(arrays["eval_logits"]))
-    train_images = golden_images(GOLDEN["train_images"], len(arrays["train_logits"]))
-    labels = RECIPE.labels(GOLDEN["train_labels"], len(train_images), GOLDEN["classes"])
 
+    def images(which):
+        batch = len(arrays[f"{which}_logits"])
+        drawn = RECIPE.images(header[f"{which}_images"], batch, header["image_size"])
+        return drawn.transpose(0, 2, 3, 1)
+
+    eval_images, train_images = images("eval"), images("train")
+    labels = RECIPE.labels(header["train_labels"], len(train_images), header["classes"])
     template = jax.eval_shape(network.init, jax.random.key(0), eval_images)
-    weights = RECIPE.weights(GOLDEN["weights_prefix"] + name, golden["shapes"])
+    weights = RECIPE.weights(header["weights_prefix"] + name, golden["shapes"])
     variables = from_torch(weights, template)
     with jax.enable_x64(True):
         outputs = jax.jit(network.apply)(variables, eval_images)
-        step = jax.jit(partial(train_step, network))
-        (loss, (logits, batch_stats)), gradients = step(variables, train_images, labels)
+        if "grad_norms" in golden:
+            step = jax.jit(partial(train_step, network))
+            (loss, (logits, batch_stats)), gradients = step(variables, train_images, labels)
+        else:
+            train = jax.jit(partial(network.apply, train=True, mutable="batch_stats"))
+            logits = train(variables, train_images)[0].logits
+            loss = batch_stats = gradients = None
         computed = jax.device_get((outputs, loss, logits, batch_stats, gradients))
     return Case(network, variables, eval_images, train_images, golden, arrays, *computed)
 
@@ -106,9 +111,15 @@ def test_parameter_count(case):
 
 @pytest.mark.parametrize("taps", ["features", "preact"])
 def test_taps(case, taps):
+    golden = case.golden.get(taps)
+    if golden is None:
+        return  # the file gives the logits alone
     maps = (*getattr(case.outputs, taps), case.outputs.embedding)
-    assert [list(x.shape) for x in maps] == [tap["shape"] for tap in case.golden[taps]]
-    for x, tap in zip(maps, case.golden[taps], strict=True):
+    if isinstance(golden[0], list):  # shapes alone, and of MobileNetV1 without the stem
+        assert [list(x.shape) for x in maps][-len(golden) :] == golden
+        return
+    assert [list(x.shape) for x in maps] == [tap["shape"] for tap in golden]
+    for x, tap in zip(maps, golden, strict=True):
         first = np.moveaxis(x[0], -1, 0).reshape(-1)[:3]  # the reference is channel-first
         actual = [x.mean(), np.abs(x).mean(), *first]
         assert_close(actual, [tap["mean"], tap["absmean"], *tap["first"]])
@@ -118,8 +129,13 @@ def test_eval_logits(case):
     assert_close(case.outputs.logits, case.arrays["eval_logits"])
 
 
-def test_train_step(case):
+def test_train_logits(case):
     assert_close(case.train_logits, case.arrays["train_logits"])
+
+
+def test_train_step(case):
+    if "train_loss" not in case.golden:
+        return  # the file gives the logits alone
     assert_close(case.loss, case.golden["train_loss"])
     first_bn = case.golden["first_bn"].removesuffix(".running_var")
     statistics = to_torch({"batch_stats": case.batch_stats})
@@ -128,8 +144,12 @@ def test_train_step(case):
 
 
 def test_gradients(case):
+    if "grad_norms" not in case.golden:
+        return
     norms = {k: np.linalg.norm(g) for k, g in to_torch({"params": case.gradients}).items()}
-    assert norms == pytest.approx(case.golden["grad_norms"], rel=1e-9, abs=0)
+    # A bias before BatchNorm (VGG) has a gradient of zero, up to rounding.
+    rounding = 1e-12 * max(norms.values())
+    assert norms == pytest.approx(case.golden["grad_norms"], rel=1e-9, abs=rounding)
 
 
 def test_float32_logits(case):

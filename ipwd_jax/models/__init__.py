@@ -2,7 +2,7 @@
 
 A network is called as `net(x, train=False, mask=None)`, x (B, H, W, channels) float, and returns
 `Outputs`; its module has the fields `classes` and `axis_name` and says which is its
-`smallest_image`. A new family is one file beside this one and one line in `NETWORKS`.
+`smallest_image` and which of its modules are `head_modules`, behind the last map. A new family is one file beside this one and one line in `NETWORKS`.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,19 @@ from collections.abc import Callable
 from flax import linen as nn
 
 from ipwd_jax.errors import UserError, unknown_name
-from ipwd_jax.models import resnet, wrn
+from ipwd_jax.models import (
+    densenet,
+    mobilenetv1,
+    mobilenetv2,
+    preact_resnet,
+    resnet,
+    resnet_large,
+    resnext,
+    shufflenetv1,
+    shufflenetv2,
+    vgg,
+    wrn,
+)
 from ipwd_jax.models.base import Outputs
 
 __all__ = ["NETWORKS", "Outputs", "check_input", "create"]
@@ -18,11 +30,20 @@ __all__ = ["NETWORKS", "Outputs", "check_input", "create"]
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **resnet.NETWORKS,
     **wrn.NETWORKS,
+    **vgg.NETWORKS,
+    **mobilenetv2.NETWORKS,
+    **shufflenetv1.NETWORKS,
+    **shufflenetv2.NETWORKS,
+    **resnet_large.NETWORKS,
+    **mobilenetv1.NETWORKS,
+    **preact_resnet.NETWORKS,
+    **densenet.NETWORKS,
+    **resnext.NETWORKS,
 }
 
 
 def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
-    """Return the network `name`, one of `NETWORKS` or any other `wrn_<depth>_<width>`.
+    """Return the network `name`, one of `NETWORKS`, `wrn_<depth>_<width>`, `MobileNetV2_<width>`.
 
     Args:
         name: as above.
@@ -33,9 +54,10 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
     Raises:
         UserError: no such network; the message names the nearest.
     """
-    constructor = NETWORKS.get(name) or wrn.from_name(name)
+    constructor = NETWORKS.get(name) or wrn.from_name(name) or mobilenetv2.from_name(name)
     if constructor is None:
-        raise unknown_name("network", name, [*NETWORKS, "wrn_<depth>_<width>"])
+        patterns = ["wrn_<depth>_<width>", "MobileNetV2_<width>"]
+        raise unknown_name("network", name, [*NETWORKS, *patterns])
     return constructor(classes=classes, axis_name=axis_name)
 
 

@@ -48,6 +48,7 @@ class ResNet(nn.Module):
     axis_name: str | None = None
 
     smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+    head_modules: ClassVar[tuple[str, ...]] = ("fc",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:

@@ -1,0 +1,77 @@
+"""DenseNet-121 for small images (Huang et al. 2017, https://arxiv.org/abs/1608.06993).
+
+After the DenseNet-121 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints it reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool
+
+
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3: puts new channels before those it got."""
+
+    growth: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        y = nn.relu(self.norm(name="bn1")(x, mask))
+        y = Conv(4 * self.growth, kernel=1, name="conv1")(y)
+        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = Conv(self.growth, name="conv2")(y)
+        return jnp.concatenate([y, x], axis=-1)
+
+
+class DenseNet(nn.Module):
+    """DenseNet with bottlenecks and transitions that halve the channels and the map.
+
+    Attributes:
+        classes: number of logits.
+        layers: layers of each dense block.
+        growth: channels that a layer adds.
+        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+    """
+
+    classes: int
+    layers: tuple[int, int, int, int] = (6, 12, 24, 16)
+    growth: int = 32
+    axis_name: str | None = None
+
+    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    head_modules: ClassVar[tuple[str, ...]] = ("bn", "linear")
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+
+        Taps: the stem's convolution and the raw output of each dense block. The BatchNorm that
+        reads the latter, of a transition or the final one, gives its `preact`.
+        """
+        norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
+        x = Conv(2 * self.growth, name="conv1")(x)
+        features: tuple[jax.Array, ...] = (x,)
+        preact: tuple[jax.Array, ...] = (x,)
+        for block, layers in enumerate(self.layers, start=1):
+            if block > 1:
+                pre = norm(name=f"trans{block - 1}.bn")(x, mask)
+                preact += (pre,)
+                transition = Conv(x.shape[-1] // 2, kernel=1, name=f"trans{block - 1}.conv")
+                x = avg_pool(transition(nn.relu(pre)), 2)
+            for layer in range(layers):
+                x = DenseLayer(self.growth, norm, name=f"dense{block}.{layer}")(x, mask)
+            features += (x,)
+        pre = norm(name="bn")(x, mask)
+        preact += (pre,)
+        embedding = nn.relu(pre).mean((1, 2))
+        linear = Linear(self.classes, name="linear")
+        return Outputs(linear(embedding), embedding, features, preact)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"DenseNet121": DenseNet}

@@ -1,0 +1,109 @@
+"""MobileNetV2 for small images (Sandler et al. 2018, https://arxiv.org/abs/1801.04381).
+
+After `models/mobilenetv2.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they
+read.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+
+# Expansion, channels at width 1, repeats, stride of the first.
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+_TAPPED = (1, 2, 4, 6)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, convolve each channel by itself, project; the end is linear.
+
+    As in the reference, the expanding convolution is there even where it expands by 1, and the
+    activations are plain ReLUs.
+    """
+
+    width: int
+    stride: int
+    expansion: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        inside = x.shape[-1] * self.expansion
+        y = conv(inside, kernel=1, name="conv.0")(x)
+        y = nn.relu(self.norm(name="conv.1")(y, mask))
+        y = conv(inside, stride=self.stride, groups=inside, name="conv.3")(y)
+        y = nn.relu(self.norm(name="conv.4")(y, mask))
+        y = conv(self.width, kernel=1, name="conv.6")(y)
+        y = self.norm(name="conv.7")(y, mask)
+        return x + y if self.stride == 1 and x.shape[-1] == self.width else y
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 whose stem halves the map and whose third stage does not.
+
+    Attributes:
+        classes: number of logits.
+        width: factor on the channels of the stages.
+        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+    """
+
+    classes: int
+    width: float = 0.5
+    axis_name: str | None = None
+
+    smallest_image: ClassVar[int] = 16  # halved four times, it leaves a deepest map of one pixel
+    head_modules: ClassVar[tuple[str, ...]] = ("conv2.0", "conv2.1", "classifier.0")
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+
+        Taps: the stem and the linear outputs of four stages, so `preact` equals `features`.
+        """
+        norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
+        x = conv(int(32 * self.width), stride=2, name="conv1.0")(x)
+        x = nn.relu(norm(name="conv1.1")(x, mask))
+        features: tuple[jax.Array, ...] = (x,)
+        for stage, (expansion, channels, repeats, stride) in enumerate(_STAGES):
+            for block in range(repeats):
+                layer = InvertedResidual(
+                    int(channels * self.width),
+                    stride if block == 0 else 1,
+                    expansion,
+                    norm,
+                    name=f"blocks.{stage}.{block}",
+                )
+                x = layer(x, mask)
+            if stage in _TAPPED:
+                features += (x,)
+        x = conv(int(1280 * max(self.width, 1.0)), kernel=1, name="conv2.0")(x)
+        x = nn.relu(norm(name="conv2.1")(x, mask))
+        embedding = x.mean((1, 2))
+        small = nn.initializers.normal(0.01)
+        classifier = Linear(
+            self.classes, kernel_init=small, bias_init=nn.initializers.zeros, name="classifier.0"
+        )
+        return Outputs(classifier(embedding), embedding, features, features)
+
+
+def from_name(name: str) -> Callable[..., nn.Module] | None:
+    """Return the constructor that `MobileNetV2_<width>` names; None for a name of another form."""
+    match = re.fullmatch(r"MobileNetV2_(\d+\.\d+)", name)
+    return partial(MobileNetV2, width=float(match[1])) if match and float(match[1]) > 0 else None
+
+
+# The published tables have the half width; `from_name` knows all the others.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"MobileNetV2": MobileNetV2}

@@ -1,0 +1,88 @@
+"""Pre-activation ResNet-18 for small images (He et al. 2016, https://arxiv.org/abs/1603.05027).
+
+After the ResNet-18 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints it reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs
+
+
+class PreactBlock(nn.Module):
+    """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut.
+
+    As in the reference, the shortcut starts from the activated input, also where it is the
+    identity.
+
+    Returns:
+        The raw sum, and the output of the first BatchNorm (`x` normalised, before the ReLU).
+    """
+
+    width: int
+    stride: int
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        pre = self.norm(name="bn1")(x, mask)
+        activated = nn.relu(pre)
+        y = Conv(self.width, stride=self.stride, name="conv1")(activated)
+        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = Conv(self.width, name="conv2")(y)
+        if self.stride != 1 or x.shape[-1] != self.width:
+            shortcut = Conv(self.width, kernel=1, stride=self.stride, name="shortcut.0")
+            activated = shortcut(activated)
+        return activated + y, pre
+
+
+class PreactResNet(nn.Module):
+    """Pre-activation ResNet of four stages.
+
+    As in the reference, the stem ends with BatchNorm and ReLU, and no BatchNorm or ReLU lies
+    between the last sum and the pooling.
+
+    Attributes:
+        classes: number of logits.
+        blocks: blocks of each stage.
+        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+    """
+
+    classes: int
+    blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
+    axis_name: str | None = None
+
+    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    head_modules: ClassVar[tuple[str, ...]] = ("linear",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+
+        Taps: the stem and the raw sums of the four stages. The BatchNorm that reads such a sum,
+        the next stage's first, gives its `preact`; the last sum is its own.
+        """
+        norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
+        x = Conv(64, name="conv1")(x)
+        x = nn.relu(norm(name="bn1")(x, mask))
+        features: tuple[jax.Array, ...] = (x,)
+        preact: tuple[jax.Array, ...] = (x,)
+        for stage, blocks in enumerate(self.blocks, start=1):
+            for block in range(blocks):
+                stride = 2 if stage > 1 and block == 0 else 1
+                layer = PreactBlock(32 * 2**stage, stride, norm, name=f"layer{stage}.{block}")
+                x, pre = layer(x, mask)
+                if stage > 1 and block == 0:
+                    preact += (pre,)
+            features += (x,)
+        preact += (x,)
+        embedding = x.mean((1, 2))
+        linear = Linear(self.classes, name="linear")
+        return Outputs(linear(embedding), embedding, features, preact)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"PreActResNet18": PreactResNet}
