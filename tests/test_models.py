@@ -256,7 +256,8 @@ def test_any_valid_wrn_has_a_name():
     [
         ("resnet8_x4", "Did you mean 'resnet8x4'?"),
         ("WRN-40-2", "Did you mean 'wrn_40_2'?"),
-        ("densenet", "Valid: resnet110, resnet14,"),
+        ("densenet", "Did you mean 'DenseNet121'?"),
+        ("alexnet", "Valid: DenseNet121, MobileNetV1,"),
         ("wrn_17_2", "the depth is 6 n + 4 (10, 16, 22,"),
         ("wrn_17_2", "Nearest: 'wrn_16_2'"),
         ("wrn_4_1", "Nearest: 'wrn_10_1'"),
@@ -310,16 +311,18 @@ def test_every_tensor_that_does_not_fit_is_named():
     tensors["layer1.0.downsample.0.weight"] = np.zeros((16, 16, 1, 1))
     with pytest.raises(UserError) as error:
         from_torch(tensors, variables)
+    lines = str(error.value).splitlines()
     for part in (
-        "missing: layer2.0.bn1.running_mean;",
-        "not in the network: layer1.0.downsample.0.weight;",
-        "wrong shape: fc.weight (100, 64), expected (5, 64).",
+        "1 missing, 1 not in the network, 1 of another shape",
+        "layer2.0.bn1.running_mean -  (32,)",
+        "layer1.0.downsample.0.weight (16, 16, 1, 1) -",
+        "fc.weight (100, 64) (5, 64)",
     ):
-        assert part in str(error.value)
+        assert part.split() in [line.split()[-len(part.split()) :] for line in lines]
 
 
 def test_weights_of_another_network_give_a_short_message():
     variables = variables_of(models.create("resnet20", classes=5))
-    with pytest.raises(UserError, match="and 97 more") as error:
+    with pytest.raises(UserError, match="and 87 more") as error:
         from_torch({}, variables)
-    assert len(str(error.value)) < 1000
+    assert len(str(error.value).splitlines()) == 23

@@ -1,14 +1,14 @@
 """Cross-entropy with the labels: of the student's own logits, and of its extra `cls` head."""
 
-from typing import ClassVar
+from collections.abc import Mapping
 
-import flax.linen as nn
+import jax
 
-from ipwd_jax.losses.base import Batch, cross_entropy
+from ipwd_jax.losses.base import Batch, Term, cross_entropy
 from ipwd_jax.models.base import Outputs
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Term):
     """`CE(logits, label)`, per sample.
 
     Attributes:
@@ -17,32 +17,29 @@ class CrossEntropy(nn.Module):
 
     label_smoothing: float = 0.0
 
-    needs_teacher: ClassVar[bool] = False
-    heads: ClassVar[dict[str, bool]] = {}
-
-    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch):
+    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
         return cross_entropy(student.logits, batch.label, self.label_smoothing)
 
 
-class ClsHead(nn.Module):
+class ClsHead(Term):
     """`CE(extra_logits["cls"], label)`, per sample: trains the head that IPWD compares with.
 
     Niu et al., 2022: the CLS-trained output is one extra linear head on the student's backbone,
-    which sees the labels and never the teacher.
+    which sees the labels and never the teacher; of IPWD* it is a separate network of the
+    student's architecture.
 
     Attributes:
-        backbone_gradient: whether this loss also trains the backbone. The paper does not say; with
-          True the backbone gets one more cross-entropy, so compare with a run that has this term
-          and uniform weights.
+        source: "backbone", a linear head whose loss also trains the backbone; "detached", one
+            whose loss does not; "network", a separate network (IPWD*). The paper does not say
+            which of the first two it has; with "backbone" the backbone gets one more
+            cross-entropy, so compare with a run that has this term and uniform weights.
     """
 
-    backbone_gradient: bool = True
-
-    needs_teacher: ClassVar[bool] = False
+    source: str = "backbone"
 
     @property
-    def heads(self) -> dict[str, bool]:
-        return {"cls": self.backbone_gradient}
+    def heads(self) -> Mapping[str, str]:
+        return {"cls": self.source}
 
-    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch):
+    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
         return cross_entropy(student.extra_logits["cls"], batch.label)

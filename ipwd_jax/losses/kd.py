@@ -1,12 +1,11 @@
 """Hinton et al., 2015: match the teacher's softened answers."""
 
-from typing import ClassVar
+from collections.abc import Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch
+from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.base import Outputs
 
 
@@ -36,7 +35,7 @@ def kd_loss(
     return temperature**2 * jnp.sum(jnp.exp(log_t) * gap, axis=1)
 
 
-class KD(nn.Module):
+class KD(Term):
     """`kd_loss` of the student's and the teacher's logits, per sample.
 
     Attributes:
@@ -47,8 +46,28 @@ class KD(nn.Module):
     temperature: float = 4.0
     cross_entropy: bool = False
 
-    needs_teacher: ClassVar[bool] = True
-    heads: ClassVar[dict[str, bool]] = {}
+    teacher_taps = ("logits",)
 
-    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch):
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return kd_loss(student.logits, teacher.logits, self.temperature, self.cross_entropy)
+
+
+class KDHead(KD):
+    """`kd_loss` of the extra head `kd`, which sees the teacher and never the labels: IPWD-dagger.
+
+    Niu et al., 2022, appendix: a third head gives the distilled output that the weights are taken
+    from, while the student's own head still predicts. Set `weighting.kd_source` to "head".
+
+    Attributes:
+        source: "backbone", its loss also trains the backbone, or "detached".
+    """
+
+    source: str = "backbone"
+
+    @property
+    def heads(self) -> Mapping[str, str]:
+        return {"kd": self.source}
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        logits = student.extra_logits["kd"]
+        return kd_loss(logits, teacher.logits, self.temperature, self.cross_entropy)

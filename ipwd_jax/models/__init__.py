@@ -1,8 +1,9 @@
 """The networks, by name.
 
 A network is called as `net(x, train=False, mask=None)`, x (B, H, W, channels) float, and returns
-`Outputs`; its module has the fields `classes` and `axis_name` and says which is its
-`smallest_image` and which of its modules are `head_modules`, behind the last map. A new family is one file beside this one and one line in `NETWORKS`.
+`Outputs`. Its module has the fields `classes` and `axis_name` and says which is its
+`smallest_image` and which of its modules, behind the last map, are `head_modules`. A new family is
+one file beside this one and one line in `NETWORKS`.
 """
 
 from collections.abc import Callable

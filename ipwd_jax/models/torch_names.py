@@ -5,7 +5,7 @@ Modules carry the names of the reference, dots included, so one rule serves ever
 `bn1.running_var`. No PyTorch is needed: a state dict is a mapping from names to NumPy arrays.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,25 +38,20 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any
     """
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
     wanted = traverse_util.flatten_dict(variables)
-    names = {path: _torch_name(path) for path in wanted}
-    shapes = {
-        names[path]: tuple(leaf.shape[axis] for axis in _TO_TORCH[leaf.ndim])
-        for path, leaf in wanted.items()
-    }
-    problems = {
-        "missing": sorted(shapes.keys() - given.keys()),
-        "not in the network": sorted(given.keys() - shapes.keys()),
-        "wrong shape": [
-            f"{name} {given[name].shape}, expected {shape}"
-            for name, shape in shapes.items()
-            if name in given and given[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        report = "; ".join(f"{what}: {_first(found)}" for what, found in problems.items() if found)
-        raise UserError(f"these weights are not of this network. {report}.")
-    arrays = {path: _transpose(given[name], _FROM_TORCH) for path, name in names.items()}
+    shapes, found = torch_shapes(variables), {name: x.shape for name, x in given.items()}
+    if found != shapes:
+        raise UserError(f"these weights are not of this network: {_differences(found, shapes)}")
+    arrays = {path: _transpose(given[_torch_name(path)], _FROM_TORCH) for path in wanted}
     return traverse_util.unflatten_dict(arrays)
+
+
+def torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `variables` (arrays, or of `jax.eval_shape`) as PyTorch has them."""
+    leaves = traverse_util.flatten_dict(variables)
+    return {
+        _torch_name(path): tuple(leaf.shape[axis] for axis in _TO_TORCH[len(leaf.shape)])
+        for path, leaf in leaves.items()
+    }
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -75,6 +70,22 @@ def _transpose(x: np.ndarray, axes_by_rank: dict[int, tuple[int, ...]]) -> np.nd
     return np.array(x.transpose(axes_by_rank[x.ndim]), order="C")
 
 
-def _first(items: Sequence[str], n: int = 10) -> str:
-    more = f" and {len(items) - n} more" if len(items) > n else ""
-    return ", ".join(items[:n]) + more
+def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: int = 20) -> str:
+    """A table of the tensors that are missing, left over or misshapen."""
+    names = [n for n in (*wanted, *found) if found.get(n) != wanted.get(n)]
+    names = list(dict.fromkeys(names))
+    counts = {
+        "missing": sum(name not in found for name in names),
+        "not in the network": sum(name not in wanted for name in names),
+        "of another shape": sum(name in found and name in wanted for name in names),
+    }
+    table = [("tensor", "in the file", "in the network")]
+    table += [(n, str(found.get(n, "-")), str(wanted.get(n, "-"))) for n in names[:rows]]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [", ".join(f"{count} {what}" for what, count in counts.items() if count)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"  {'  '.join(cells)}".rstrip())
+    if len(names) > rows:
+        lines.append(f"  and {len(names) - rows} more")
+    return "\n".join(lines)

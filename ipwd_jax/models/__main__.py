@@ -1,0 +1,71 @@
+"""List the networks: `python -m ipwd_jax.models [NAME ...]`.
+
+Parameters and multiply-adds are those with 100 classes at 32x32, or with 1,000 classes at 224x224
+for the networks of ImageNet. Multiply-adds are those of convolutions and of the classifier for one
+image, the zeros of the border counted.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.extend import core
+
+from ipwd_jax import models
+from ipwd_jax.errors import UserError
+
+
+def multiply_adds(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one forward pass for one image of shape (H, W, channels)."""
+    image = jnp.zeros((1, *image_shape))
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    jaxpr = jax.make_jaxpr(lambda v, x: network.apply(v, x).logits)(variables, image)
+    return _count(jaxpr.jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(out) * math.prod(kernel[:3])  # HWIO, I of one group
+        elif equation.primitive.name == "dot_general":
+            total += math.prod(equation.invars[1].aval.shape)
+        total += sum(_count(inner) for inner in core.jaxprs_in_params(equation.params))
+    return total
+
+
+def describe(name: str) -> str:
+    """A line on a network: name, parameters, multiply-adds, image size, taps."""
+    small = models.create(name, classes=1).smallest_image < 32
+    classes, size = (100, 32) if small else (1000, 224)
+    network = models.create(name, classes)
+    image = jnp.zeros((1, size, size, 3))
+    outputs, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), image)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
+    taps = " ".join(f"{x.shape[3]}x{x.shape[1]}" for x in outputs.features)
+    millions = multiply_adds(network, image.shape[1:]) / 1e6
+    return (
+        f"{name:20}{parameters:>12,}{millions:>12,.2f}{size:>6}  "
+        f"{taps} | {outputs.embedding.shape[1]}"
+    )
+
+
+def main(names: Sequence[str]) -> None:
+    """Print the table of `names`, or of all networks."""
+    print(f"{'network':20}{'parameters':>12}{'MACs (M)':>12}{'image':>6}  taps, channels x side")
+    for name in names or models.NETWORKS:
+        print(describe(name), flush=True)
+    if not names:
+        print("\nAny other wrn_<depth>_<width> and MobileNetV2_<width> is a network too.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,110 @@
+"""A frozen copy of a network without its BatchNorm layers, for teachers that only answer.
+
+In inference a BatchNorm is an affine map of each channel. Where it reads a convolution, its factor
+goes into the kernel and its offset becomes a bias: one pass over the map less. Where it reads
+something else (the first layer of a pre-activation block) it stays, as that affine map.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+
+_Path = tuple[str, ...]
+
+
+def fold(network: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> Any:
+    """Return what `apply_folded` needs in place of `variables`, computed in float32 or better.
+
+    Args:
+        network: any of `ipwd_jax.models`.
+        variables: its parameters and running statistics.
+        image_shape: (H, W, channels), to trace the network once.
+
+    Returns:
+        `{"params": as before, with folded kernels, "affine": {path: {"gain", "shift"}}}`; gain is
+        missing where it is in a kernel.
+    """
+    fed_by = _convolutions_before_norms(network, variables, image_shape)
+    params = traverse_util.flatten_dict(variables["params"])
+    stats = traverse_util.flatten_dict(variables["batch_stats"])
+    affine = {}
+    for path in {path[:-1] for path in stats}:
+        gain = params[*path, "scale"] / jnp.sqrt(stats[*path, "var"] + BatchNorm.eps)
+        shift = params[*path, "bias"] - gain * stats[*path, "mean"]
+        name, conv = "/".join(path), fed_by.get(path)
+        if conv is None:
+            affine[name] = {"gain": gain, "shift": shift}
+            continue
+        kernel = params[*conv, "kernel"]
+        params[*conv, "kernel"] = kernel * gain.reshape(1, 1, 1, -1)
+        if (*conv, "bias") in params:
+            params[*conv, "bias"] = params[*conv, "bias"] * gain
+        affine[name] = {"shift": shift}
+    return {"params": traverse_util.unflatten_dict(params), "affine": affine}
+
+
+def apply_folded(network: nn.Module, folded: Any, x: jax.Array) -> Outputs:
+    """Answer as `network.apply(variables, x)` does, up to rounding.
+
+    Args:
+        network: as given to `fold`.
+        folded: of `fold`; may be cast to another float type.
+        x: (B, H, W, channels).
+    """
+
+    def without_norm(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if not _is_call(context, BatchNorm):
+            return call(*args, **kwargs)
+        (y, *_), layer = args, folded["affine"]["/".join(context.module.path)]
+        y = y * layer["gain"].astype(y.dtype).reshape(_row(y)) if "gain" in layer else y
+        return y + layer["shift"].astype(y.dtype).reshape(_row(y))
+
+    with nn.intercept_methods(without_norm):
+        return network.apply({"params": folded["params"]}, x)
+
+
+def _convolutions_before_norms(
+    network: nn.Module, variables: Any, image_shape: tuple[int, ...]
+) -> dict[_Path, _Path]:
+    """BatchNorm -> the convolution that it reads, where nothing else reads it, not even a tap."""
+    outputs: list[tuple[Any, _Path]] = []  # arrays are compared by identity
+    fed_by = {}
+
+    def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        path = context.module.path
+        if _is_call(context, BatchNorm):
+            fed_by[path] = next((conv for array, conv in outputs if array is args[0]), None)
+        result = call(*args, **kwargs)
+        if _is_call(context, Conv):
+            result = checkpoint_name(result, "/".join(path))  # to find it in the jaxpr
+            outputs.append((result, path))
+        return result
+
+    with nn.intercept_methods(record):
+        images = jnp.zeros((1, *image_shape))
+        jaxpr = jax.make_jaxpr(network.apply)(variables, images).jaxpr
+    read = [*jaxpr.outvars, *(x for equation in jaxpr.eqns for x in equation.invars)]
+    uses = Counter(x for x in read if not isinstance(x, core.Literal))
+    alone = {
+        equation.params["name"]
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "name" and uses[equation.outvars[0]] == 1
+    }
+    return {norm: conv for norm, conv in fed_by.items() if conv and "/".join(conv) in alone}
+
+
+def _is_call(context: Any, kind: type[nn.Module]) -> bool:
+    return isinstance(context.module, kind) and context.method_name == "__call__"
+
+
+def _row(x: jax.Array) -> tuple[int, ...]:
+    return (1,) * (x.ndim - 1) + (-1,)
