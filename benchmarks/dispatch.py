@@ -33,7 +33,8 @@ def main(steps: int) -> None:
     size, *shape = dataset.train.images.shape
     network, teacher = models.create("resnet8", 10, parallel.AXIS), models.create("resnet20", 10)
     (stage,) = config_lib.stages(config)
-    terms, heads = losses.create(stage.loss, config.terms), Heads(10, {"cls": True})
+    terms = losses.create(stage.loss, config.terms, {"axis_name": parallel.AXIS})
+    heads = Heads(10, {"cls": "backbone"})
     per_epoch = -(-size // config.batch_size)
     sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, stage.epochs))
     now = state.init_state(0, network, heads, terms, teacher, config.weighting, tuple(shape), size)
@@ -42,7 +43,8 @@ def main(steps: int) -> None:
     data = parallel.replicate(resident(dataset, dataset.train))
     train_step = parallel.compile_train_step(
         step.make_train_step(
-            config, stage, network, heads, terms, teacher, sgd,
+            config, stage, network, heads, terms,
+            lambda variables, images, _: teacher.apply(variables, images), sgd,
             optim.trainable_mask(now.params, ()), per_epoch,
         )
     )  # fmt: skip
@@ -55,13 +57,14 @@ def main(steps: int) -> None:
     empty = []
     for _ in range(steps + 20):
         started = time.perf_counter()
-        idle = nothing(idle, data, answers, index[0], mask[0])
+        idle = nothing(idle, data, answers, index[:1], mask[:1])
         jax.block_until_ready(idle.step)
         empty.append(time.perf_counter() - started)
     returned, ended = [], []
     for i in range(steps + 20):
         started = time.perf_counter()
-        now = train_step(now, data, answers, index[i % len(index)], mask[i % len(index)])
+        rows = slice(i % len(index), i % len(index) + 1)
+        now = train_step(now, data, answers, index[rows], mask[rows])
         returned.append(time.perf_counter() - started)
         jax.block_until_ready(now)
         ended.append(time.perf_counter() - started)

@@ -236,6 +236,26 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
         raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
 
 
+def save_network(workdir: pathlib.Path, variables: Any) -> None:
+    """Writes the variables of a network trained elsewhere where `load_network` finds them.
+
+    Args:
+        workdir: without checkpoints so far; both "last" and "best" become this network.
+        variables: of the network, float32 arrays.
+
+    Raises:
+        UserError: the checkpoint could not be written.
+    """
+    items = {"last": variables, "best": variables}
+    args = ocp.args.Composite(
+        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        meta=ocp.args.JsonSave(_meta(Position(), items)),
+    )
+    with Checkpoints(workdir, keep=1) as checkpoints, checkpoints._writing():
+        checkpoints._manager.save(0, args=args, force=True)
+        checkpoints._manager.wait_until_finished()
+
+
 def _meta(position: Position, items: dict[str, Any]) -> dict[str, Any]:
     """The JSON of a checkpoint: the position, and checksums of it and of the items."""
     plain = dataclasses.asdict(position)

@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses, models
 from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.precision import PRECISIONS
 
 WEIGHTINGS = ("uniform", "constant", "wsld", "ipwd")
 SCHEDULES = ("step", "cosine")
+HEAD_SOURCES = ("backbone", "detached", "network")
 
 
 def default() -> ConfigDict:
@@ -43,16 +45,21 @@ def default() -> ConfigDict:
     config.teacher.name = ""  # network of the teacher; empty: no teacher
     config.teacher.workdir = ""  # run that trained it; empty: runs/DATA_NAME_seedSEED beside ours
     config.teacher.which = "last"  # epoch that teaches: "last" or "best"
+    config.teacher.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
+    config.teacher.fold = False  # fold BatchNorm into the convolutions: the same up to rounding
     config.teacher.seed = 0  # its own, so that all seeds of a student share one teacher
     config.teacher.epochs = 240  # these settings count when the teacher is missing
     config.teacher.batch_size = 64
     config.teacher.label_smoothing = 0.0
     config.teacher.optimizer = _optimizer()
 
+    config.precision = "float32"  # of convolutions; see ipwd_jax.precision
+    config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240
     config.batch_size = 64  # images of a step over all devices
     config.optimizer = _optimizer()
-    config.trainable = ()  # prefixes such as "student/fc" of what is trained; empty: everything
+    config.trainable = ()  # prefixes such as "student/fc" or "student/features" (all but the
+    # classifier and what else is behind the last map) of what is trained; empty: everything
 
     config.loss = ConfigDict({name: 0.0 for name in losses.TERMS})  # weight of each term; 0: off
     config.loss.ce = 1.0
@@ -63,6 +70,7 @@ def default() -> ConfigDict:
     config.weighting.terms = ("kd",)  # per-sample terms that are multiplied
     config.weighting.start_epoch = 0  # weights are 1 before this epoch
     config.weighting.constant = 1.0  # the weight of "constant"
+    config.weighting.kd_source = "student"  # of "ipwd": whose logits H_kd is of; or "head"
     config.weighting.ratio = "A"  # of "ipwd": A is 1 + H_kd / H_cls, B is 1 + H_cls / H_kd
     config.weighting.standardize = True  # of "ipwd": z-score the logits of both heads first
     config.weighting.clip = 0.0  # largest weight; 0: none
@@ -122,7 +130,9 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     teacher.data = config.data
     teacher.model.name = config.teacher.name
     data_name = config.data.name.rpartition("/")[2].replace(":", "_")  # without a path
-    teacher.name = f"{data_name}_{config.teacher.name}"
+    smoothing = config.teacher.label_smoothing
+    suffix = f"_smoothing{smoothing:g}" if smoothing else ""
+    teacher.name = f"{data_name}_{config.teacher.name}{suffix}"
     for key in ("seed", "epochs", "batch_size", "optimizer"):
         teacher[key] = config.teacher[key]
     teacher.terms.ce.label_smoothing = config.teacher.label_smoothing
@@ -208,6 +218,17 @@ def validate(config: ConfigDict) -> None:
     _not_negative(config, "seed", "teacher.seed", "data.crop_padding", "data.image_size")
     _not_negative(config, "first_stage.epochs", "checkpoint.every_seconds", "weighting.clip")
     _not_negative(config, "weighting.start_epoch", "weighting.constant")
+    if config.precision not in PRECISIONS:
+        raise unknown_name("config.precision", config.precision, PRECISIONS)
+    _not_negative(config, "steps_per_call")
+    if config.teacher.fold and config.teacher.train_mode:
+        raise UserError("config.teacher.fold and train_mode exclude each other; leave one out")
+    source = config.terms.cls.source
+    if source not in HEAD_SOURCES:
+        raise unknown_name("config.terms.cls.source", source, HEAD_SOURCES)
+    if config.terms.kd_head.source not in HEAD_SOURCES[:2]:
+        source = config.terms.kd_head.source
+        raise unknown_name("config.terms.kd_head.source", source, HEAD_SOURCES[:2])
     if config.teacher.which not in ("last", "best"):
         raise unknown_name("config.teacher.which", config.teacher.which, ("last", "best"))
     for prefix in ("", "teacher.", "first_stage."):
@@ -254,13 +275,10 @@ def _validate_loss(config: ConfigDict, stage: ConfigDict) -> None:
     if not active:
         raise UserError(f"{where} has no term with a weight; set for example --{where}.ce=1")
     for name in active:
-        if losses.TERMS[name].needs_teacher and not config.teacher.name:
+        if losses.TERMS[name].teacher_taps and not config.teacher.name:
             raise UserError(
                 f"{where}.{name} needs a teacher; set --config.teacher.name to a network"
             )
-    for name in config.weighting.terms:
-        if name not in losses.TERMS:
-            raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
 
 
 def _validate_weighting(config: ConfigDict) -> None:
@@ -271,6 +289,17 @@ def _validate_weighting(config: ConfigDict) -> None:
         raise unknown_name("config.weighting.ratio", weighting.ratio, ("A", "B"))
     if not 0 <= weighting.average < 1:
         raise UserError(f"config.weighting.average must be in [0, 1), found {weighting.average}")
+    if weighting.kd_source not in ("student", "head"):
+        raise unknown_name("config.weighting.kd_source", weighting.kd_source, ("student", "head"))
+    for name in weighting.terms:
+        if name not in losses.TERMS:
+            raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
+        if not losses.TERMS[name].per_sample and weighting.name != "uniform":
+            raise UserError(
+                f"config.weighting.terms names {name}, which compares samples with each other and "
+                "has no loss of a single sample to weigh; name others, or set "
+                "--config.weighting.name=uniform"
+            )
     if weighting.name == "uniform":
         return
     if not any(config.loss.get(name, 0) for name in weighting.terms):
@@ -282,6 +311,15 @@ def _validate_weighting(config: ConfigDict) -> None:
         raise UserError(
             "config.weighting.name=ipwd compares with the label-only head, which nothing trains; "
             "set --config.loss.cls=1"
+        )
+    if (
+        weighting.name == "ipwd"
+        and weighting.kd_source == "head"
+        and not config.loss.get("kd_head", 0)
+    ):
+        raise UserError(
+            "config.weighting.kd_source=head compares the distilled head, which nothing trains; "
+            "set for example --config.loss.kd_head=0.9"
         )
     if weighting.name == "wsld" and not config.teacher.name:
         raise UserError("config.weighting.name=wsld needs a teacher; set --config.teacher.name")

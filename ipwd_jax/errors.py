@@ -24,7 +24,11 @@ class Interrupted(Exception):
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     """A `UserError` for a `name` that is not among the `valid` ones, naming the nearest of them."""
     valid = sorted(valid)
-    near = difflib.get_close_matches(name.lower(), [v.lower() for v in valid], n=1, cutoff=0.5)
-    hint = next((f" Did you mean {v!r}?" for v in valid if near and v.lower() == near[0]), "")
+    folded = {v.lower(): v for v in valid}
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.8)
+    near = near or [
+        folded[v] for v in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    ]
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = f" Valid: {', '.join(valid)}." if len(valid) < 50 else ""
     return UserError(f"unknown {kind} {name!r}.{hint}{listed}")

@@ -15,12 +15,13 @@ import optax
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from ipwd_jax import evaluate, metrics, optim, parallel, step, writers
+from ipwd_jax import evaluate, metrics, parallel, step, writers
 from ipwd_jax.checkpoint import Checkpoints, Snapshot
 from ipwd_jax.data import augment
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.losses.base import Term
 from ipwd_jax.losses.weighting import ipwd_weights
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState, begin_stage, order_key
@@ -32,10 +33,11 @@ class Stage:
     """One stage of a run, ready to be trained."""
 
     config: ConfigDict
-    terms: dict[str, nn.Module]
+    terms: dict[str, Term]
     learning_rate: optax.Schedule
     optimizer: optax.GradientTransformation
     first_step: int  # steps of the stages before
+    trainable: Any = None  # bools like the parameters
 
     def begin(self, state: TrainState) -> TrainState:
         """The state at the first step of this stage."""
@@ -54,6 +56,7 @@ class Run:
     heads: Heads
     stages: list[Stage]
     steps_per_epoch: int
+    steps_per_call: int
 
 
 class Loop:
@@ -111,9 +114,9 @@ class Loop:
                 run.network,
                 run.heads,
                 stage.terms,
-                run.teacher.network if run.teacher else None,
+                run.teacher.answer if run.teacher else None,
                 stage.optimizer,
-                optim.trainable_mask(self.now.state.params, stage.config.trainable),
+                stage.trainable,
                 run.steps_per_epoch,
             )
         )
@@ -121,31 +124,32 @@ class Loop:
     def _train_epoch(self, train_step: Callable, data: Resident) -> float:
         """Takes the steps that are left of this epoch; returns images a second."""
         run, position = self.run, self.now.position
-        teacher = run.teacher.variables if run.teacher else {}
+        inputs = run.teacher.inputs if run.teacher else {}
         epoch, first = divmod(position.step, run.steps_per_epoch)
         key = order_key(jax.random.key(run.config.seed))
         order = augment.epoch_order(key, epoch, len(run.dataset.train.labels))
         index, mask = augment.epoch_batches(order, run.config.batch_size, parallel.device_count())
-        started, images = time.monotonic(), 0
-        for rows, valid in zip(index[first:-1], mask[first:-1], strict=True):
-            self._step(train_step, data, teacher, rows, valid)
-            images += int(valid.sum())
-            if self._number() == self._first_number + 1:
+        started, images, begin = time.monotonic(), 0, first
+        while begin < len(index):
+            # Calls end at multiples of their length, also after a resume inside an epoch.
+            end = min(begin - begin % run.steps_per_call + run.steps_per_call, len(index))
+            is_first = self._number() == self._first_number
+            rows = index[begin:end], mask[begin:end]
+            self.now.state = train_step(self.now.state, data, inputs, *rows)
+            position.step += end - begin
+            images += int(rows[1].sum())
+            if is_first:
                 jax.block_until_ready(self.now.state)
                 started, images = time.monotonic(), 0  # compilation is not training
                 self._compiled_at = started
-            if position.step % run.config.log_every_steps == 0:
-                self._show(self._averages(), images / (time.monotonic() - started))
-            if self.stopped_by or self._save_is_due():
-                self._save()
-        # The last step's snapshot waits for the end of the epoch, of which a row is written.
-        self._step(train_step, data, teacher, index[-1], mask[-1])
-        self._averages()
-        return (images + int(mask[-1].sum())) / (time.monotonic() - started)
-
-    def _step(self, train_step: Callable, data: Resident, teacher: Any, rows, valid) -> None:
-        self.now.state = train_step(self.now.state, data, teacher, rows, valid)
-        self.now.position.step += 1
+            if end < len(index):  # the end of the epoch is saved after its row is written
+                if end // run.config.log_every_steps > begin // run.config.log_every_steps:
+                    self._show(self._averages(), images / (time.monotonic() - started))
+                if self.stopped_by or self._save_is_due():
+                    self._save()
+            begin = end
+        self._averages()  # waits for the last step
+        return images / (time.monotonic() - started)
 
     def _number(self) -> int:
         """Steps of all stages so far: the number of a checkpoint taken now."""
@@ -204,7 +208,7 @@ class Loop:
         logits = evaluate.predict_all(
             self._predict, variables, self._test, run.config.eval_batch_size
         )
-        mass = run.teacher.class_mass if run.teacher else None
+        mass = run.teacher.class_mass() if run.teacher else None
         return logits, evaluate.score(logits, run.dataset.test.labels, mass)
 
     def _weight_metrics(self) -> dict[str, float]:
@@ -214,11 +218,19 @@ class Loop:
             return {}
         row = {f"weight_{k}": v for k, v in metrics.weight_summary(memory["weight"]).items()}
         if "h_kd" in memory:
-            labels, mass = self.run.dataset.train.labels, self.run.teacher.class_mass
+            labels, mass = self.run.dataset.train.labels, self._class_mass()
             for ratio in ("A", "B"):
                 weights = ipwd_weights(memory["h_kd"], memory["h_cls"], ratio)
                 row[f"mass_correlation_{ratio}"] = metrics.mass_correlation(weights, labels, mass)
         return row
+
+    def _class_mass(self) -> np.ndarray:
+        """(C,) the probabilities that the teacher, or the student's own past, gives each class."""
+        if self.run.teacher:
+            return self.run.teacher.class_mass()
+        past = self.now.state.memory["terms"].get("pskd")
+        classes = len(self.run.dataset.class_names)
+        return np.asarray(past["predictions"]).sum(axis=0) if past else np.ones(classes)
 
     def _show(self, averages: dict[str, float], speed: float, test_top1: float | None = None):
         """Shows where the run is; the line at the end of an epoch stays."""
@@ -286,7 +298,7 @@ class Loop:
         }
         if run.teacher:
             scores = evaluate.score(
-                run.teacher.test_logits, run.dataset.test.labels, run.teacher.class_mass
+                run.teacher.test_logits, run.dataset.test.labels, run.teacher.class_mass()
             )
             result["teacher"] = {"network": run.config.teacher.name, **scores}
         writers.write_json(run.workdir / "result.json", result)

@@ -1,8 +1,13 @@
 """Stochastic gradient descent and learning rates with PyTorch's semantics."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import optax
 from ml_collections import ConfigDict
+
+from ipwd_jax.errors import UserError
 
 
 def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -38,15 +43,42 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
     )
 
 
-def trainable_mask(params, prefixes: tuple[str, ...]):
-    """A pytree of bools like `params`: whether the leaf's path starts with one of `prefixes`.
+def trainable_mask(
+    params: Any,
+    prefixes: Sequence[str],
+    head_modules: Sequence[str] = (),
+    frozen: Sequence[str] = (),
+) -> Any:
+    """A pytree of bools like `params`: whether a leaf is trained.
 
-    Paths are written `student/layer1.0/conv1/kernel`; a prefix ends at a `/`. No prefixes at all
-    means everything.
+    Paths are written `student/layer1.0/conv1/kernel`; a prefix ends at a `/`.
+    `student/features` stands for the student without `head_modules`.
+
+    Args:
+        params: of `TrainState`.
+        prefixes: what is trained; none at all means everything.
+        head_modules: of the student's network.
+        frozen: prefixes of what is not trained even then.
+
+    Raises:
+        UserError: a prefix fits nothing; the message says what there is.
     """
+    modules = {f"student/{m}" for m in params["student"]}
+    features = sorted(modules - {f"student/{m}" for m in head_modules})
+    wanted = [p for x in prefixes for p in (features if x == "student/features" else [x])]
+    used = set()
 
-    def trained(path, _):
+    def trained(path, _) -> bool:
         name = "/".join(entry.key for entry in path) + "/"
-        return not prefixes or any(name.startswith(f"{p.rstrip('/')}/") for p in prefixes)
+        fits = {p for p in wanted if name.startswith(f"{p.rstrip('/')}/")}
+        used.update(fits)
+        return (not wanted or bool(fits)) and not any(name.startswith(f"{p}/") for p in frozen)
 
-    return jax.tree_util.tree_map_with_path(trained, params)
+    mask = jax.tree_util.tree_map_with_path(trained, params)
+    if missing := [p for p in wanted if p not in used]:
+        there = [f"{group}/{module}" for group, tree in params.items() for module in tree]
+        raise UserError(
+            f"config.trainable names {missing[0]!r}, but there is only student/features, "
+            f"{', '.join(there)} and what is inside these"
+        )
+    return mask

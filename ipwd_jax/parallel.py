@@ -41,12 +41,13 @@ def replicated_shapes(tree: Any) -> Any:
 def compile_train_step(step: Callable) -> Callable:
     """Compiles `step(state, data, teacher_variables, index, mask) -> state`.
 
-    `index` and `mask` have a leading device axis, all else is replicated; the state is donated.
+    `index` and `mask` (steps, devices, rows) have a device axis, all else is replicated; the state
+    is donated.
     """
     return jax.pmap(
         step,
         AXIS,
-        in_axes=(None, None, None, 0, 0),
+        in_axes=(None, None, None, 1, 1),
         out_axes=None,
         donate_argnums=0,
         devices=devices(),

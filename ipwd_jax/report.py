@@ -21,6 +21,11 @@ _UNITS = {
 
 def summary(result: Mapping[str, Any]) -> str:
     """The table at the end of a run, from what `result.json` holds."""
+    if result.get("imported"):
+        return (
+            f"{result['network']}, {result['classes']} classes: {result['parameters']:,} "
+            f"parameters, imported from {result['imported']['file']}"
+        )
     columns = {
         f"{name} epoch {result[name]['epoch']}": result[name]
         for name in ("last", "best")

@@ -1,5 +1,6 @@
 """What a run carries from step to step: one pytree, donated to each step, saved whole."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from clu.metrics import Average
 from ml_collections import ConfigDict
 
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch
+from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.heads import Heads
 
 
@@ -22,7 +23,7 @@ class TrainState:
     Attributes:
         step: scalar int32, steps taken in this stage.
         params: `{"student": …, "heads": …, "terms": {term: …}}`.
-        batch_stats: `{"student": …, "terms": {term: …}}`.
+        batch_stats: `{"student": …, "heads": …, "terms": {term: …}}`.
         memory: `{"terms": {term: …}, "weighting": …}`, what is remembered of training samples.
         opt_state: of optax.
         metrics: name -> average over the epoch so far.
@@ -54,6 +55,11 @@ def augment_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 2)
 
 
+def terms_key(key: jax.Array) -> jax.Array:
+    """The key from which terms draw."""
+    return jax.random.fold_in(key, 3)
+
+
 def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
     """Shapes and dtypes of the variables of a network for images of shape (H, W, channels)."""
     return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
@@ -63,7 +69,7 @@ def init_state(
     seed: int,
     network: nn.Module,
     heads: Heads,
-    terms: dict[str, nn.Module],
+    terms: Mapping[str, Term],
     teacher: nn.Module | None,
     weighting_config: ConfigDict,
     image_shape: tuple[int, ...],
@@ -82,7 +88,7 @@ def init_state(
         train_size: number of training samples.
     """
     key = jax.random.key(seed)
-    student_key, heads_key, terms_key = jax.random.split(jax.random.fold_in(key, 0), 3)
+    student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
 
     def outputs(net: nn.Module):
@@ -92,22 +98,31 @@ def init_state(
 
     student = outputs(network)
     teacher_outputs = outputs(teacher) if teacher else None
-    head_params = heads.init(heads_key, student.embedding).get("params", {})
+    image = jnp.zeros((2, *image_shape))
+    of_heads = heads.init(heads_key, student.embedding, image, False)
     student = student.replace(
-        extra_logits={name: jnp.zeros_like(student.logits) for name in heads.gradient}
+        extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
     )
     rows = jnp.zeros(2, jnp.int32)
     batch = Batch(
-        image=jnp.zeros((2, *image_shape)),
+        image=image,
         label=rows,
         index=rows,
         view=rows,
         mask=jnp.ones(2),
         epoch=jnp.int32(0),
+        train_labels=jnp.zeros(train_size, jnp.int32),
+        key=key,
     )
+
+    def init_term(fold: int, term: Term):
+        seen = student, teacher_outputs
+        if term.rotations:
+            seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
+        return jax.jit(term.init)(jax.random.fold_in(init_key, fold), *seen, batch)
+
     term_variables = {
-        name: term.init(jax.random.fold_in(terms_key, i), student, teacher_outputs, batch)
-        for i, (name, term) in enumerate(sorted(terms.items()))
+        name: init_term(i, term) for i, (name, term) in enumerate(sorted(terms.items()))
     }
 
     def collection(name: str):
@@ -117,11 +132,12 @@ def init_state(
         step=jnp.int32(0),
         params={
             "student": variables["params"],
-            "heads": head_params,
+            "heads": of_heads.get("params", {}),
             "terms": collection("params"),
         },
         batch_stats={
             "student": variables["batch_stats"],
+            "heads": of_heads.get("batch_stats", {}),
             "terms": collection("batch_stats"),
         },
         memory={

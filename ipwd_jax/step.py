@@ -1,6 +1,7 @@
 """The train step, written for the rows of one device with collectives over `parallel.AXIS`."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,19 +12,26 @@ from clu.metrics import Average
 from jax import lax
 from ml_collections import ConfigDict
 
+from ipwd_jax import precision
 from ipwd_jax.data import augment
 from ipwd_jax.data.resident import Resident
-from ipwd_jax.losses.base import Batch
+from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.losses.weighting import weigh
-from ipwd_jax.models.base import Outputs
+from ipwd_jax.models.base import BatchNorm, Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.parallel import AXIS
-from ipwd_jax.state import TrainState, augment_key
+from ipwd_jax.state import TrainState, augment_key, terms_key
 
 
-def metric_names(terms: dict[str, nn.Module]) -> list[str]:
+def metric_names(terms: Mapping[str, Term]) -> list[str]:
     """What the train step averages over an epoch: `loss`, each term, and `top1` (a share)."""
     return ["loss", *sorted(terms), "top1"]
+
+
+def teacher_taps(config: ConfigDict, terms: Mapping[str, Term]) -> frozenset[str]:
+    """Fields of the teacher's `Outputs` that a stage with these terms reads."""
+    taps = {tap for term in terms.values() for tap in term.teacher_taps}
+    return frozenset(taps | ({"logits"} if config.weighting.name == "wsld" else set()))
 
 
 def make_train_step(
@@ -31,8 +39,8 @@ def make_train_step(
     stage: ConfigDict,
     network: nn.Module,
     heads: Heads,
-    terms: dict[str, nn.Module],
-    teacher: nn.Module | None,
+    terms: Mapping[str, Term],
+    teacher: Callable[..., Outputs] | None,
     optimizer: optax.GradientTransformation,
     trainable: Any,
     steps_per_epoch: int,
@@ -48,44 +56,80 @@ def make_train_step(
         network: the student.
         heads: its extra heads.
         terms: the active terms of this stage.
-        teacher: the teacher's network, or None.
+        teacher: `teacher(inputs, images, batch) -> Outputs`, as `teacher.Teacher.answer`; None:
+            there is none.
         optimizer: of `optim.sgd`.
-        trainable: bools like `TrainState.params`; other leaves stay as they are.
+        trainable: bools like `TrainState.params`; other leaves stay as they are, and the
+            BatchNorm layers among them keep their running statistics and normalise by these.
         steps_per_epoch: steps of one epoch.
 
     Returns:
-        `step(state, data, teacher_variables, index, mask) -> state` for one device's rows: `index`
-        (B,) int32 into `data`, `mask` (B,) float32.
+        `step(state, data, teacher_inputs, index, mask) -> state` for one device's rows of K steps
+        of one epoch: `index` (K, B) int32 into `data`, `mask` (K, B) float32.
     """
     padding, flip = config.data.crop_padding, config.data.flip
-    views = augment.num_views(padding, flip)
-    needs_teacher = teacher is not None and (
-        any(term.needs_teacher for term in terms.values()) or config.weighting.name == "wsld"
-    )
+    rotated = any(term.rotations for term in terms.values())
+    taps = teacher_taps(config, terms)
     weighted = config.weighting.terms if config.weighting.name != "uniform" else ()
+    frozen_norms = _frozen_modules(trainable["student"])
 
-    def load(state: TrainState, data: Resident, index: jax.Array, mask: jax.Array) -> Batch:
+    def load(state: TrainState, data: Resident, index: jax.Array, mask: jax.Array):
+        """The batch, and the images that the networks see: (B, ...), or (4 B, ...) if rotated."""
         epoch = state.step // steps_per_epoch
-        view = augment.draw_views(augment_key(state.key), epoch, index, views)
-        image = augment.apply_views(data.images[index], view, padding, flip)
-        return Batch(
-            image=augment.normalize(image, data.mean, data.std),
+        key = augment_key(state.key)
+        stored = data.images[index]
+        if rotated:
+            views = augment.draw_rotated_views(key, epoch, index, padding, flip)
+            view, images = views[:, 0], augment.apply_rotated_views(stored, views, padding, flip)
+        else:
+            view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
+            images = augment.apply_views(stored, view, padding, flip)
+        images = augment.normalize(images, data.mean, data.std)
+        batch = Batch(
+            image=_upright(images) if rotated else images,
             label=data.labels[index],
             index=index,
             view=view,
             mask=mask,
             epoch=epoch,
+            train_labels=data.labels,
+            key=jax.random.fold_in(terms_key(state.key), epoch),
         )
+        return batch, images
 
-    def forward(params: Any, batch_stats: Any, batch: Batch) -> tuple[Outputs, Any]:
-        variables = {"params": params["student"], "batch_stats": batch_stats["student"]}
-        student, updated = network.apply(
-            variables, batch.image, train=True, mask=batch.mask, mutable=["batch_stats"]
+    def ask(inputs: Any, images: jax.Array, batch: Batch) -> Outputs | None:
+        if not taps:
+            return None
+        answers = teacher(inputs, images, batch)
+        # What no term reads is not kept, so that it is never computed.
+        unread = {"features", "preact"} - taps
+        return precision.at_least_float32(answers.replace(**dict.fromkeys(unread, ())))
+
+    def forward(params: Any, batch_stats: Any, batch: Batch, images: jax.Array):
+        mask = jnp.repeat(batch.mask, 4) if rotated else batch.mask
+        low = precision.cast(config.precision, (params["student"], images))
+        with _without_training(frozen_norms):
+            student, updated = network.apply(
+                {"params": low[0], "batch_stats": batch_stats["student"]},
+                low[1],
+                train=True,
+                mask=mask,
+                mutable=["batch_stats"],
+            )
+        student = precision.at_least_float32(student)
+        embedding = _upright(student.embedding) if rotated else student.embedding
+        extra, of_heads = heads.apply(
+            {"params": params["heads"], "batch_stats": batch_stats["heads"]},
+            embedding,
+            batch.image,
+            True,
+            batch.mask,
+            mutable=["batch_stats"],
         )
-        extra = heads.apply({"params": params["heads"]}, student.embedding)
-        return student.replace(extra_logits=extra), updated["batch_stats"]
+        stats = {"student": updated["batch_stats"], "heads": of_heads.get("batch_stats", {})}
+        return student, extra, stats
 
-    def apply_terms(state: TrainState, params: Any, student: Outputs, teacher_outputs, batch):
+    def apply_terms(state: TrainState, params: Any, seen: Callable, batch: Batch):
         values, batch_stats, memory = {}, {}, {}
         for name, term in terms.items():
             variables = {
@@ -94,39 +138,40 @@ def make_train_step(
                 "memory": state.memory["terms"],
             }
             variables = {k: v[name] for k, v in variables.items() if name in v}
+            pretrains = stage.name == "first" and term.first_stage_params
             values[name], updated = term.apply(
-                variables, student, teacher_outputs, batch, mutable=["batch_stats", "memory"]
+                variables,
+                *seen(term),
+                batch,
+                mutable=["batch_stats", "memory"],
+                method="pretrain" if pretrains else None,
             )
             batch_stats |= {name: updated["batch_stats"]} if "batch_stats" in updated else {}
             memory |= {name: updated["memory"]} if "memory" in updated else {}
         return values, state.batch_stats["terms"] | batch_stats, state.memory["terms"] | memory
 
-    def step(
-        state: TrainState, data: Resident, teacher_variables: Any, index: jax.Array, mask: jax.Array
-    ) -> TrainState:
-        batch = load(state, data, index, mask)
-        teacher_outputs = teacher.apply(teacher_variables, batch.image) if needs_teacher else None
+    def update(state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None):
+        mask = batch.mask
         count = lax.psum(mask.sum(), AXIS)
 
         def loss_fn(params):
-            student, student_stats = forward(params, state.batch_stats, batch)
+            outputs, extra, stats = forward(params, state.batch_stats, batch, images)
+            student = (_upright(outputs) if rotated else outputs).replace(extra_logits=extra)
+            teacher_outputs = _upright(answers) if rotated else answers
             weights, weighting_memory = weigh(
-                config.weighting,
-                student,
-                teacher_outputs,
-                batch,
-                state.memory["weighting"],
-                AXIS,
+                config.weighting, student, teacher_outputs, batch, state.memory["weighting"], AXIS
             )
-            values, term_stats, term_memory = apply_terms(
-                state, params, student, teacher_outputs, batch
-            )
-            values = {n: v * weights if n in weighted else v for n, v in values.items()}
+
+            def seen(term: Term) -> tuple[Outputs, Outputs | None]:
+                return (outputs, answers) if term.rotations else (student, teacher_outputs)
+
+            values, term_stats, term_memory = apply_terms(state, params, seen, batch)
+            values = {n: _weigh(v, weights if n in weighted else None) for n, v in values.items()}
             loss = sum(stage.loss[name] * value for name, value in values.items())
             correct = student.logits.argmax(axis=1) == batch.label
             averages = {"loss": loss, **values, "top1": correct.astype(jnp.float32)}
             return (jnp.broadcast_to(loss, mask.shape) * mask).sum() / count, (
-                {"student": student_stats, "terms": term_stats},
+                {**stats, "terms": term_stats},
                 {"terms": term_memory, "weighting": weighting_memory},
                 {
                     name: Average.from_model_output(jnp.broadcast_to(v, mask.shape), mask=mask)
@@ -164,4 +209,50 @@ def make_train_step(
             },
         )
 
+    def step(
+        state: TrainState, data: Resident, teacher_inputs: Any, index: jax.Array, mask: jax.Array
+    ) -> TrainState:
+        def one(state: TrainState, rows: tuple[jax.Array, jax.Array]) -> tuple[TrainState, None]:
+            batch, images = load(state, data, *rows)
+            return update(state, batch, images, ask(teacher_inputs, images, batch)), None
+
+        with precision.of_products(config.precision):
+            if len(index) == 1:
+                return one(state, (index[0], mask[0]))[0]
+            # A convolution's weight gradient inside a loop is many times slower on a CPU.
+            unroll = len(index) if jax.default_backend() == "cpu" else 1
+            return lax.scan(one, state, (index, mask), unroll=unroll)[0]
+
     return step
+
+
+def _weigh(value: Any, weights: jax.Array | None) -> jax.Array:
+    """A term's loss times weights, which leave alone the labels' part of one that has two parts."""
+    of_labels, of_teacher = value if isinstance(value, tuple) else (0.0, value)
+    return of_labels + (of_teacher if weights is None else of_teacher * weights)
+
+
+def _upright(tree: Any) -> Any:
+    """Of four rotations the first: (4 B, ...) -> (B, ...) in every leaf."""
+    return jax.tree.map(lambda x: x[::4], tree)
+
+
+def _frozen_modules(trainable: Any) -> frozenset[tuple[str, ...]]:
+    """Paths of the modules of which no parameter is trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(trainable)
+    paths = [(tuple(entry.key for entry in path[:-1]), trained) for path, trained in leaves]
+    return frozenset(p for p, _ in paths) - {p for p, trained in paths if trained}
+
+
+@contextlib.contextmanager
+def _without_training(modules: frozenset[tuple[str, ...]]) -> Iterator[None]:
+    """Within it the BatchNorm layers among `modules` are in inference mode."""
+
+    def freeze(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        layer = context.module
+        if isinstance(layer, BatchNorm) and context.method_name == "__call__":
+            kwargs = {**kwargs, "frozen": layer.path in modules}
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(freeze) if modules else contextlib.nullcontext():
+        yield

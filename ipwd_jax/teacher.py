@@ -3,19 +3,25 @@
 import dataclasses
 import pathlib
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from ml_collections import ConfigDict
 
-from ipwd_jax import evaluate, models, parallel
+from ipwd_jax import evaluate, models, parallel, precision
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.config import teacher_config
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import resident
+from ipwd_jax.errors import UserError
+from ipwd_jax.losses.base import Batch
+from ipwd_jax.models.base import Outputs
+from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.state import network_shapes
 
 
@@ -26,16 +32,47 @@ class Teacher:
     Attributes:
         network: its module.
         variables: its parameters and running statistics, on all devices.
+        answer: `answer(inputs, images, batch) -> Outputs` within the compiled step.
+        inputs: what `answer` reads, on all devices.
         checksum: of `variables`.
-        class_mass: (C,) float64, its probabilities summed over the unaugmented training set.
+        train_logits: (N, C), of the unaugmented training set.
         test_logits: (N_test, C).
     """
 
     network: nn.Module
     variables: Any
+    answer: Callable[[Any, jax.Array, Batch], Outputs]
+    inputs: Any
     checksum: str
-    class_mass: np.ndarray
+    train_logits: np.ndarray
     test_logits: np.ndarray
+
+    def class_mass(self, temperature: float = 1.0) -> np.ndarray:
+        """(C,) float64, its probabilities summed over the unaugmented training set."""
+        logits = self.train_logits.astype(np.float64) / temperature
+        return scipy.special.softmax(logits, axis=1).sum(axis=0)
+
+    def preact_norms(self) -> tuple:
+        """(gammas, betas) of the BatchNorm that gives each `preact` after the stem.
+
+        Raises:
+            UserError: the network does not say which they are.
+        """
+        if not hasattr(self.network, "preact_norms"):
+            raise UserError(
+                f"the term ofd needs a teacher whose maps come out of BatchNorm, which "
+                f"{type(self.network).__name__} does not say of its own; take a resnet, wrn or vgg"
+            )
+        params = jax.device_get(self.variables["params"])
+
+        def leaf(path: tuple[str, ...], name: str) -> tuple[float, ...]:
+            layer = params
+            for module in path:
+                layer = layer[module]
+            return tuple(layer[name].tolist())
+
+        paths = self.network.preact_norms()
+        return tuple((leaf(path, "scale"), leaf(path, "bias")) for path in paths)
 
 
 def find_workdir(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -65,10 +102,32 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
         data = parallel.replicate(resident(dataset, split))
         return evaluate.predict_all(predict, variables, data, config.eval_batch_size)
 
-    probabilities = scipy.special.softmax(ask(dataset.train).astype(np.float64), axis=1)
+    answer, inputs = _make_answer(config, network, variables, dataset.train.images.shape[1:])
     return Teacher(
-        network, variables, checksum(variables), probabilities.sum(axis=0), ask(dataset.test)
-    )
+        network, variables, answer, inputs, checksum(variables), ask(dataset.train),
+        ask(dataset.test),
+    )  # fmt: skip
+
+
+def _make_answer(
+    config: ConfigDict, network: nn.Module, variables: Any, image_shape: tuple[int, ...]
+) -> tuple[Callable, Any]:
+    """How the step asks the network, and what it is given for that."""
+
+    def by_network(variables: Any, images: jax.Array, batch: Batch) -> Outputs:
+        low, images = precision.cast(config.precision, (variables, images))
+        if not config.teacher.train_mode:
+            return network.apply(low, images)
+        mask = jnp.repeat(batch.mask, len(images) // len(batch.mask))
+        # Nothing is mutable, so the running statistics stay as they are.
+        return network.apply(low, images, train=True, mask=mask)
+
+    def by_folded(folded: Any, images: jax.Array, batch: Batch) -> Outputs:
+        return apply_folded(network, *precision.cast(config.precision, (folded, images)))
+
+    if not config.teacher.fold:
+        return by_network, variables
+    return by_folded, parallel.replicate(fold(network, variables, image_shape))
 
 
 def checksum(variables: Any) -> str:

@@ -1,6 +1,7 @@
 """A run from its config to its result: checks, teacher, resume, training."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,8 +10,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -25,7 +28,7 @@ from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop, Run, Stage
 from ipwd_jax.models.heads import Heads
-from ipwd_jax.state import init_state, network_shapes
+from ipwd_jax.state import TrainState, init_state, network_shapes
 from ipwd_jax.teacher import Teacher
 
 
@@ -56,6 +59,7 @@ def run(
         raise UserError("this config has no teacher; set --config.teacher.name to a network")
     dataset = dataset or load_data(config.data)
     _check_fit(config, dataset)
+    _check_terms(config, dataset)
     checksums = {"data": fingerprint(dataset)}
     with workdir_lib.locked(workdir) if not teacher_only else contextlib.nullcontext():
         if not teacher_only:
@@ -128,19 +132,56 @@ def _check_fit(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
+def _check_terms(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises `UserError` where the terms do not fit the data, the networks or each other."""
+    labels, (_, height, width, _) = dataset.train.labels, dataset.train.images.shape
+    active = {n: w for stage in config_lib.stages(config) for n, w in stage.loss.items() if w}
+    others = len(labels) - int(np.bincount(labels).max())
+    if "crd" in active and config.terms.crd.negatives > others:
+        raise UserError(
+            f"config.terms.crd.negatives is {config.terms.crd.negatives}, but {dataset.name} has "
+            f"classes with only {others} training images of other classes"
+        )
+    if any(losses.TERMS[name].rotations for name in active) and height != width:
+        raise UserError(f"the term sskd turns images and needs square ones, found {height}x{width}")
+    classes = len(dataset.class_names)
+    network = models.create(config.teacher.name, classes) if config.teacher.name else None
+    run = _build(config, pathlib.Path(), dataset, None)
+    try:
+        params = jax.eval_shape(lambda: _initial_state(run, network)).params
+    except ValueError as error:  # a term says which shapes it cannot bring together
+        raise UserError(str(error)) from error
+    _with_masks(run, params)
+
+
+def _initial_state(run: Run, teacher: nn.Module | None) -> TrainState:
+    terms = {name: term for stage in run.stages for name, term in stage.terms.items()}
+    train = run.dataset.train
+    return init_state(
+        run.config.seed,
+        run.network,
+        run.heads,
+        terms,
+        teacher,
+        run.config.weighting,
+        train.images.shape[1:],
+        len(train.labels),
+    )
+
+
 def _ensure_teacher(
     config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, checksums: dict[str, str]
 ) -> dict[str, Any]:
     """Trains the teacher where it is missing or unfinished; the result of its run.
 
     A finished teacher that `config.teacher.workdir` names is taken as it is, however it was
-    trained, on the same data.
+    trained, on the same data; of an imported one the data is not known.
     """
     config_of_teacher = config_lib.teacher_config(config)
     with workdir_lib.locked(workdir):
         if config.teacher.workdir and (workdir / "result.json").exists():
             noted = json.loads((workdir / "config.json").read_text())["checksums"]
-            if noted["data"] != checksums["data"]:
+            if noted.get("data", checksums["data"]) != checksums["data"]:
                 raise UserError(f"the teacher in {workdir} was trained on other data")
             return _finished(workdir)
         workdir_lib.claim(workdir, config_of_teacher, checksums)
@@ -156,26 +197,53 @@ def _finished(workdir: pathlib.Path) -> dict[str, Any] | None:
 def _build(
     config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, teacher: Teacher | None
 ) -> Run:
-    steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
+    size = len(dataset.train.labels)
+    steps_per_epoch = math.ceil(size / config.batch_size)
+    axis_name = parallel.AXIS if config.sync_batch_norm else None
+    classes = len(dataset.class_names)
     stages, first_step = [], 0
     for stage in config_lib.stages(config):
-        terms = losses.create(stage.loss, config.terms)
+        of_run = {"axis_name": parallel.AXIS, "train_size": size, "epochs": stage.epochs}
+        if teacher and stage.loss.get("kd_la", 0):
+            mass = teacher.class_mass(config.terms.kd_la.prior_temperature)
+            of_run["class_prior"] = tuple((mass / mass.sum()).tolist())
+        if teacher and stage.loss.get("ofd", 0):
+            of_run["preact_norms"] = teacher.preact_norms()
+        terms = losses.create(stage.loss, config.terms, of_run)
         rate = optim.schedule(stage.optimizer, steps_per_epoch, stage.epochs)
         stages.append(Stage(stage, terms, rate, optim.sgd(stage.optimizer, rate), first_step))
         first_step += stage.epochs * steps_per_epoch
-    heads = {k: v for stage in stages for t in stage.terms.values() for k, v in t.heads.items()}
-    classes = len(dataset.class_names)
-    axis_name = parallel.AXIS if config.sync_batch_norm else None
+    sources = {k: v for stage in stages for t in stage.terms.values() for k, v in t.heads.items()}
+    network = models.create(config.model.name, classes, axis_name)
+    on_cpu = jax.default_backend() == "cpu"
     return Run(
         config=config,
         workdir=workdir,
         dataset=dataset,
         teacher=teacher,
-        network=models.create(config.model.name, classes, axis_name),
-        heads=Heads(classes, heads),
+        network=network,
+        heads=Heads(classes, sources, network.clone() if "network" in sources.values() else None),
         stages=stages,
         steps_per_epoch=steps_per_epoch,
+        steps_per_call=config.steps_per_call or (1 if on_cpu else config.log_every_steps),
     )
+
+
+def _with_masks(run: Run, params: Any) -> Run:
+    """The run with what each of its stages trains."""
+    stages = []
+    for stage in run.stages:
+        pretrained = stage.config.name == "first"
+        frozen = [f"terms/{name}" for name in params["terms"] if name not in stage.terms] + [
+            f"terms/{name}/{part}"
+            for name, term in stage.terms.items()
+            for part in ([] if pretrained else term.first_stage_params)
+        ]
+        mask = optim.trainable_mask(
+            params, stage.config.trainable, run.network.head_modules, frozen
+        )
+        stages.append(dataclasses.replace(stage, trainable=mask))
+    return dataclasses.replace(run, stages=stages)
 
 
 def _train(
@@ -186,16 +254,8 @@ def _train(
         print(f"Finished already: {workdir}", flush=True)
         return result
     run = _build(config, workdir, dataset, teacher)
-    initial = init_state(
-        config.seed,
-        run.network,
-        run.heads,
-        {name: term for stage in run.stages for name, term in stage.terms.items()},
-        teacher.network if teacher else None,
-        config.weighting,
-        dataset.train.images.shape[1:],
-        len(dataset.train.labels),
-    )
+    initial = _initial_state(run, teacher.network if teacher else None)
+    run = _with_masks(run, initial.params)
     overview = parameter_overview.get_parameter_overview(initial.params)
     writers.write_atomically(workdir / "parameters.txt", f"{overview}\n".encode())
     workdir_lib.check_space(workdir, (config.checkpoint.keep + 2) * 3 * _bytes(initial))

@@ -43,8 +43,8 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
     network = models.create(config.model.name, CLASSES, axis_name)
     teacher = models.create(config.teacher.name, CLASSES)
     (stage,) = config_lib.stages(config)
-    terms = losses.create(stage.loss, config.terms)
-    heads = Heads(CLASSES, {"cls": True})
+    terms = losses.create(stage.loss, config.terms, {"axis_name": parallel.AXIS})
+    heads = Heads(CLASSES, {"cls": "backbone"})
     steps_per_epoch = -(-SIZE // BATCH)
     sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, steps_per_epoch, 4))
     now = state.init_state(0, network, heads, terms, teacher, config.weighting, (8, 8, 3), SIZE)
@@ -57,7 +57,8 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
     data = parallel.replicate(data)
     train_step = parallel.compile_train_step(
         step.make_train_step(
-            config, stage, network, heads, terms, teacher, sgd,
+            config, stage, network, heads, terms,
+            lambda variables, images, _: teacher.apply(variables, images), sgd,
             optim.trainable_mask(now.params, ()), steps_per_epoch,
         )
     )  # fmt: skip
@@ -65,7 +66,7 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
         epoch, row = divmod(i, steps_per_epoch)
         order = augment.epoch_order(state.order_key(jax.random.key(0)), epoch, SIZE)
         index, mask = augment.epoch_batches(order, BATCH, parallel.device_count())
-        now = train_step(now, data, teacher_variables, index[row], mask[row])
+        now = train_step(now, data, teacher_variables, index[row : row + 1], mask[row : row + 1])
     return now
 
 

@@ -1,6 +1,7 @@
 """Losses, weights and metrics against the public PyTorch implementations."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,21 @@ import pytest
 from helpers import golden_json, recipe
 
 from ipwd_jax import metrics
+from ipwd_jax.losses.ab import AB
+from ipwd_jax.losses.at import AT
 from ipwd_jax.losses.base import Batch
+from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import CrossEntropy
+from ipwd_jax.losses.dkd import DKD
+from ipwd_jax.losses.fitnet import FitNet
+from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD
+from ipwd_jax.losses.nst import NST
+from ipwd_jax.losses.pkt import PKT
+from ipwd_jax.losses.reviewkd import ReviewKD, hcl_loss
+from ipwd_jax.losses.rkd import RKD
+from ipwd_jax.losses.sp import SP
+from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import wsld_weights
 from ipwd_jax.models import Outputs
 from ipwd_jax.models.torch_names import from_torch, to_torch
@@ -34,6 +47,7 @@ class Spec:
         epoch: epochs finished.
         weights: per-sample weights by which the term is multiplied, if any.
         method: of the term, where it is not the call.
+        trained: prefix that the file drops from the names of gradients.
     """
 
     term: nn.Module
@@ -42,16 +56,53 @@ class Spec:
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     epoch: int = 0
     method: str | None = None
+    trained: str = ""
 
 
 def hyper(case, name):
     return CASES[case]["hyper"][name]
 
 
+class HCL(nn.Module):
+    """`hcl_loss` alone, of maps that need no fusion."""
+
+    def __call__(self, student, teacher, batch):
+        return hcl_loss(student.features[1:], teacher.features[1:])
+
+
 SPECS = {
     "ce": Spec(CrossEntropy(), "logits", "logits"),
     "kd": Spec(KD(temperature=hyper("kd", "T")), "logits", "logits"),
     "wsld": Spec(KD(temperature=hyper("wsld", "T"), cross_entropy=True), "logits", "logits"),
+    "dkd": Spec(
+        DKD(alpha=hyper("dkd", "alpha"), beta=hyper("dkd", "beta"), temperature=hyper("dkd", "T")),
+        "logits",
+        "logits",
+        epoch=19,
+    ),
+    "hcl": Spec(HCL()),
+    "reviewkd": Spec(ReviewKD(), "maps_and_embedding", "maps_and_embedding", epoch=19),
+    "ab": Spec(AB(), "preact", "preact"),
+    "ft": Spec(FT(), trained="translator."),
+    "ft_pretrain": Spec(FT(), names={"paraphraser.": ""}, method="pretrain"),
+    "at_same": Spec(AT()),
+    "at_mixed": Spec(AT()),
+    "nst_same": Spec(NST()),
+    "nst_mixed": Spec(NST()),
+    "sp": Spec(SP()),
+    "fitnet_same": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_down": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_up": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_crop": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "cc": Spec(CC(), "embedding", "embedding"),
+    "vid_same": Spec(VID(), names={"0.": ""}),
+    "vid_pool": Spec(VID(), names={"0.": ""}),
+    "rkd": Spec(
+        RKD(distance_weight=hyper("rkd", "w_d"), angle_weight=hyper("rkd", "w_a")),
+        "embedding",
+        "embedding",
+    ),
+    "pkt": Spec(PKT(), "embedding", "embedding"),
 }
 # Cases with a test of their own below.
 OWN_TESTS = {"metrics"}
@@ -103,8 +154,9 @@ def batch(rows, epoch=0):
 def variables_of(spec, name, student, teacher, rows, dtype):
     """The term's variables with the file's numbers, and the names of its parameters there."""
     template = jax.eval_shape(
-        spec.term.init, jax.random.key(0), student, teacher, batch(rows, spec.epoch)
-    )
+        functools.partial(spec.term.init, method=spec.method),
+        jax.random.key(0), student, teacher, batch(rows, spec.epoch),
+    )  # fmt: skip
     template = {k: v for k, v in template.items() if k in ("params", "batch_stats")}
 
     def theirs(ours):
@@ -166,7 +218,9 @@ def test_value_and_gradient(name, dtype, rtol):
         largest = max(case["param_grad_norms"].values(), default=0.0)
         for key, expected in case["param_grad_norms"].items():
             # A bias before BatchNorm has a gradient of zero, up to rounding.
-            np.testing.assert_allclose(norms[key], expected, rtol=rtol, atol=rtol * largest)
+            np.testing.assert_allclose(
+                norms[spec.trained + key], expected, rtol=rtol, atol=rtol * largest
+            )
 
 
 def test_every_case_has_a_test():

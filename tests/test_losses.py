@@ -1,5 +1,7 @@
 """Closed forms and invariances of losses and weights, and how they are assembled."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,8 @@ def batch(index=(0, 1, 2, 3), mask=(1, 1, 1, 1), epoch=0):
         view=jnp.zeros(4, jnp.int32),
         mask=jnp.array(mask, jnp.float32),
         epoch=jnp.int32(epoch),
+        train_labels=LABELS,
+        key=jax.random.key(0),
     )
 
 
@@ -159,7 +163,7 @@ def test_create_takes_active_terms_with_their_hyper_parameters():
     config = config_lib.default()
     config.loss.kd = 0.9
     config.terms.kd.temperature = 2.0
-    terms = losses.create(config.loss, config.terms)
+    terms = losses.create(config.loss, config.terms, {})
     assert terms.keys() == {"ce", "kd"}
     assert terms["kd"].temperature == 2.0
 
@@ -167,6 +171,8 @@ def test_create_takes_active_terms_with_their_hyper_parameters():
 def test_each_term_names_what_it_asks_for():
     for name, term in losses.TERMS.items():
         instance = term(**losses.hyper_parameters(name))
-        assert isinstance(instance.needs_teacher, bool), name
-        assert isinstance(instance.heads, dict), name
-    assert losses.TERMS["cls"](backbone_gradient=False).heads == {"cls": False}
+        fields = {field.name for field in dataclasses.fields(Outputs)}
+        assert set(instance.teacher_taps) <= fields, name
+        assert set(instance.heads.values()) <= set(config_lib.HEAD_SOURCES), name
+        assert hasattr(instance, "pretrain") == bool(instance.first_stage_params), name
+    assert losses.TERMS["cls"](source="detached").heads == {"cls": "detached"}

@@ -6,6 +6,7 @@ import pytest
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import optim
+from ipwd_jax.errors import UserError
 
 
 def settings(**changes):
@@ -59,3 +60,9 @@ def test_trainable_mask():
         "heads": {"cls": False},
     }
     assert optim.trainable_mask(params, ())["heads"]["cls"]
+    features = optim.trainable_mask(params, ("student/features",), head_modules=("fc",))
+    assert features["student"] == {"fc": {"kernel": False}, "fc2": {"kernel": True}}
+    frozen = optim.trainable_mask(params, (), frozen=("student/fc",))
+    assert frozen["student"] == {"fc": {"kernel": False}, "fc2": {"kernel": True}}
+    with pytest.raises(UserError, match="student/fc3.*there is only student/features, student/fc,"):
+        optim.trainable_mask(params, ("student/fc3",))

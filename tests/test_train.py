@@ -225,7 +225,7 @@ def test_stages_follow_each_other_and_frozen_parts_stay(dataset, tmp_path):
     assert float(first["train_cls"]) > 0 and first["train_ce"] == ""
     network = models.create("resnet8", 4)
     initial = init_state(
-        0, network, Heads(4, {"cls": True}), {}, None, config.weighting, (8, 8, 1), 160
+        0, network, Heads(4, {"cls": "backbone"}), {}, None, config.weighting, (8, 8, 1), 160
     )
     trained, initial = variables(tmp_path)["params"], initial.network()["params"]
     assert not equal(trained.pop("fc"), initial.pop("fc"))
@@ -275,7 +275,7 @@ def test_every_control_of_ipwd_is_a_configuration(dataset, done):
     workdir, _ = done
     cases = {
         "constant": {"loss.cls": 0.0, "weighting.name": "constant", "weighting.constant": 2.0},
-        "head": {"weighting.name": "uniform", "terms.cls.backbone_gradient": False},
+        "head": {"weighting.name": "uniform", "terms.cls.source": "detached"},
         "wsld": {"loss.cls": 0.0, "weighting.name": "wsld", "terms.kd.cross_entropy": True},
     }
     for name, changes in cases.items():
@@ -293,12 +293,12 @@ def test_a_new_term_is_one_class_and_one_line(dataset, done, monkeypatch):
     import flax.linen as nn
     import jax.numpy as jnp
 
+    from ipwd_jax.losses.base import Term
     from ipwd_jax.models.base import BatchNorm
 
-    class Toy(nn.Module):
+    class Toy(Term):
         width: int = 3
-        needs_teacher = True
-        heads = {}  # noqa: RUF012
+        teacher_taps = ("embedding",)
 
         @nn.compact
         def __call__(self, student, teacher, batch):

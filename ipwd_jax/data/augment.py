@@ -35,6 +35,44 @@ def draw_views(key: jax.Array, epoch: jax.Array, index: jax.Array, views: int) -
     return jax.vmap(draw)(index)
 
 
+def draw_rotated_views(
+    key: jax.Array, epoch: jax.Array, index: jax.Array, padding: int, flip: bool
+) -> jax.Array:
+    """Draw a view for each of an image's four rotations: a crop each, mirrored all or none.
+
+    Returns:
+        (B, 4) int32; the first column is what `draw_views` draws.
+    """
+    upright = draw_views(key, epoch, index, num_views(padding, flip))
+    crops, mirrored = num_views(padding, False), upright % 2 if flip else 0
+    views = [upright]
+    for turn in (1, 2, 3):
+        crop = draw_views(jax.random.fold_in(key, turn), epoch, index, crops)
+        views.append(2 * crop + mirrored if flip else crop)
+    return jnp.stack(views, axis=1)
+
+
+def apply_rotated_views(images: jax.Array, views: jax.Array, padding: int, flip: bool) -> jax.Array:
+    """Mirror each image where its views say so, turn it by 0, 90, 180 and 270 degrees, and crop.
+
+    Args:
+        images: (B, H, H, channels) uint8.
+        views: (B, 4) of `draw_rotated_views`.
+        padding: as in `apply_views`.
+        flip: as in `apply_views`.
+
+    Returns:
+        (4 B, H, H, channels) uint8, image by image.
+    """
+    # `apply_views` mirrors last. Turned the other way round before, an image comes out the same.
+    mirrored = (views[:, 0] % 2 if flip else 0 * views[:, 0]).reshape(-1, 1, 1, 1) > 0
+    turned = []
+    for turn in range(4):
+        left, right = (jnp.rot90(images, k, axes=(1, 2)) for k in (turn, -turn))
+        turned.append(apply_views(jnp.where(mirrored, right, left), views[:, turn], padding, flip))
+    return jnp.stack(turned, axis=1).reshape(-1, *images.shape[1:])
+
+
 def apply_views(images: jax.Array, view: jax.Array, padding: int, flip: bool) -> jax.Array:
     """Cut each image's view out of the image in a black border, and mirror it where it says so.
 

@@ -25,6 +25,7 @@ RUN_FIELDS = {
     "train_size": "number of training samples",
     "epochs": "epochs of the stage",
     "class_prior": "(C,) the teacher's mean probabilities over the training set",
+    "preact_norms": "gammas and betas of the BatchNorm behind each of the teacher's `preact`",
 }
 
 

@@ -109,7 +109,7 @@ def weigh(
 
     Args:
         weighting: `config.weighting`.
-        student: logits (B, C), and for IPWD `extra_logits["cls"]`.
+        student: logits (B, C), and for IPWD `extra_logits["cls"]` and perhaps `["kd"]`.
         teacher: logits (B, C), for WSLD.
         batch: labels, indices, mask and epoch.
         memory: of `init_memory`.
@@ -126,8 +126,9 @@ def weigh(
     elif weighting.name == "wsld":
         weights = wsld_weights(student.logits, teacher.logits, batch.label)
     else:
+        kd_logits = student.extra_logits["kd"] if weighting.kd_source == "head" else student.logits
         record["h_kd"], record["h_cls"] = ipwd_scores(
-            student.logits, student.extra_logits["cls"], batch.label, weighting.standardize
+            kd_logits, student.extra_logits["cls"], batch.label, weighting.standardize
         )
         weights = ipwd_weights(record["h_kd"], record["h_cls"], weighting.ratio)
     if weighting.average:

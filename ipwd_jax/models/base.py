@@ -76,7 +76,9 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, frozen: bool = False
+    ) -> jax.Array:
         """Normalise `x`.
 
         Args:
@@ -84,6 +86,7 @@ class BatchNorm(nn.Module):
             mask: (B,), float or bool; rows where it is 0 are padding: finite numbers of any size,
                 which are normalised too but count in no statistic. A device may hold padding
                 alone, as long as the global batch holds a valid row.
+            frozen: normalise by the running statistics whatever `train` says.
 
         Returns:
             An array with the shape and type of `x`.
@@ -101,7 +104,7 @@ class BatchNorm(nn.Module):
         # is what lets a single pass over x (and a single collective) do in float32.
         d = x.astype(dtype) - lax.stop_gradient(running_mean.value).astype(dtype).reshape(row)
         var = running_var.value.astype(dtype)
-        if self.train and not self.is_initializing():
+        if self.train and not frozen and not self.is_initializing():
             count, offset, var = self._moments(d, mask)
             d = d - offset.reshape(row)
             if self.is_mutable_collection("batch_stats"):

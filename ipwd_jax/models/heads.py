@@ -1,4 +1,4 @@
-"""Extra linear heads on a network's embedding, beside its own classifier."""
+"""Classifiers beside a network's own: linear ones on its embedding, or a second network."""
 
 from collections.abc import Mapping
 
@@ -10,22 +10,30 @@ from ipwd_jax.models.base import Linear
 
 
 class Heads(nn.Module):
-    """One linear classifier per name, all on the same embedding.
+    """Extra logits by name.
 
     Attributes:
         classes: width of each head.
-        gradient: head name -> whether its gradient reaches the backbone.
+        sources: head name -> "backbone", a linear head whose gradient reaches the embedding,
+            "detached", one whose gradient does not, or "network", the logits of `network`.
+        network: trained beside the student, on the same images; only where a source asks for it.
     """
 
     classes: int
-    gradient: Mapping[str, bool]
+    sources: Mapping[str, str]
+    network: nn.Module | None = None
 
     @nn.compact
-    def __call__(self, embedding: jax.Array) -> dict[str, jax.Array]:
-        """(B, D) -> head name -> (B, classes) logits."""
-        return {
-            name: Linear(self.classes, name=name)(
-                embedding if reaches else lax.stop_gradient(embedding)
-            )
-            for name, reaches in self.gradient.items()
-        }
+    def __call__(
+        self, embedding: jax.Array, image: jax.Array, train: bool, mask: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Embedding (B, D) of images (B, H, W, channels) -> head name -> (B, classes) logits."""
+        logits = {}
+        for name, source in self.sources.items():
+            if source == "network":
+                logits[name] = self.network(image, train=train, mask=mask).logits
+            else:
+                detached = source == "detached"
+                x = lax.stop_gradient(embedding) if detached else embedding
+                logits[name] = Linear(self.classes, name=name)(x)
+        return logits

@@ -73,6 +73,10 @@ class ResNet(nn.Module):
         fc = Linear(self.classes, name="fc")
         return Outputs(fc(embedding), embedding, features, preact)
 
+    def preact_norms(self) -> list[tuple[str, ...]]:
+        """Paths of the BatchNorm layers whose outputs enter each `preact` after the stem."""
+        return [(f"layer{stage}.{self.blocks - 1}", "bn2") for stage in (1, 2, 3)]
+
 
 # The stem of the x4 networks is 32 wide, not 64. Every published x4 checkpoint and parameter count
 # has it so.

@@ -118,6 +118,11 @@ class LargeResNet(nn.Module):
         classifier = Linear(self.classes, name=self.head_modules[0])
         return Outputs(classifier(embedding), embedding, features, preact)
 
+    def preact_norms(self) -> list[tuple[str, ...]]:
+        """Paths of the BatchNorm layers whose outputs enter each `preact` after the stem."""
+        last = "bn3" if self.block is Bottleneck else "bn2"
+        return [(f"layer{stage}.{n - 1}", last) for stage, n in enumerate(self.blocks, start=1)]
+
     def stem(self, x: jax.Array, conv: Callable[..., Conv]) -> jax.Array:
         """The first convolution."""
         return conv(64, name="conv1")(x)

@@ -61,6 +61,10 @@ class VGG(nn.Module):
         )
         return Outputs(classifier(embedding), embedding, features, preact)
 
+    def preact_norms(self) -> list[tuple[str, ...]]:
+        """Paths of the BatchNorm layers whose outputs are each `preact` after the stem."""
+        return [(f"block{i}.{3 * len(w) - 2}",) for i, w in enumerate(self.widths) if i]
+
 
 def _widths(*convolutions: int) -> tuple[tuple[int, ...], ...]:
     return tuple((w,) * n for w, n in zip((64, 128, 256, 512, 512), convolutions, strict=True))

@@ -88,6 +88,10 @@ class WideResNet(nn.Module):
         fc = Linear(self.classes, bias_init=nn.initializers.zeros, name="fc")
         return Outputs(fc(embedding), embedding, features, preact)
 
+    def preact_norms(self) -> list[tuple[str, ...]]:
+        """Paths of the BatchNorm layers whose outputs are each `preact` after the stem."""
+        return [("block2.layer.0", "bn1"), ("block3.layer.0", "bn1"), ("bn1",)]
+
 
 def from_name(name: str) -> Callable[..., nn.Module] | None:
     """Return the constructor that `wrn_<depth>_<width>` names; None for a name of another form.

@@ -1,0 +1,43 @@
+"""Zagoruyko and Komodakis, 2017 (Paying more attention to attention): where a network looks."""
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
+from ipwd_jax.models.base import Outputs
+
+
+def attention(x: jax.Array) -> jax.Array:
+    """The mean square over the channels as a unit vector: (B, H, W, C) -> (B, H W)."""
+    return l2_normalize(jnp.square(x).mean(axis=-1).reshape(len(x), -1))
+
+
+def at_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean squared difference of the two attention vectors of each sample.
+
+    The larger map is average-pooled first. Agrees with `Attention` of RepDistiller (p = 2), whose
+    mean over the pixels is smaller than the norm in the paper.
+
+    Args:
+        student: (B, H, W, C).
+        teacher: (B, H', W', C').
+
+    Returns:
+        (B,) loss, in float32 or better.
+    """
+    maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
+    s, t = map(attention, pool_to_smaller(*maps))
+    return jnp.square(s - t).mean(axis=1)
+
+
+class AT(Term):
+    """`at_loss` of each map after the stem, summed over them, per sample.
+
+    Largest intermediate: (B, H, W, C), the square of the largest map.
+    """
+
+    teacher_taps = ("features",)
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        pairs = zip(student.features[1:], teacher.features[1:], strict=False)
+        return sum(at_loss(s, t) for s, t in pairs)

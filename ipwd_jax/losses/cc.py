@@ -1,0 +1,56 @@
+"""Peng et al., 2019 (Correlation congruence), as RepDistiller implements it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, gather_rows
+from ipwd_jax.models.base import Linear, Outputs
+
+
+def cc_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean product of the absolute differences of consecutive samples, summed over the features.
+
+    Agrees with `Correlation` of RepDistiller, which has little to do with the kernels of the
+    paper. Without two valid rows the loss is 0.
+
+    Args:
+        student: (B, D).
+        teacher: (B, D).
+        mask: (B,), 0 for rows to leave out, which come last.
+
+    Returns:
+        Scalar loss.
+    """
+    valid = (mask > 0).astype(student.dtype)
+    gap = jnp.abs(student - teacher) * valid[:, None]
+    return (gap[:-1] * gap[1:]).sum() / jnp.maximum(valid.sum() - 1, 1)
+
+
+class CC(Term):
+    """`cc_loss` of linear embeddings of the pooled vectors, over the rows of all devices.
+
+    Both embeddings are trained. Largest intermediate: (B, feat_dim); B counts all devices.
+
+    Attributes:
+        feat_dim: width of the embeddings.
+        axis_name: mapped axis over which the rows are spread.
+    """
+
+    feat_dim: int = 128
+    axis_name: str | None = None
+
+    teacher_taps = ("embedding",)
+    per_sample = False
+
+    @nn.compact
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        valid = batch.mask[:, None] > 0
+
+        def embed(x: jax.Array, name: str) -> jax.Array:
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return Linear(self.feat_dim, name=name)(jnp.where(valid, x, 0))
+
+        s = embed(student.embedding, "embed_s.linear")
+        t = embed(teacher.embedding, "embed_t.linear")
+        return cc_loss(*gather_rows(self.axis_name, s, t, batch.mask))

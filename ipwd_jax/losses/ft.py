@@ -1,0 +1,143 @@
+"""Kim et al., 2018 (Paraphrasing complex network): factors of the last map."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
+from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+
+_leaky_relu = partial(nn.leaky_relu, negative_slope=0.1)
+
+
+def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean absolute difference of the two normalised factors of each sample.
+
+    A factor is the mean square over the channels, as a unit vector over the pixels; the larger
+    map is average-pooled first. Agrees with `FactorTransfer` of RepDistiller (p1 = 2, p2 = 1),
+    while the paper compares the whole normalised tensors.
+
+    Args:
+        student: (B, H, W, C).
+        teacher: (B, H', W', C').
+
+    Returns:
+        (B,) loss.
+    """
+    maps = pool_to_smaller(student, teacher)
+    s, t = (l2_normalize(jnp.square(x).mean(axis=-1).reshape(len(x), -1)) for x in maps)
+    return jnp.abs(s - t).mean(axis=1)
+
+
+class Coder(nn.Module):
+    """Three 3 x 3 convolutions, each with a leaky ReLU: an encoder, a decoder or a translator.
+
+    Attributes:
+        transpose: transposed convolutions.
+        batch_norm: a BatchNorm after each convolution.
+        axis_name: mapped axis whose devices share batch statistics.
+    """
+
+    transpose: bool = False
+    batch_norm: bool = False
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, channels: tuple[int, int, int], mask: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, H, W, C), the convolutions' channels and mask (B,) -> (B, H, W, channels[-1])."""
+        for i, width in enumerate(channels):
+            layer = Conv(
+                width, 3, padding=1, use_bias=True, transpose=self.transpose, name=str(3 * i)
+            )
+            x = layer(x)
+            if self.batch_norm:
+                norm = BatchNorm(train=True, axis_name=self.axis_name, name=str(3 * i + 1))
+                x = norm(x, mask)
+            x = _leaky_relu(x)
+        return x
+
+
+class Paraphraser(nn.Module):
+    """An autoencoder of the teacher's map whose code has `rate` as many channels.
+
+    Attributes:
+        rate: channels of the code over those of the map.
+    """
+
+    rate: float = 0.5
+
+    def setup(self) -> None:
+        self.encoder = Coder()
+        self.decoder = Coder(transpose=True)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """(B, H, W, C) -> (B, H, W, rate C)."""
+        channels, code = x.shape[-1], int(self.rate * x.shape[-1])
+        return self.encoder(x, (channels, code, code))
+
+    def decode(self, code: jax.Array, channels: int) -> jax.Array:
+        """(B, H, W, rate C) and C -> (B, H, W, C)."""
+        return self.decoder(code, (code.shape[-1], channels, channels))
+
+
+class Translator(nn.Module):
+    """Convolutions with BatchNorm from the student's map to the width of the teacher's code.
+
+    Attributes:
+        axis_name: mapped axis whose devices share batch statistics.
+    """
+
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        self.encoder = Coder(batch_norm=True, axis_name=self.axis_name)
+
+    def __call__(self, x: jax.Array, channels: int, mask: jax.Array) -> jax.Array:
+        """(B, H, W, C), channels and mask (B,) -> (B, H, W, channels)."""
+        return self.encoder(x, (x.shape[-1], channels, channels), mask)
+
+
+class FT(Term):
+    """`factor_loss` of the student's translated last map and the teacher's code of it, per sample.
+
+    The paraphraser, which gives the teacher's code, learns in a first stage to reconstruct the
+    teacher's map, and is fixed afterwards. Largest intermediate: (B, H, W, C) of the last map.
+
+    Attributes:
+        rate: channels of the code over those of the teacher's map; 0.5 in RepDistiller.
+        axis_name: mapped axis whose devices share batch statistics.
+    """
+
+    rate: float = 0.5
+    axis_name: str | None = None
+
+    teacher_taps = ("features",)
+    first_stage_params = ("paraphraser",)
+
+    def setup(self) -> None:
+        self.paraphraser = Paraphraser(self.rate)
+        self.translator = Translator(self.axis_name)
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        source, target = _last_map(student), _last_map(teacher)
+        code = self.paraphraser.encode(target)
+        if self.is_initializing():  # the call has no use for the decoder, but the first stage has
+            self.paraphraser.decode(code, target.shape[-1])
+        translated = self.translator(source, code.shape[-1], batch.mask)
+        return factor_loss(translated, lax.stop_gradient(code))
+
+    def pretrain(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        """Mean squared error of the paraphraser's reconstruction of the teacher's map: (B,)."""
+        target = _last_map(teacher)
+        reconstruction = self.paraphraser.decode(self.paraphraser.encode(target), target.shape[-1])
+        return jnp.square(reconstruction - target).mean(axis=(1, 2, 3))
+
+
+def _last_map(outputs: Outputs) -> jax.Array:
+    x = outputs.features[-1]
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,79 @@
+"""KD with logit adjustment: the class prior of Menon et al., 2021, inside the distillation loss.
+
+Niu et al., 2022 (IPWD), compare with it and say only that the prior is applied to the student's
+output when the KL divergence is taken. Labels may be balanced, so the prior is the teacher's mean
+probabilities; where it enters against the temperature is left open, hence the option.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.kd import kd_loss
+from ipwd_jax.models.base import Outputs
+
+
+def kd_la_loss(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    class_prior: jax.Array | Sequence[float] = (),
+    temperature: float = 4.0,
+    tau: float = 1.0,
+    after_temperature: bool = False,
+) -> jax.Array:
+    """`kd_loss` with `tau ln prior` added to the student's logits.
+
+    Args:
+        student_logits: (B, C).
+        teacher_logits: (B, C).
+        class_prior: (C,) probabilities; (): uniform, which adjusts nothing.
+        temperature: T > 0.
+        tau: strength of the adjustment; 0: plain KD.
+        after_temperature: add it to `logits / T` instead of the logits.
+
+    Returns:
+        (B,) loss in nats, times T^2.
+    """
+    student, teacher = (
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student_logits, teacher_logits)
+    )
+    if len(class_prior):
+        prior = jnp.asarray(class_prior, student.dtype)
+        log_prior = jnp.log(jnp.maximum(prior, jnp.finfo(prior.dtype).tiny))
+        strength = tau * temperature if after_temperature else tau
+        student = student + strength * log_prior[None]
+    return kd_loss(student, teacher, temperature)
+
+
+class KDLA(Term):
+    """`kd_la_loss` of the two networks' logits, per sample.
+
+    Largest intermediate: (B, C), the logits.
+
+    Attributes:
+        temperature: T.
+        tau: strength of the adjustment.
+        after_temperature: add the logarithm of the prior after the division by T.
+        prior_temperature: of the probabilities that the prior is the mean of.
+        class_prior: (C,) the teacher's mean probabilities over the training set; (): uniform.
+    """
+
+    temperature: float = 4.0
+    tau: float = 1.0
+    after_temperature: bool = False
+    prior_temperature: float = 1.0
+    class_prior: tuple = ()
+
+    teacher_taps = ("logits",)
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        return kd_la_loss(
+            student.logits,
+            teacher.logits,
+            self.class_prior,
+            self.temperature,
+            self.tau,
+            self.after_temperature,
+        )

@@ -1,0 +1,58 @@
+"""Huang and Wang, 2017 (Like what you like): the distribution of a map's channels."""
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
+from ipwd_jax.models.base import Outputs
+
+
+def nst_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Maximum mean discrepancy between the channels of two maps, of each sample.
+
+    A channel is a unit vector over the pixels; the kernel is the squared scalar product. The
+    larger map is average-pooled first. Agrees with `NSTLoss` of RepDistiller, which lists the
+    products of all channels element by element: only their sums matter, and with the channels as
+    columns of S and T, `|S' T|^2 = <S S', T T'>`. So the loss is the squared distance of two
+    matrices of pixels, or three sums over matrices of channels; the static shapes tell which are
+    smaller. The former does not cancel.
+
+    Args:
+        student: (B, H, W, C).
+        teacher: (B, H', W', C').
+
+    Returns:
+        (B,) loss, in float32 or better.
+    """
+    maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
+    s, t = (
+        l2_normalize(x.reshape(len(x), -1, x.shape[-1]), axis=1) for x in pool_to_smaller(*maps)
+    )
+    if s.shape[1] <= max(s.shape[2], t.shape[2]):
+        return jnp.square(_pixel_gram(s) - _pixel_gram(t)).sum(axis=(1, 2))
+    return _mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t)
+
+
+def _pixel_gram(x: jax.Array) -> jax.Array:
+    """Mean over the channels of the outer products: (B, HW, C) -> (B, HW, HW)."""
+    return jnp.einsum("bpc,bqc->bpq", x, x, precision="highest") / x.shape[-1]
+
+
+def _mean_kernel(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean of the squared products of the channels: (B, HW, C) and (B, HW, C') -> (B,)."""
+    products = jnp.einsum("bpc,bpd->bcd", a, b, precision="highest")
+    return jnp.square(products).mean(axis=(1, 2))
+
+
+class NST(Term):
+    """`nst_loss` of each map after the stem, summed over them, per sample.
+
+    Largest intermediate: (B, H, W, C), a normalised map, or the smaller of (B, HW, HW) and
+    (B, C, C), with C the wider of the two maps.
+    """
+
+    teacher_taps = ("features",)
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        pairs = zip(student.features[1:], teacher.features[1:], strict=False)
+        return sum(nst_loss(s, t) for s, t in pairs)

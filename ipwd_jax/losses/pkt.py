@@ -1,0 +1,58 @@
+"""Passalis and Tefas, 2018 (Probabilistic knowledge transfer): who is whose neighbour."""
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
+from ipwd_jax.models.base import Outputs
+
+_EPS = 1e-7
+
+
+def neighbours(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Each row's distribution over the valid rows, by cosine: (B, D) and mask (B,) -> (B, B)."""
+    valid = mask > 0
+    x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
+    unit = x / (safe_norm(x, keepdims=True) + _EPS)
+    cosine = jnp.einsum("id,jd->ij", unit, unit, precision="highest")
+    # Rounding must not take a kernel below zero, since its logarithm follows.
+    kernel = jnp.where(valid[None], jnp.maximum((cosine + 1) / 2, 0), 0)
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+def pkt_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
+    """KL divergence of the student's `neighbours` from the teacher's, over the squared count.
+
+    Agrees with `PKT` of RepDistiller: a mean over all pairs of valid rows.
+
+    Args:
+        student: (B, D).
+        teacher: (B, D').
+        mask: (B,), 0 for rows to leave out; at least one is valid.
+
+    Returns:
+        Scalar loss, in float32 or better.
+    """
+    s, t = (neighbours(x, mask) for x in (student, teacher))
+    valid = mask > 0
+    divergence = (t * jnp.log((t + _EPS) / (s + _EPS))).sum(axis=1)
+    return jnp.where(valid, divergence, 0).sum() / jnp.square(valid.sum(dtype=s.dtype))
+
+
+class PKT(Term):
+    """`pkt_loss` of the pooled vectors, over the rows of all devices.
+
+    Largest intermediate: (B, D) of the embeddings, or (B, B); B counts all devices.
+
+    Attributes:
+        axis_name: mapped axis over which the rows are spread.
+    """
+
+    axis_name: str | None = None
+
+    teacher_taps = ("embedding",)
+    per_sample = False
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        rows = gather_rows(self.axis_name, student.embedding, teacher.embedding, batch.mask)
+        return pkt_loss(*rows)

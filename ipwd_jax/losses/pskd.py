@@ -1,0 +1,59 @@
+"""Self-knowledge distillation with progressive refinement of targets (Kim et al., ICCV 2021)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ipwd_jax.losses.base import Batch, Term, cross_entropy, gather_rows
+from ipwd_jax.models.base import Outputs
+
+
+def progress(epoch: jax.Array, epochs: int, last_share: float) -> jax.Array:
+    """Share of the target that past predictions have: rises linearly to `last_share`.
+
+    Args:
+        epoch: epochs finished.
+        epochs: epochs of the whole run.
+        last_share: share in the last epoch (alpha_T).
+    """
+    return last_share * (epoch + 1) / epochs
+
+
+class PSKD(Term):
+    """`(1 - a) CE(label) + a H(P, softmax)`, P being the student's own answer an epoch ago.
+
+    P is the softmax that the sample got in the training step of the epoch before, view and
+    BatchNorm of that step included; in the first epoch it is the label. The share a is that of
+    `progress`. Agrees with https://github.com/lgcnsai/PS-KD-Pytorch. A weighting multiplies the
+    second part alone. Largest intermediate: the table, N x C.
+
+    Attributes:
+        last_share: a in the last epoch; 0.8 on CIFAR-100.
+    """
+
+    last_share: float = 0.8
+    axis_name: str | None = None
+    train_size: int = 0
+    epochs: int = 1
+
+    @nn.compact
+    def __call__(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, jax.Array]:
+        classes = student.logits.shape[1]
+        table = self.variable(
+            "memory", "predictions", jnp.zeros, (self.train_size, classes), jnp.float32
+        )
+        log_p = jax.nn.log_softmax(student.logits)
+        onehot = jax.nn.one_hot(batch.label, classes, dtype=log_p.dtype)
+        past = jnp.where(batch.epoch == 0, onehot, table.value[batch.index].astype(log_p.dtype))
+        share = progress(batch.epoch, self.epochs, self.last_share)
+        if not self.is_initializing():
+            # Rows that only pad are written past the end, which drops them.
+            index = jnp.where(batch.mask > 0, batch.index, self.train_size)
+            now = lax.stop_gradient(jnp.exp(log_p)).astype(jnp.float32)
+            index, now = gather_rows(self.axis_name, index, now)
+            table.value = table.value.at[index].set(now, mode="drop")
+        labels = (1 - share) * cross_entropy(student.logits, batch.label)
+        return labels, -share * jnp.sum(past * log_p, axis=1)

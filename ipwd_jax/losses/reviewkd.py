@@ -1,0 +1,159 @@
+"""Chen et al., 2021 (Distilling knowledge via knowledge review): deep maps help the shallow."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool
+from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+
+# Kaiming's uniform initialiser with a = 1: U(-b, b), b = sqrt(3 / fan_in).
+_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+
+def nearest_resize(x: jax.Array, height: int, width: int) -> jax.Array:
+    """(B, H, W, C) -> (B, height, width, C); output pixel i is input pixel floor(i in / out).
+
+    As `torch.nn.functional.interpolate(mode="nearest")`. `jax.image.resize` takes the pixel under
+    the centre, which is another one unless the output is a multiple of the input.
+    """
+    for axis, size in ((1, height), (2, width)):
+        old = x.shape[axis]
+        if size % old == 0:  # its gradient is a sum; that of an index would be a scatter
+            x = jnp.repeat(x, size // old, axis=axis)
+        else:
+            x = jnp.take(x, np.arange(size) * old // size, axis=axis)
+    return x
+
+
+def hcl_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.Array:
+    """Hierarchical context loss of each sample, summed over levels.
+
+    A level adds the mean squared difference of its two maps and, for each l in 4, 2, 1 below the
+    map's height, that of the maps pooled to l x l; each further one weighs half, and the weights
+    of a level are divided by their sum. Agrees with `HCL` of the authors' code.
+
+    Args:
+        student: maps (B, H, W, C).
+        teacher: maps of the same shapes.
+
+    Returns:
+        (B,) loss.
+    """
+    return sum(_level_loss(s, t) for s, t in zip(student, teacher, strict=True))
+
+
+def _level_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    # Pooling is linear: that of the difference is the difference of the pooled maps.
+    gap = student - teacher
+    loss, weight, total = jnp.square(gap).mean(axis=(1, 2, 3)), 1.0, 1.0
+    for size in (4, 2, 1):
+        if size < gap.shape[1]:
+            weight /= 2
+            total += weight
+            pooled = adaptive_avg_pool(gap, size, size)
+            loss += weight * jnp.square(pooled).mean(axis=(1, 2, 3))
+    return loss / total
+
+
+class ABF(nn.Module):
+    """Attention-based fusion of a student's map with what the deeper level passes up.
+
+    Attributes:
+        mid_channels: of the fused map.
+        out_channels: of the teacher's map.
+        axis_name: mapped axis whose devices share batch statistics.
+    """
+
+    mid_channels: int
+    out_channels: int
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, deeper: jax.Array | None, size: tuple[int, int], mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Fuse and bring to the teacher's shape.
+
+        Args:
+            x: (B, H, W, C), the student's map.
+            deeper: (B, H', W', mid_channels) of the next deeper level; None at the deepest.
+            size: height and width of the teacher's map.
+            mask: (B,), 0 for padding.
+
+        Returns:
+            (B, *size, out_channels) to compare with the teacher's map, and the fused
+            (B, *size, mid_channels) for the next shallower level.
+        """
+
+        def norm(name: str) -> BatchNorm:
+            return BatchNorm(train=True, axis_name=self.axis_name, name=name)
+
+        conv1 = Conv(self.mid_channels, 1, kernel_init=_kernel_init, name="conv1.0")
+        conv2 = Conv(self.out_channels, 3, kernel_init=_kernel_init, name="conv2.0")
+        x = norm("conv1.1")(conv1(x), mask)
+        if deeper is not None:
+            deeper = nearest_resize(deeper, *x.shape[1:3])
+            both = jnp.concatenate([x, deeper], axis=-1)
+            gate = nn.sigmoid(Conv(2, 1, use_bias=True, name="att_conv.0")(both))
+            x = x * gate[..., :1] + deeper * gate[..., 1:]
+        x = nearest_resize(x, *size)
+        return norm("conv2.1")(conv2(x), mask), x
+
+
+class ReviewKD(Term):
+    """`hcl_loss` of the student's maps, fused from deep to shallow, and the teacher's, per sample.
+
+    Levels are the maps after the stem and the embedding as a 1 x 1 map. The teacher's maps are
+    those before their last activation. Largest intermediate: (B, H, W, 2 mid) at the size of the
+    student's shallowest map, or (B, H, W, mid) at that of the teacher's, mid being
+    `min(mid_channels, D)`.
+
+    Attributes:
+        mid_channels: most channels of the fused maps; never more than the student's embedding.
+        warmup: epochs over which the weight rises to 1.
+        first_epoch: the number of the first epoch: 1 as in mdistiller, 0 as in the authors' code,
+            where the first epoch weighs nothing.
+        student_preact: take the student's maps before their last activation too, as on ImageNet.
+        axis_name: mapped axis whose devices share batch statistics.
+    """
+
+    mid_channels: int = 512
+    warmup: int = 20
+    first_epoch: int = 1
+    student_preact: bool = False
+    axis_name: str | None = None
+
+    teacher_taps = ("preact", "embedding")
+
+    @nn.compact
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        """Outputs and batch -> (B,).
+
+        Raises:
+            ValueError: the networks do not have equally many levels.
+        """
+        maps_s = _levels(student.preact if self.student_preact else student.features, student)
+        maps_t = _levels(teacher.preact, teacher)
+        if len(maps_s) != len(maps_t):
+            raise ValueError(
+                f"ReviewKD pairs level by level, but the student has {len(maps_s)} and the"
+                f" teacher {len(maps_t)}"
+            )
+        mid, fused, fitted = min(self.mid_channels, maps_s[-1].shape[-1]), None, []
+        for depth, (s, t) in enumerate(reversed(list(zip(maps_s, maps_t, strict=True)))):
+            level = ABF(mid, t.shape[-1], self.axis_name, name=str(depth))
+            out, fused = level(s, fused, t.shape[1:3], batch.mask)
+            fitted.append(out)
+        loss = hcl_loss(fitted, maps_t[::-1])
+        ramp = jnp.minimum((batch.epoch + self.first_epoch) / max(self.warmup, 1), 1)
+        return ramp.astype(loss.dtype) * loss
+
+
+def _levels(maps: Sequence[jax.Array], outputs: Outputs) -> list[jax.Array]:
+    """The maps after the stem and the embedding (B, 1, 1, D), in float32 or better."""
+    levels = [*maps[1:], outputs.embedding[:, None, None, :]]
+    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in levels]

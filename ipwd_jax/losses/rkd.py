@@ -1,0 +1,90 @@
+"""Park et al., 2019 (Relational knowledge distillation): distances and angles between samples."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
+from ipwd_jax.models.base import Outputs
+
+_MIN_SQUARE = 1e-12
+
+
+def rkd_losses(
+    student: jax.Array, teacher: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How much the distances of all pairs, and the angles of all triples, differ.
+
+    Distances are in units of their mean. Both are mean smooth L1 losses over the valid rows.
+    Agrees with `RKDLoss` of RepDistiller, but takes distances from differences, where it expands
+    the square, which cancels between near samples. A distance of 0 has no gradient. Largest
+    intermediate: the differences (B, B, D), or the cosines (B, B, B).
+
+    Args:
+        student: (B, D).
+        teacher: (B, D'); no gradient flows to it.
+        mask: (B,), 0 for rows to leave out.
+
+    Returns:
+        Scalar loss of the distances and of the angles, in float32 or better.
+    """
+    valid = mask > 0
+    pairs = valid[:, None] & valid[None]
+    gaps = [_differences(x, valid) for x in (student, lax.stop_gradient(teacher))]
+    count = valid.sum(dtype=gaps[0].dtype)
+    s, t = (_distances(gap, pairs) for gap in gaps)
+    distance = _smooth_l1(s - t).sum() / count**2
+    s, t = (_cosines(gap, pairs) for gap in gaps)
+    angle = _smooth_l1(s - t).sum() / count**3
+    return distance, angle
+
+
+def _differences(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """From each row to each other: (B, D) -> (B, B, D)."""
+    x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
+    return x[None] - x[:, None]
+
+
+def _distances(gap: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Lengths over their mean, 0 on the diagonal and outside of `pairs`: (B, B, D) -> (B, B)."""
+    others = pairs & ~jnp.eye(len(gap), dtype=bool)
+    lengths = jnp.sqrt(jnp.maximum(jnp.square(gap).sum(axis=2), _MIN_SQUARE))
+    lengths = jnp.where(others, lengths, 0)
+    # As in the reference the mean is over what is above 0: over all pairs of two samples.
+    mean = lengths.sum() / jnp.maximum(others.sum(), 1)
+    return lengths / jnp.where(mean > 0, mean, 1)
+
+
+def _cosines(gap: jax.Array, pairs: jax.Array) -> jax.Array:
+    """Of the angle at i between j and k, 0 outside of `pairs`: (B, B, D) -> (B, B, B)."""
+    unit = jnp.where(pairs[:, :, None], l2_normalize(gap), 0)
+    return jnp.einsum("ijd,ikd->ijk", unit, unit, precision="highest")
+
+
+def _smooth_l1(x: jax.Array) -> jax.Array:
+    size = jnp.abs(x)
+    return jnp.where(size < 1, jnp.square(x) / 2, size - 1 / 2)
+
+
+class RKD(Term):
+    """The weighted sum of the two `rkd_losses` of the pooled vectors, over the rows of all devices.
+
+    Largest intermediate: (B, B, D), the differences, or (B, B, B); B counts all devices.
+
+    Attributes:
+        distance_weight: of the distances.
+        angle_weight: of the angles.
+        axis_name: mapped axis over which the rows are spread.
+    """
+
+    distance_weight: float = 25.0
+    angle_weight: float = 50.0
+    axis_name: str | None = None
+
+    teacher_taps = ("embedding",)
+    per_sample = False
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        rows = gather_rows(self.axis_name, student.embedding, teacher.embedding, batch.mask)
+        distance, angle = rkd_losses(*rows)
+        return self.distance_weight * distance + self.angle_weight * angle

@@ -1,0 +1,55 @@
+"""Tung and Mori, 2019 (Similarity-preserving distillation): which samples are alike."""
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
+from ipwd_jax.models.base import Outputs
+
+
+def similarity(x: jax.Array) -> jax.Array:
+    """Scalar products of all rows, each row of them a unit vector: (B, D) -> (B, B)."""
+    return l2_normalize(jnp.einsum("id,jd->ij", x, x, precision="highest"))
+
+
+def sp_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean squared difference of the two similarity matrices of the valid rows.
+
+    Agrees with `Similarity` of RepDistiller.
+
+    Args:
+        student: (B, ...), flattened.
+        teacher: (B, ...), flattened.
+        mask: (B,), 0 for rows to leave out.
+
+    Returns:
+        Scalar loss, in float32 or better.
+    """
+    valid = mask > 0
+    s, t = (_rows(x, valid) for x in (student, teacher))
+    # Rows of zeros are like nothing: they add nothing to the norms, nor to the sum.
+    return jnp.square(similarity(s) - similarity(t)).sum() / jnp.square(valid.sum(dtype=s.dtype))
+
+
+def _rows(x: jax.Array, valid: jax.Array) -> jax.Array:
+    x = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(valid[:, None], x, 0)
+
+
+class SP(Term):
+    """`sp_loss` of the last maps, over the rows of all devices.
+
+    Largest intermediate: (B, H W C) of the last map, or (B, B); B counts all devices.
+
+    Attributes:
+        axis_name: mapped axis over which the rows are spread.
+    """
+
+    axis_name: str | None = None
+
+    teacher_taps = ("features",)
+    per_sample = False
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        rows = gather_rows(self.axis_name, student.features[-1], teacher.features[-1], batch.mask)
+        return sp_loss(*rows)

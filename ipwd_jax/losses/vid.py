@@ -1,0 +1,70 @@
+"""Ahn et al., 2019 (Variational information distillation): maps that tell the teacher's."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax.losses.base import Batch, Term, pool_to_smaller
+from ipwd_jax.models.base import Conv, Outputs
+
+_MIN_VARIANCE = 1e-5
+
+
+class Variational(nn.Module):
+    """A Gaussian over the teacher's map, whose mean is computed from the student's.
+
+    Three 1 x 1 convolutions give the mean. The variance is one trained number a channel,
+    `softplus(log_scale) + 1e-5`.
+
+    Attributes:
+        variance: what the variance starts at.
+    """
+
+    variance: float = 5.0
+
+    @nn.compact
+    def __call__(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
+        """The mean negative log-likelihood of each sample, less its constant.
+
+        The larger map is average-pooled first. Agrees with `VIDLoss` of RepDistiller.
+
+        Args:
+            student: (B, H, W, C).
+            teacher: (B, H', W', C').
+
+        Returns:
+            (B,) loss, in float32 or better.
+        """
+        maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
+        mean, target = pool_to_smaller(*maps)
+        channels = target.shape[-1]
+        for i in (0, 2, 4):
+            mean = Conv(channels, 1, name=f"regressor.{i}")(nn.relu(mean) if i else mean)
+        start = math.log(math.expm1(self.variance - _MIN_VARIANCE))
+        log_scale = self.param(
+            "log_scale", nn.initializers.constant(start), (channels,), jnp.float32
+        )
+        variance = (nn.softplus(log_scale) + _MIN_VARIANCE).reshape(1, 1, 1, -1)
+        nll = (jnp.square(mean - target) / variance + jnp.log(variance)) / 2
+        return nll.mean(axis=(1, 2, 3))
+
+
+class VID(Term):
+    """`Variational` of each map after the stem, summed over them, per sample.
+
+    Largest intermediate: (B, H, W, C) of the teacher's largest map, after pooling.
+
+    Attributes:
+        variance: what the variances start at; 5 in RepDistiller.
+    """
+
+    variance: float = 5.0
+
+    teacher_taps = ("features",)
+
+    @nn.compact
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        pairs = zip(student.features[1:], teacher.features[1:], strict=False)
+        return sum(Variational(self.variance, name=str(i))(s, t) for i, (s, t) in enumerate(pairs))

@@ -1,0 +1,200 @@
+"""Files of `torch.save` and of safetensors as NumPy arrays and back, without PyTorch.
+
+Of pickles, `ipwd_jax.torch_pickle` reads plain data and refuses everything else unexecuted.
+"""
+
+import io
+import math
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ipwd_jax import writers
+from ipwd_jax.errors import UserError
+from ipwd_jax.torch_pickle import STORAGES, Unpickler, plain
+
+SAFETENSORS = ".safetensors"
+_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a legacy file
+_SAFETENSORS_TYPES = {
+    "F64": STORAGES["DoubleStorage"],
+    "F32": STORAGES["FloatStorage"],
+    "F16": STORAGES["HalfStorage"],
+    "BF16": STORAGES["BFloat16Storage"],
+    "I64": STORAGES["LongStorage"],
+    "I32": STORAGES["IntStorage"],
+    "I16": STORAGES["ShortStorage"],
+    "I8": STORAGES["CharStorage"],
+    "U8": STORAGES["ByteStorage"],
+    "BOOL": STORAGES["BoolStorage"],
+}
+
+
+def load(path: pathlib.Path) -> Any:
+    """Read what `torch.save` wrote (either of its formats), or a `.safetensors` file.
+
+    Returns:
+        The saved object, of dicts, lists, tuples, sets, strings and numbers; tensors and NumPy
+        arrays are `np.ndarray`, bfloat16 as `ml_dtypes.bfloat16`.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind, or needs something that is not
+            plain data; nothing of it was executed.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            file.seek(0)
+            if not start:
+                raise UserError(f"{path} is empty")
+            if path.suffix == SAFETENSORS:
+                return _load_safetensors(file)
+            if start.startswith(b"PK"):
+                return _load_zip(file)
+            if start[0] != 0x80:  # how every pickle of protocol 2 starts
+                raise UserError(f"{path} is no file of torch.save: it starts with {start!r}")
+            return _load_legacy(file)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # what damaged bytes can raise is not listed anywhere
+        detail = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read ({detail}); it is incomplete or no file of "
+            f"{'safetensors' if path.suffix == SAFETENSORS else 'torch.save'}. Copy it again."
+        ) from error
+
+
+def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a state dict that `torch.load(path, weights_only=True)` reads, or a `.safetensors`.
+
+    Args:
+        path: must not exist; it appears whole or not at all.
+        tensors: by name.
+
+    Raises:
+        UserError: `path` exists, cannot be written or has another suffix than .pth, .pt and
+            .safetensors; or a tensor has a type that PyTorch lacks.
+    """
+    if path.suffix not in (".pth", ".pt", SAFETENSORS):
+        raise UserError(f"the file to write must end in .pth, .pt or {SAFETENSORS}, found {path}")
+    if path.exists():
+        raise UserError(f"{path} exists already; delete it or choose another name")
+    if path.suffix == SAFETENSORS:
+        data = _safetensors().numpy.save({k: np.array(v, order="C") for k, v in tensors.items()})
+    else:
+        data = _zip(tensors)
+    try:
+        writers.write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UserError(f"{SAFETENSORS} files need a package: pip install safetensors") from None
+    return safetensors
+
+
+# Reading
+
+
+def _load_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
+    # Not `safetensors.numpy.load`, which fails at bfloat16.
+    tensors = {}
+    for name, tensor in _safetensors().deserialize(file.read()):
+        if tensor["dtype"] not in _SAFETENSORS_TYPES:
+            raise UserError(f"the tensor {name} has the type {tensor['dtype']}; save it as float32")
+        flat = np.frombuffer(tensor["data"], _SAFETENSORS_TYPES[tensor["dtype"]])
+        tensors[name] = flat.reshape(tensor["shape"])
+    return tensors
+
+
+def _load_zip(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError("it is a zip archive, but not one of torch.save")
+        folder = pickles[0].removesuffix("data.pkl")
+        order = f"{folder}byteorder"
+        if order in names and archive.read(order) != b"little":
+            raise UserError("it is of a big-endian machine; save it again on another")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UserError("it is compressed, which torch.save never does; unpack it first")
+        limit = sum(entry.file_size for entry in archive.infolist())
+        reader = Unpickler(io.BytesIO(archive.read(pickles[0])), limit)
+        tree = reader.load()
+        for key, storage in reader.storages.items():
+            storage.fill(archive.read(f"{folder}data/{key}"))
+    return plain(tree)
+
+
+def _load_legacy(file: BinaryIO) -> Any:
+    limit = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if Unpickler(file, 0).load() != _MAGIC:
+        raise UserError("it is a pickle, but not one of torch.save")
+    Unpickler(file, 0).load()  # the version of the format, which never changed
+    if not Unpickler(file, 0).load()["little_endian"]:
+        raise UserError("it is of a big-endian machine; save it again on another")
+    reader = Unpickler(file, limit)
+    tree = reader.load()
+    for key in Unpickler(file, 0).load():
+        (numel,) = struct.unpack("<q", file.read(8))
+        storage = reader.storages[key]
+        if numel != storage.array.size:
+            raise ValueError(f"a storage has {numel} numbers instead of {storage.array.size}")
+        storage.fill(file.read(storage.array.nbytes))
+    return plain(tree)
+
+
+# Writing
+
+
+def _zip(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The zip format of `torch.save`, with fixed dates: equal tensors give equal files."""
+    entries = {"data.pkl": _pickle(tensors), "byteorder": b"little", "version": b"3\n"}
+    entries |= {f"data/{i}": x.tobytes() for i, x in enumerate(tensors.values())}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)
+    return file.getvalue()
+
+
+def _pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The opcodes that rebuild an ordered dictionary of tensors, each with a storage of its own."""
+    empty = b"ccollections\nOrderedDict\n)R"
+    items = b"".join(_plain_pickle(k) + _tensor(i, x) for i, (k, x) in enumerate(tensors.items()))
+    return b"\x80\x02" + empty + b"(" + items + b"u."
+
+
+def _tensor(number: int, x: np.ndarray) -> bytes:
+    names = [name for name, dtype in STORAGES.items() if dtype == x.dtype]
+    if not names:
+        raise UserError(f"PyTorch has no tensors of type {x.dtype}")
+    strides = tuple(math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim))
+    storage = b"".join(
+        [
+            b"(" + _plain_pickle("storage"),
+            f"ctorch\n{names[0]}\n".encode(),
+            *map(_plain_pickle, (str(number), "cpu", x.size)),
+            b"tQ",
+        ]
+    )
+    view = b"".join(map(_plain_pickle, (0, x.shape, strides, False)))
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + hooks + b"tR"
+
+
+def _plain_pickle(value: Any) -> bytes:
+    """The opcodes of a string, a number or a tuple, without the frame around them."""
+    return pickle.dumps(value, protocol=2)[2:-1]
