@@ -119,6 +119,8 @@ def init_state(
         seen = student, teacher_outputs
         if term.rotations:
             seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
+        if hasattr(term, "axis_name"):
+            term = term.clone(axis_name=None)  # nothing is mapped here
         return jax.jit(term.init)(jax.random.fold_in(init_key, fold), *seen, batch)
 
     term_variables = {

@@ -105,7 +105,7 @@ SPECS = {
     "pkt": Spec(PKT(), "embedding", "embedding"),
 }
 # Cases with a test of their own below.
-OWN_TESTS = {"metrics"}
+OWN_TESTS = {"metrics", "crd", "pskd", "sskd_ss", "sskd_tf"}  # the last in test_golden_memories.py
 
 
 def labels(rows=FILE["batch"]):

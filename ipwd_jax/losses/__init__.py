@@ -6,16 +6,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ipwd_jax.losses.ab import AB
 from ipwd_jax.losses.at import AT
 from ipwd_jax.losses.base import RUN_FIELDS, Term
 from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import ClsHead, CrossEntropy
 from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.dkd import DKD
 from ipwd_jax.losses.fitnet import FitNet
+from ipwd_jax.losses.fsp import FSP
+from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD, KDHead
+from ipwd_jax.losses.la import KDLA
 from ipwd_jax.losses.nst import NST
+from ipwd_jax.losses.ofd import OFD
 from ipwd_jax.losses.pkt import PKT
 from ipwd_jax.losses.pskd import PSKD
+from ipwd_jax.losses.reviewkd import ReviewKD
 from ipwd_jax.losses.rkd import RKD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.sskd import SSKD
@@ -37,6 +44,13 @@ TERMS: dict[str, type[Term]] = {
     "rkd": RKD,
     "pkt": PKT,
     "nst": NST,
+    "ab": AB,
+    "dkd": DKD,
+    "fsp": FSP,
+    "ft": FT,
+    "kd_la": KDLA,
+    "ofd": OFD,
+    "reviewkd": ReviewKD,
 }
 
 
