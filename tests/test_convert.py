@@ -11,15 +11,17 @@ import sys
 import zipfile
 from pathlib import Path
 
+import helpers
 import jax
 import numpy as np
 import pytest
+from test_golden_models import FILES
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import convert, data, models, report, torch_files, train
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.torch_names import to_torch, torch_shapes
+from ipwd_jax.models.torch_names import from_torch, to_torch, torch_shapes
 from ipwd_jax.torch_networks import Fit, guess, template_of
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +207,28 @@ def test_a_work_directory_to_torch_and_back(torch, tmp_path):
     convert.import_file(tmp_path / "b.pth", tmp_path / "b", "wrn_16_1")
     for which in ("last", "best"):
         assert_same(imported(tmp_path / "b", "wrn_16_1", which=which), variables("wrn_16_1"))
+
+
+def golden_networks():
+    quick = {"resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"}
+    for file, names in FILES.items():
+        for name, golden in helpers.golden_json(f"{file}.json")["models"].items():
+            marks = () if name in quick else pytest.mark.slow
+            ours = names.get(name, name)
+            yield pytest.param(ours, golden["shapes"], id=ours, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "shapes"), golden_networks())
+def test_every_network_goes_from_torch_to_ours_and_back(name, shapes, torch, tmp_path):
+    tensors = helpers.recipe().weights(name, shapes)
+    tensors = {k: torch.from_numpy(x.astype(np.float32)) for k, x in tensors.items()}
+    torch.save(tensors, tmp_path / "theirs.pth")
+    read, _ = convert.unwrap(torch_files.load(tmp_path / "theirs.pth"))
+    ours = from_torch(read, template_of(guess({k: x.shape for k, x in read.items()}, name)))
+    torch_files.save(tmp_path / "ours.pth", to_torch(ours))
+    back = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[k], x) for k, x in tensors.items())
 
 
 def test_safetensors_round_trip(tmp_path):

@@ -1,16 +1,15 @@
 """Every method of the tables trains from its config, first stages included, and resumes bitwise."""
 
 import importlib.util
-import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from ipwd_jax import data, losses, models, train
 from ipwd_jax import config as config_lib
-from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax import data, train
+from ipwd_jax.errors import Interrupted
 from ipwd_jax.loop import Loop
 
 ROOT = pathlib.Path(__file__).parents[1]
