@@ -1,6 +1,6 @@
-"""Ten IPWD steps on made-up images, on each number of devices; run by test_parallel.
+"""Ten steps on made-up images, on each number of devices; run by test_parallel.
 
-Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]'
+Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational
 """
 
 import json
@@ -20,13 +20,18 @@ from ipwd_jax.models.heads import Heads
 SIZE, BATCH, CLASSES = 44, 16, 5  # steps of 16, 16 and 12 rows: the last divides by 4, not by 8
 
 
-def settings() -> ConfigDict:
+def settings(kind: str) -> ConfigDict:
     config = config_lib.default()
     config.data.crop_padding = 1
     config.batch_size = BATCH
     config.teacher.name = config.model.name = "resnet8"
-    config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
-    config.weighting.update({"name": "ipwd", "batch_normalize": True, "average": 0.5})
+    if kind == "ipwd":
+        config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
+        config.weighting.update({"name": "ipwd", "batch_normalize": True, "average": 0.5})
+    else:  # terms that compare rows of different devices, remember them, or normalise over them
+        names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet")
+        config.loss.update(dict.fromkeys(names, 0.1))
+        config.terms.crd.update({"feat_dim": 8, "negatives": 6})
     return config
 
 
@@ -43,9 +48,10 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
     network = models.create(config.model.name, CLASSES, axis_name)
     teacher = models.create(config.teacher.name, CLASSES)
     (stage,) = config_lib.stages(config)
-    terms = losses.create(stage.loss, config.terms, {"axis_name": parallel.AXIS})
-    heads = Heads(CLASSES, {"cls": "backbone"})
     steps_per_epoch = -(-SIZE // BATCH)
+    of_run = {"axis_name": parallel.AXIS, "train_size": SIZE, "epochs": 4}
+    terms = losses.create(stage.loss, config.terms, of_run)
+    heads = Heads(CLASSES, {"cls": "backbone"} if config.loss.cls else {})
     sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, steps_per_epoch, 4))
     now = state.init_state(0, network, heads, terms, teacher, config.weighting, (8, 8, 3), SIZE)
     if jax.config.jax_enable_x64:
@@ -70,13 +76,13 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
     return now
 
 
-def main(out: Path, counts: list[int]) -> None:
+def main(out: Path, counts: list[int], kind: str) -> None:
     for count in counts:
         parallel.devices = lambda count=count: jax.local_devices()[:count]
-        now = jax.device_get(ten_steps(settings()).replace(key=0))
+        now = jax.device_get(ten_steps(settings(kind)).replace(key=0))
         leaves = jax.tree_util.tree_leaves_with_path(now)
         np.savez(out / f"{count}.npz", **{jax.tree_util.keystr(p): x for p, x in leaves})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])

@@ -10,32 +10,37 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-DEVICES = {"float32": (1, 2, 4, 8), "float64": (1, 8)}
+DEVICES = {
+    ("ipwd", "float32"): (1, 2, 4, 8),
+    ("ipwd", "float64"): (1, 8),
+    ("relational", "float64"): (1, 8),
+}
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
+@pytest.fixture(scope="module", params=DEVICES, ids="-".join)
 def runs(request, tmp_path_factory):
     """States after ten steps on each number of devices, from one process with eight of them."""
-    out = tmp_path_factory.mktemp(request.param)
+    kind, dtype = request.param
+    out = tmp_path_factory.mktemp(kind)
     # Without NPROC the collectives of virtual devices can deadlock on a machine with few cores.
     environment = {**os.environ, "NPROC": "8", "JAX_NUM_CPU_DEVICES": "8"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # four programs for ten steps each
-    if request.param == "float64":
+    if dtype == "float64":
         environment["JAX_ENABLE_X64"] = "1"
     subprocess.run(
-        [sys.executable, HERE / "ten_steps.py", out, json.dumps(DEVICES[request.param])],
+        [sys.executable, HERE / "ten_steps.py", out, json.dumps(DEVICES[request.param]), kind],
         check=True,
         env=environment,
         timeout=300,
     )
     states = {n: dict(np.load(out / f"{n}.npz")) for n in DEVICES[request.param]}
-    return request.param, states
+    return dtype, states
 
 
 def test_equal_on_any_number_of_devices(runs):
     dtype, states = runs
     tolerance = {"float32": 2e-4, "float64": 1e-9}[dtype]
-    for n in DEVICES[dtype][1:]:
+    for n in states.keys() - {1}:
         assert states[n].keys() == states[1].keys()
         for name, expected in states[1].items():
             scale = np.abs(expected).max() + 1e-12
