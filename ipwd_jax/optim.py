@@ -48,6 +48,7 @@ def trainable_mask(
     prefixes: Sequence[str],
     head_modules: Sequence[str] = (),
     frozen: Sequence[str] = (),
+    empty: Sequence[str] = (),
 ) -> Any:
     """A pytree of bools like `params`: whether a leaf is trained.
 
@@ -59,6 +60,7 @@ def trainable_mask(
         prefixes: what is trained; none at all means everything.
         head_modules: of the student's network.
         frozen: prefixes of what is not trained even then.
+        empty: prefixes that are known although nothing is there: of terms without parameters.
 
     Raises:
         UserError: a prefix fits nothing; the message says what there is.
@@ -66,7 +68,7 @@ def trainable_mask(
     modules = {f"student/{m}" for m in params["student"]}
     features = sorted(modules - {f"student/{m}" for m in head_modules})
     wanted = [p for x in prefixes for p in (features if x == "student/features" else [x])]
-    used = set()
+    used = set(empty)
 
     def trained(path, _) -> bool:
         name = "/".join(entry.key for entry in path) + "/"

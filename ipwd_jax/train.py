@@ -239,8 +239,9 @@ def _with_masks(run: Run, params: Any) -> Run:
             for name, term in stage.terms.items()
             for part in ([] if pretrained else term.first_stage_params)
         ]
+        terms = [f"terms/{name}" for name in stage.terms]
         mask = optim.trainable_mask(
-            params, stage.config.trainable, run.network.head_modules, frozen
+            params, stage.config.trainable, run.network.head_modules, frozen, terms
         )
         stages.append(dataclasses.replace(stage, trainable=mask))
     return dataclasses.replace(run, stages=stages)

@@ -37,9 +37,7 @@ def batch(rows, mask=None, epoch=1):
 
 def drawn(count, key=0, index=(3, 4, 5)):
     index = jnp.array(index)
-    return np.asarray(
-        draw_negatives(jax.random.key(key), index, LABELS[index], LABELS, count)
-    )
+    return np.asarray(draw_negatives(jax.random.key(key), index, LABELS[index], LABELS, count))
 
 
 def test_negatives_are_of_other_classes_and_never_twice():
@@ -92,9 +90,7 @@ def test_crd_leaves_out_padding():
     value, memory = run(embedding, batch(5))
     padded, memory_of_padded = run(rubbish, batch(7, mask=[1] * 5 + [0] * 2))
     np.testing.assert_allclose(padded, value, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), memory, memory_of_padded
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), memory, memory_of_padded)
 
 
 # Rows to learn from

@@ -1,15 +1,16 @@
 """Every method of the tables trains from its config, first stages included, and resumes bitwise."""
 
 import importlib.util
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from ipwd_jax import checkpoint, data, models, train
 from ipwd_jax import config as config_lib
-from ipwd_jax import data, train
-from ipwd_jax.errors import Interrupted
+from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.loop import Loop
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,3 +102,132 @@ def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, 
             np.load(tmp_path / folder / "predictions.npz")[name] for folder in ("whole", "pieces")
         )
         np.testing.assert_array_equal(whole, pieces)
+
+
+# Full size
+
+
+@pytest.fixture(scope="module")
+def small_images():
+    """48 training images of 32x32 pixels, for three steps."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (56, 32, 32, 3), np.uint8)
+    labels = np.arange(56) % 8
+    return data.from_arrays(images[:48], labels[:48], images[48:], labels[48:])
+
+
+def untrained(name, folder):
+    """The work directory of a teacher that was never trained."""
+    if not folder.exists():
+        network = models.create(name, 8)
+        init = jax.jit(network.init)
+        variables = init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        folder.mkdir(parents=True)
+        checkpoint.save_network(folder, variables)
+        (folder / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
+        (folder / "result.json").write_text("{}")
+    return folder
+
+
+def dry_run(config, dataset, tmp_path, teachers):
+    config.data.crop_padding, config.data.flip = 4, True
+    config.epochs, config.batch_size, config.teacher.batch_size = 1, 16, 16
+    config.first_stage.epochs = min(config.first_stage.epochs, 1)
+    config.terms.crd.negatives = 16
+    config.weighting.start_epoch = 0
+    if config.teacher.name:
+        name = config.teacher.name
+        config.teacher.workdir = str(untrained(name, teachers / name))
+    result = train.run(config, tmp_path / "run", dataset)
+    assert np.isfinite(result["last"]["nll"])
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return tmp_path_factory.mktemp("teachers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_of_each_method(method, small_images, tmp_path, teachers):
+    if method in BASELINES.METHODS:
+        config = BASELINES.get_config(f"{method},wrn_40_2,wrn_16_2")
+    else:
+        config = SELF.get_config(f"{method.removeprefix('self_')},PreActResNet18")
+    dry_run(config, small_images, tmp_path, teachers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ipwd", "reviewkd_ipwd"])
+@pytest.mark.parametrize("pair", BASELINES.PAIRS, ids="-".join)
+def test_dry_run_of_each_pair(pair, method, small_images, tmp_path, teachers):
+    config = BASELINES.get_config(f"{method},{','.join(pair)}")
+    dry_run(config, small_images, tmp_path, teachers)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd"])
+def test_a_weighting_of_a_relational_term_is_refused(term):
+    config = method_config("ipwd")
+    config.loss[term] = 1.0
+    config.weighting.terms = ("kd", term)
+    with pytest.raises(UserError, match=f"names {term}, which compares samples with each other"):
+        config_lib.validate(config)
+
+
+def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits, tmp_path):
+    config = shortened(BASELINES.get_config("fsp,wrn_16_2,resnet8"))
+    with pytest.raises(UserError, match=r"channels|FSP"):
+        train.run(config, tmp_path / "fsp", digits)
+    config = shortened(BASELINES.get_config("crd,resnet14,resnet8"))
+    config.terms.crd.negatives = 16384
+    with pytest.raises(UserError, match=r"crd.negatives is 16384, but .* only \d+ training"):
+        train.run(config, tmp_path / "crd", digits)
+    wide = data.from_arrays(
+        np.zeros((60, 8, 12, 3), np.uint8), np.arange(60) % 5, np.zeros((5, 8, 12, 3), np.uint8),
+        np.arange(5),
+    )  # fmt: skip
+    config = shortened(BASELINES.get_config("sskd,resnet14,resnet8"))
+    with pytest.raises(UserError, match="needs square ones, found 8x12"):
+        train.run(config, tmp_path / "sskd", wide)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("file", "argument", "hint"),
+    [
+        (BASELINES, "crdd,vgg13,vgg8", "Did you mean 'crd'"),
+        (BASELINES, "crd,vgg13", "takes METHOD,TEACHER,STUDENT"),
+        (SELF, "kd,DenseNet121", "unknown method 'kd'. Did you mean 'pskd'"),
+        (SELF, "pskd", "takes METHOD,NETWORK"),
+    ],
+)
+def test_wrong_arguments_of_configs(file, argument, hint):
+    with pytest.raises(UserError, match=hint):
+        file.get_config(argument)
+
+
+# Stages
+
+
+def test_a_first_stage_trains_what_it_names_and_no_other_norm(digits, tmp_path):
+    config = shortened(BASELINES.get_config("ab,wrn_16_2,wrn_10_1"))
+    config.teacher.name = "wrn_10_1"
+    config.epochs = 1
+    stopped = []
+
+    def stop_at_main(self):
+        if self.now.position.stage == 0 and self.now.position.step == 3:
+            stopped.append(jax.device_get(self.now.state.replace(key=0)))
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_save_is_due", stop_at_main)
+        train.run(config, tmp_path / "ab", digits)
+    stats, params = stopped[0].batch_stats["student"], stopped[0].params["student"]
+    np.testing.assert_array_equal(stats["bn1"]["mean"], 0)  # behind the last map
+    np.testing.assert_array_equal(params["bn1"]["scale"], 1)
+    assert np.abs(stats["block1.layer.0"]["bn1"]["mean"]).max() > 0
+    assert np.abs(params["block1.layer.0"]["bn1"]["scale"] - 1).max() > 0
