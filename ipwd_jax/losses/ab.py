@@ -51,6 +51,7 @@ class AB(Term):
     margin: float = 1.0
     axis_name: str | None = None
 
+    paper = "Heo et al., 2019: Knowledge transfer via activation boundaries"
     teacher_taps = ("preact",)
 
     @nn.compact

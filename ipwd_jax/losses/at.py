@@ -36,6 +36,7 @@ class AT(Term):
     Largest intermediate: (B, H, W, C), the square of the largest map.
     """
 
+    paper = "Zagoruyko and Komodakis, 2017: Paying more attention to attention"
     teacher_taps = ("features",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -33,6 +33,7 @@ class Term(nn.Module):
     """A loss term; the attributes are what it asks of the train step.
 
     Attributes:
+        paper: where the loss is from: author and year, a colon, a short title.
         teacher_taps: which of the teacher's `Outputs` are used, by name of the field; none: the
             term needs no teacher.
         per_sample: returns (B,), which a weighting may multiply. False: compares samples.
@@ -43,6 +44,7 @@ class Term(nn.Module):
             `pretrain`, which takes what the call takes.
     """
 
+    paper: ClassVar[str] = ""
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     per_sample: ClassVar[bool] = True
     heads: ClassVar[Mapping[str, str]] = {}

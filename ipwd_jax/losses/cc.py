@@ -40,6 +40,7 @@ class CC(Term):
     feat_dim: int = 128
     axis_name: str | None = None
 
+    paper = "Peng et al., 2019: Correlation congruence"
     teacher_taps = ("embedding",)
     per_sample = False
 

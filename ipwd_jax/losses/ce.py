@@ -17,6 +17,8 @@ class CrossEntropy(Term):
 
     label_smoothing: float = 0.0
 
+    paper = "Szegedy et al., 2016: Label smoothing"
+
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
         return cross_entropy(student.logits, batch.label, self.label_smoothing)
 
@@ -36,6 +38,8 @@ class ClsHead(Term):
     """
 
     source: str = "backbone"
+
+    paper = "Niu et al., 2022: IPWD"
 
     @property
     def heads(self) -> Mapping[str, str]:

@@ -81,6 +81,7 @@ class CRD(Term):
     axis_name: str | None = None
     train_size: int = 0
 
+    paper = "Tian et al., 2020: Contrastive representation distillation"
     teacher_taps = ("embedding",)
     per_sample = False
 

@@ -69,6 +69,7 @@ class DKD(Term):
     temperature: float = 4.0
     warmup: int = 20
 
+    paper = "Zhao et al., 2022: Decoupled knowledge distillation"
     teacher_taps = ("logits",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

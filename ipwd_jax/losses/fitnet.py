@@ -31,6 +31,7 @@ class FitNet(Term):
     layer: int = 2
     axis_name: str | None = None
 
+    paper = "Romero et al., 2015: FitNets"
     teacher_taps = ("features",)
 
     @nn.compact

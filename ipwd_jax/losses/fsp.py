@@ -58,6 +58,7 @@ class FSP(Term):
     pooled map (B, H, W, C), or the matrix (B, C, C') of the two widest maps.
     """
 
+    paper = "Yim et al., 2017: A gift from knowledge distillation"
     teacher_taps = ("features",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

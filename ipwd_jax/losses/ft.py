@@ -116,6 +116,7 @@ class FT(Term):
     rate: float = 0.5
     axis_name: str | None = None
 
+    paper = "Kim et al., 2018: Paraphrasing complex network"
     teacher_taps = ("features",)
     first_stage_params = ("paraphraser",)
 

@@ -46,6 +46,7 @@ class KD(Term):
     temperature: float = 4.0
     cross_entropy: bool = False
 
+    paper = "Hinton et al., 2015: Distilling the knowledge in a neural network"
     teacher_taps = ("logits",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
@@ -63,6 +64,8 @@ class KDHead(KD):
     """
 
     source: str = "backbone"
+
+    paper = "Niu et al., 2022: IPWD-dagger"
 
     @property
     def heads(self) -> Mapping[str, str]:

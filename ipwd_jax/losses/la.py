@@ -66,6 +66,7 @@ class KDLA(Term):
     prior_temperature: float = 1.0
     class_prior: tuple = ()
 
+    paper = "Menon et al., 2021: Logit adjustment"
     teacher_taps = ("logits",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -51,6 +51,7 @@ class NST(Term):
     (B, C, C), with C the wider of the two maps.
     """
 
+    paper = "Huang and Wang, 2017: Like what you like"
     teacher_taps = ("features",)
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

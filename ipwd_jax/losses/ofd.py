@@ -68,6 +68,7 @@ class OFD(Term):
     preact_norms: tuple = ()
     axis_name: str | None = None
 
+    paper = "Heo et al., 2019: A comprehensive overhaul of feature distillation"
     teacher_taps = ("preact",)
 
     @nn.compact

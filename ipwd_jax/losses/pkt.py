@@ -50,6 +50,7 @@ class PKT(Term):
 
     axis_name: str | None = None
 
+    paper = "Passalis and Tefas, 2018: Probabilistic knowledge transfer"
     teacher_taps = ("embedding",)
     per_sample = False
 

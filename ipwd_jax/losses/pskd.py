@@ -37,6 +37,8 @@ class PSKD(Term):
     train_size: int = 0
     epochs: int = 1
 
+    paper = "Kim et al., 2021: Progressive refinement of targets"
+
     @nn.compact
     def __call__(
         self, student: Outputs, teacher: Outputs | None, batch: Batch

@@ -127,6 +127,7 @@ class ReviewKD(Term):
     student_preact: bool = False
     axis_name: str | None = None
 
+    paper = "Chen et al., 2021: Knowledge review"
     teacher_taps = ("preact", "embedding")
 
     @nn.compact

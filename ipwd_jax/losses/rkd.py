@@ -81,6 +81,7 @@ class RKD(Term):
     angle_weight: float = 50.0
     axis_name: str | None = None
 
+    paper = "Park et al., 2019: Relational knowledge distillation"
     teacher_taps = ("embedding",)
     per_sample = False
 

@@ -47,6 +47,7 @@ class SP(Term):
 
     axis_name: str | None = None
 
+    paper = "Tung and Mori, 2019: Similarity-preserving distillation"
     teacher_taps = ("features",)
     per_sample = False
 

@@ -77,6 +77,7 @@ class SSKD(Term):
     similarity_share: float = 0.75
     axis_name: str | None = None
 
+    paper = "Xu et al., 2020: Knowledge distillation meets self-supervision"
     teacher_taps = ("logits", "embedding")
     per_sample = False
     rotations = True

@@ -62,6 +62,7 @@ class VID(Term):
 
     variance: float = 5.0
 
+    paper = "Ahn et al., 2019: Variational information distillation"
     teacher_taps = ("features",)
 
     @nn.compact

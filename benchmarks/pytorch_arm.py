@@ -1,0 +1,274 @@
+"""The distillation step as one writes it in plain PyTorch: what ours is compared with.
+
+The networks carry the tensor names of the public implementations, so that
+`ipwd_jax.models.torch_names.to_torch` gives them their weights. The step is the usual eager one:
+the teacher answers under `no_grad`, the loss is 0.1 CE + 0.9 KD, `torch.optim.SGD` does the rest.
+Unlike the usual scripts it reads no number back to the host and has no data loader: the images
+live on the device and are cropped there. It is never slower than those for it.
+"""
+
+import dataclasses
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+TEMPERATURE = 4.0
+PADDING = 4
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size of the map but for its stride."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def pooled(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, C), the mean of each map."""
+    return x.mean((2, 3))
+
+
+def shuffled(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """The channels of `groups` groups, dealt out in turn."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, width, stride=stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
+        self.downsample = None
+        if stride != 1 or inputs != width:
+            shortcut = conv(inputs, width, 1, stride), nn.BatchNorm2d(width)
+            self.downsample = nn.Sequential(*shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """A ResNet for small images: depth 6 * blocks + 2."""
+
+    def __init__(self, blocks: int, widths: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(3, widths[0]), nn.BatchNorm2d(widths[0])
+        for stage in (1, 2, 3):
+            inputs, width = widths[stage - 1 : stage + 1]
+            first = ResidualBlock(inputs, width, 2 if stage > 1 else 1)
+            rest = (ResidualBlock(width, width, 1) for _ in range(blocks - 1))
+            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(pooled(self.layer3(self.layer2(self.layer1(x)))))
+
+
+class PreactBlock(nn.Module):
+    """BatchNorm and ReLU before each of two convolutions; the projection reads what they give."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, width, stride=stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv(width, width)
+        self.convShortcut = None if inputs == width else conv(inputs, width, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        active = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return y + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class WideResNet(nn.Module):
+    """WRN of depth 6 * blocks + 4, without dropout."""
+
+    def __init__(self, blocks: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.conv1, inputs = conv(3, 16), 16
+        for group in (1, 2, 3):
+            outputs = 8 * 2**group * width
+            layers = [PreactBlock(inputs, outputs, 2 if group > 1 else 1)]
+            layers += [PreactBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+            holder, inputs = nn.Module(), outputs
+            holder.layer = nn.Sequential(*layers)
+            self.add_module(f"block{group}", holder)
+        self.bn1, self.fc = nn.BatchNorm2d(inputs), nn.Linear(inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x)
+        for group in (self.block1, self.block2, self.block3):
+            x = group.layer(x)
+        return self.fc(pooled(F.relu(self.bn1(x))))
+
+
+class VGG(nn.Module):
+    """Five blocks of convolutions, of which the first three end in a halving."""
+
+    def __init__(self, repeats: int, classes: int) -> None:
+        super().__init__()
+        inputs = 3
+        for i, width in enumerate((64, 128, 256, 512, 512)):
+            layers: list[nn.Module] = []
+            for _ in range(repeats):
+                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                inputs = width
+            self.add_module(f"block{i}", nn.Sequential(*layers))
+        self.classifier = nn.Linear(inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (self.block0, self.block1, self.block2):
+            x = F.max_pool2d(block(x), 2)
+        return self.classifier(pooled(self.block4(self.block3(x))))
+
+
+class InvertedResidual(nn.Module):
+    """Expansion, depthwise convolution, linear projection."""
+
+    def __init__(self, inputs: int, width: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inside = inputs * expansion
+        layers = [conv(inputs, inside, 1), nn.BatchNorm2d(inside), nn.ReLU()]
+        layers += [conv(inside, inside, 3, stride, inside), nn.BatchNorm2d(inside), nn.ReLU()]
+        self.conv = nn.Sequential(*layers, conv(inside, width, 1), nn.BatchNorm2d(width))
+        self.adds = stride == 1 and inputs == width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 of half width for small images."""
+
+    stages = ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2))
+    stages += ((6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1))
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.ReLU())
+        inputs, blocks = 16, []
+        for expansion, width, repeats, stride in self.stages:
+            first = InvertedResidual(inputs, width, stride, expansion)
+            rest = (InvertedResidual(width, width, 1, expansion) for _ in range(repeats - 1))
+            blocks.append(nn.Sequential(first, *rest))
+            inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.conv2 = nn.Sequential(conv(inputs, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Linear(1280, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(pooled(self.conv2(self.blocks(self.conv1(x)))))
+
+
+class ShuffleUnitV1(nn.Module):
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = width - inputs if stride == 2 else width
+        inside, self.stride = outputs // 4, stride
+        self.groups = 1 if inputs == 24 else 3
+        self.conv1 = conv(inputs, inside, 1, groups=self.groups)
+        self.conv2 = conv(inside, inside, 3, stride, inside)
+        self.conv3 = conv(inside, outputs, 1, groups=3)
+        self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(inside)
+        self.bn3 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = shuffled(F.relu(self.bn1(self.conv1(x))), self.groups)
+        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
+        if self.stride == 1:
+            return F.relu(x + y)
+        return F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
+
+
+class DownUnitV2(nn.Module):
+    """Two branches that halve the map."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = conv(inputs, inputs, 3, 2, inputs), nn.BatchNorm2d(inputs)
+        self.conv2, self.bn2 = conv(inputs, half, 1), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv(inputs, half, 1), nn.BatchNorm2d(half)
+        self.conv4, self.bn4 = conv(half, half, 3, 2, half), nn.BatchNorm2d(half)
+        self.conv5, self.bn5 = conv(half, half, 1), nn.BatchNorm2d(half)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = self.bn4(self.conv4(F.relu(self.bn3(self.conv3(x)))))
+        right = F.relu(self.bn5(self.conv5(right)))
+        return shuffled(torch.cat([left, right], 1), 2)
+
+
+class BasicUnitV2(nn.Module):
+    """Three convolutions of one half of the channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = conv(half, half, 1), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = conv(half, half, groups=half), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = conv(half, half, 1), nn.BatchNorm2d(half)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        untouched, y = x.chunk(2, 1)
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(y)))))
+        return shuffled(torch.cat([untouched, F.relu(self.bn3(self.conv3(y)))], 1), 2)
+
+
+class ShuffleNet(nn.Module):
+    """ShuffleNet of either version for small images, with a 1x1 stem."""
+
+    def __init__(self, version: int, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, inputs = conv(3, 24, 1), nn.BatchNorm2d(24), 24
+        widths = ((240, 480, 960), (116, 232, 464))[version - 1]
+        for stage, (width, units) in enumerate(zip(widths, (4, 8, 4), strict=True), start=1):
+            first = ShuffleUnitV1(inputs, width, 2) if version == 1 else DownUnitV2(inputs, width)
+            rest = (
+                ShuffleUnitV1(width, width, 1) if version == 1 else BasicUnitV2(width)
+                for _ in range(units - 1)
+            )
+            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+            inputs = width
+        if version == 2:
+            self.conv2, self.bn2, inputs = conv(inputs, 1024, 1), nn.BatchNorm2d(1024), 1024
+        self.version, self.linear = version, nn.Linear(inputs, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        if self.version == 2:
+            x = F.relu(self.bn2(self.conv2(x)))
+        return self.linear(pooled(x))
+
+
+def create(name: str, classes: int) -> nn.Module:
+    """The network of that name, as `ipwd_jax.models.create` names it.
+
+    Raises:
+        ValueError: it is none of those written here.
+    """
+    if match := re.fullmatch(r"resnet(\d+)(x4)?", name):
+        widths = (32, 64, 128, 256) if match[2] else (16, 16, 32, 64)
+        return ResNet((int(match[1]) - 2) // 6, widths, classes)
+    if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
+        return WideResNet((int(match[1]) - 4) // 6, int(match[2]), classes)
+    simple: dict[str, Callable[[], nn.Module]] = {
+        "vgg8": lambda: VGG(1, classes),
+        "vgg13": lambda: VGG(2, classes),
+        "MobileNetV2": lambda: MobileNetV2(classes),
+        "ShuffleV1": lambda: ShuffleNet(1, classes),
+        "ShuffleV2": lambda: ShuffleNet(2, classes),
+    }
+    if name not in simple:
+        raise ValueError(f"no PyTorch network {name!r} here; there are resnet*, wrn_*_*, {simple}")
+    return simple[name]()

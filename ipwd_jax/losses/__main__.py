@@ -1,0 +1,132 @@
+"""List the loss terms: `python -m ipwd_jax.losses [TEACHER STUDENT]`.
+
+Extra parameters are those that a term adds to the student with 100 classes and images of 32x32;
+memory is what it remembers of 50,000 training images.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax import losses, models
+from ipwd_jax.errors import UserError
+from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.models.base import Outputs
+from ipwd_jax.models.heads import Heads
+
+CLASSES, SIZE, TRAIN_SIZE = 100, 32, 50_000
+
+
+def network_outputs(name: str, classes: int = CLASSES, size: int = SIZE) -> Outputs:
+    """Shapes of what the network `name` returns for two images of `size` x `size`.
+
+    Raises:
+        UserError: no such network, or one for larger images.
+    """
+    models.check_input(name, size, size)
+    network = models.create(name, classes)
+    image = jnp.zeros((2, size, size, 3))
+    return jax.eval_shape(lambda key: network.init_with_output(key, image)[0], jax.random.key(0))
+
+
+def variable_shapes(
+    term: Term, student_outputs: Outputs, teacher_outputs: Outputs | None, train_size: int
+) -> dict[str, Any]:
+    """Shapes of the variables of a term, by collection: the linear heads that it asks for too.
+
+    A head that is a network of its own has the student's size and is left out.
+
+    Args:
+        term: of `losses.TERMS`.
+        student_outputs: arrays or shapes.
+        teacher_outputs: likewise; None: no teacher.
+        train_size: number of training images.
+
+    Raises:
+        ValueError: the term does not fit the two networks; the message says why.
+    """
+    linear = {name: source for name, source in term.heads.items() if source != "network"}
+    if hasattr(term, "train_size"):
+        term = term.clone(train_size=train_size)
+
+    def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
+        batch = _blank_batch(student.logits.shape[0], train_size)
+        heads = Heads(student.logits.shape[1], linear)
+        of_heads = heads.init(key, student.embedding, batch.image, False)
+        student = student.replace(extra_logits=dict.fromkeys(term.heads, student.logits))
+        if term.rotations:
+            student, teacher = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), (student, teacher))
+        variables = term.init(key, student, teacher, batch)
+        return variables | {"params": {**variables.get("params", {}), **of_heads.get("params", {})}}
+
+    return jax.eval_shape(init, jax.random.key(0), student_outputs, teacher_outputs)
+
+
+def extra_parameters(
+    term: Term, student_outputs: Outputs, teacher_outputs: Outputs | None, train_size: int
+) -> dict[str, int]:
+    """Number of parameters that a term adds, by part; arguments of `variable_shapes`."""
+    shapes = variable_shapes(term, student_outputs, teacher_outputs, train_size)
+    return {part: _count(tree) for part, tree in shapes["params"].items()}
+
+
+def describe(name: str, student: Outputs, teacher: Outputs) -> str:
+    """Lines on a term: what it reads, its kind, its size for two networks, paper, settings."""
+    term = losses.TERMS[name]()
+    reads = " ".join(term.teacher_taps) or "-"
+    kind = "per sample" if term.per_sample else "relational"
+    lines = []
+    try:
+        shapes = variable_shapes(term, student, teacher, TRAIN_SIZE)
+        sizes = [f"{_count(shapes.get(part, {})):,}" for part in ("params", "memory")]
+    except ValueError as error:
+        sizes = ["-", "-"]
+        lines.append(f"does not fit: {error}")
+    settings = losses.hyper_parameters(name).items()
+    if settings:
+        lines.insert(0, " ".join(f"{key}={value!r}" for key, value in settings))
+    row = f"{name:10}{reads:19}{kind:11}{sizes[0]:>12}{sizes[1]:>12}  {term.paper}"
+    return "\n".join([row, *(f"{'':10}{line}" for line in lines)])
+
+
+def main(names: Sequence[str]) -> None:
+    """Print the table for `names`: none, or a teacher and a student."""
+    if len(names) not in (0, 2):
+        raise UserError(f"name a TEACHER and a STUDENT, or nothing; found {' '.join(names)!r}")
+    teacher, student = names or ("resnet32x4", "resnet8x4")
+    outputs = [network_outputs(name) for name in (student, teacher)]
+    print(f"Teacher {teacher}, student {student}, {CLASSES} classes, images of {SIZE}x{SIZE}")
+    print(f"{'term':10}{'reads of teacher':19}{'kind':11}{'parameters':>12}{'memory':>12}  paper")
+    for name in losses.TERMS:
+        print(describe(name, *outputs), flush=True)
+    print(f"\nMemory: numbers remembered of {TRAIN_SIZE:,} training images.")
+
+
+def _blank_batch(rows: int, train_size: int) -> Batch:
+    numbers = jnp.zeros(rows, jnp.int32)
+    return Batch(
+        image=jnp.zeros((rows, 1, 1, 1)),
+        label=numbers,
+        index=numbers,
+        view=numbers,
+        mask=jnp.ones(rows),
+        epoch=jnp.int32(0),
+        train_labels=jnp.zeros(train_size, jnp.int32),
+        key=jax.random.key(0),
+    )
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
