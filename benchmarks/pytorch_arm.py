@@ -4,28 +4,31 @@ The networks carry the tensor names of the public implementations, so that
 `ipwd_jax.models.torch_names.to_torch` gives them their weights. The step is the usual eager one:
 the teacher answers under `no_grad`, the loss is 0.1 CE + 0.9 KD, `torch.optim.SGD` does the rest.
 Unlike the usual scripts it reads no number back to the host and has no data loader: the images
-live on the device and are cropped there. It is never slower than those for it.
+live on the device and are cropped there, as ours are.
 """
 
 import dataclasses
-import importlib
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-TEMPERATURE = 4.0
-PADDING = 4
-
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the size of the map but for its stride."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
+def normed(module: nn.Module, *layers: nn.Conv2d) -> None:
+    """Gives a module the layers conv1, bn1, conv2, bn2 and so on."""
+    for number, layer in enumerate(layers, start=1):
+        module.add_module(f"conv{number}", layer)
+        module.add_module(f"bn{number}", nn.BatchNorm2d(layer.out_channels))
 
 
 def pooled(x: torch.Tensor) -> torch.Tensor:
@@ -43,8 +46,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(inputs, width, stride=stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width), nn.BatchNorm2d(width)
+        normed(self, conv(inputs, width, stride=stride), conv(width, width))
         self.downsample = None
         if stride != 1 or inputs != width:
             shortcut = conv(inputs, width, 1, stride), nn.BatchNorm2d(width)
@@ -60,7 +62,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: int, widths: tuple[int, ...], classes: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = conv(3, widths[0]), nn.BatchNorm2d(widths[0])
+        normed(self, conv(3, widths[0]))
         for stage in (1, 2, 3):
             inputs, width = widths[stage - 1 : stage + 1]
             first = ResidualBlock(inputs, width, 2 if stage > 1 else 1)
@@ -174,13 +176,10 @@ class ShuffleUnitV1(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         outputs = width - inputs if stride == 2 else width
-        inside, self.stride = outputs // 4, stride
-        self.groups = 1 if inputs == 24 else 3
-        self.conv1 = conv(inputs, inside, 1, groups=self.groups)
-        self.conv2 = conv(inside, inside, 3, stride, inside)
-        self.conv3 = conv(inside, outputs, 1, groups=3)
-        self.bn1, self.bn2 = nn.BatchNorm2d(inside), nn.BatchNorm2d(inside)
-        self.bn3 = nn.BatchNorm2d(outputs)
+        inside, self.stride, self.groups = outputs // 4, stride, 1 if inputs == 24 else 3
+        first = conv(inputs, inside, 1, groups=self.groups)
+        last = conv(inside, outputs, 1, groups=3)
+        normed(self, first, conv(inside, inside, 3, stride, inside), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = shuffled(F.relu(self.bn1(self.conv1(x))), self.groups)
@@ -196,11 +195,9 @@ class DownUnitV2(nn.Module):
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = conv(inputs, inputs, 3, 2, inputs), nn.BatchNorm2d(inputs)
-        self.conv2, self.bn2 = conv(inputs, half, 1), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = conv(inputs, half, 1), nn.BatchNorm2d(half)
-        self.conv4, self.bn4 = conv(half, half, 3, 2, half), nn.BatchNorm2d(half)
-        self.conv5, self.bn5 = conv(half, half, 1), nn.BatchNorm2d(half)
+        left = conv(inputs, inputs, 3, 2, inputs), conv(inputs, half, 1)
+        right = conv(inputs, half, 1), conv(half, half, 3, 2, half), conv(half, half, 1)
+        normed(self, *left, *right)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
@@ -215,9 +212,7 @@ class BasicUnitV2(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = conv(half, half, 1), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = conv(half, half, groups=half), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = conv(half, half, 1), nn.BatchNorm2d(half)
+        normed(self, conv(half, half, 1), conv(half, half, groups=half), conv(half, half, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         untouched, y = x.chunk(2, 1)
@@ -230,8 +225,9 @@ class ShuffleNet(nn.Module):
 
     def __init__(self, version: int, classes: int) -> None:
         super().__init__()
-        self.conv1, self.bn1, inputs = conv(3, 24, 1), nn.BatchNorm2d(24), 24
+        normed(self, conv(3, 24, 1))
         widths = ((240, 480, 960), (116, 232, 464))[version - 1]
+        inputs = 24
         for stage, (width, units) in enumerate(zip(widths, (4, 8, 4), strict=True), start=1):
             first = ShuffleUnitV1(inputs, width, 2) if version == 1 else DownUnitV2(inputs, width)
             rest = (
@@ -270,5 +266,101 @@ def create(name: str, classes: int) -> nn.Module:
         "ShuffleV2": lambda: ShuffleNet(2, classes),
     }
     if name not in simple:
-        raise ValueError(f"no PyTorch network {name!r} here; there are resnet*, wrn_*_*, {simple}")
+        raise ValueError(f"no PyTorch network {name!r} here; only resnet*, wrn_* and {[*simple]}")
     return simple[name]()
+
+
+def load(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
+    """Gives a network all its tensors by name; only counters of batches may be missing."""
+    tensors = {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
+    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    if wrong := unexpected + [n for n in missing if "num_batches_tracked" not in n]:
+        raise ValueError(f"these weights are not of this network: {wrong}")
+    return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How the step is computed: memory layout, autocast to bfloat16, torch.compile, TF32."""
+
+    channels_last: bool = True
+    bfloat16: bool = False
+    compiled: bool = False
+    tf32: bool = False
+
+
+class TorchArm:
+    """A student and its teacher on the device, with the data, ready to take steps."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, problem: Any, variant: Variant):
+        """`problem` is an `our_arm.Problem`. Both networks are changed in place."""
+        self.device, self.variant, self.done = device(), variant, 0
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+        self._used_before = _memory(torch.cuda.memory_allocated)
+        _memory(torch.cuda.reset_peak_memory_stats)
+        self.student = student.to(self.device, memory_format=layout).train()
+        self.teacher = teacher.to(self.device, memory_format=layout).eval()
+        self.sgd = torch.optim.SGD(student.parameters(), problem.learning_rate, 0.9, 0, 5e-4)
+        self._layout, self._padding, self._size = layout, problem.padding, problem.images.shape[1]
+        border = (0, 0), (problem.padding,) * 2, (problem.padding,) * 2, (0, 0)
+        arrays = np.pad(problem.images, border), problem.labels.astype(np.int64)
+        self._images, self._labels, self._mean, self._std, self._index, self._view = (
+            torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+            for x in (*arrays, problem.mean, problem.std, problem.index, problem.view)
+        )
+        self._loss = self._eager_loss
+        if variant.compiled:
+            mode = "max-autotune" if self.device == "cuda" else "default"
+            self._loss = torch.compile(self._eager_loss, mode=mode)
+
+    def _cut(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        """The views of a batch, (B, 3, H, W) float32, as `augment.apply_views` cuts them."""
+        side, pixels = 2 * self._padding + 1, torch.arange(self._size, device=self.device)
+        crop, mirrored = view // 2, (view % 2)[:, None]
+        rows = (crop // side)[:, None] + pixels
+        columns = (crop % side)[:, None] + torch.where(mirrored > 0, pixels.flip(0), pixels)
+        cut = self._images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return ((cut.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
+
+    def _eager_loss(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        images = self._cut(index, view).contiguous(memory_format=self._layout)
+        with torch.autocast(self.device, torch.bfloat16, self.variant.bfloat16):
+            with torch.no_grad():
+                target = self.teacher(images)
+            logits = self.student(images)
+        ours, theirs = F.log_softmax(logits.float() / 4, 1), F.softmax(target.float() / 4, 1)
+        distilled = F.kl_div(ours, theirs, reduction="sum") * 16 / len(index)
+        return 0.1 * F.cross_entropy(logits.float(), self._labels[index]) + 0.9 * distilled
+
+    def step(self) -> torch.Tensor:
+        """Takes one step; its loss, on the device."""
+        loss = self._loss(self._index[self.done], self._view[self.done])
+        self.sgd.zero_grad()
+        loss.backward()
+        self.sgd.step()
+        self.done += 1
+        return loss.detach()
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Takes steps; seconds until the device has done them, and their mean loss."""
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = self.variant.tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.variant.tf32
+        started = time.perf_counter()
+        total = sum(self.step() for _ in range(steps)) / steps
+        total = total.item()  # waits
+        return time.perf_counter() - started, total
+
+    def peak_memory(self) -> int | None:
+        """Bytes at most since it was made, less those of before; None on a CPU."""
+        peak = _memory(torch.cuda.max_memory_allocated)
+        return None if peak is None else peak - self._used_before
+
+
+def device() -> str:
+    """`cuda` where PyTorch has one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _memory(count: Callable[[], Any]) -> Any:
+    return count() if torch.cuda.is_available() else None

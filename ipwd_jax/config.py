@@ -14,6 +14,8 @@ from ipwd_jax.precision import PRECISIONS
 
 WEIGHTINGS = ("uniform", "constant", "wsld", "ipwd")
 SCHEDULES = ("step", "cosine")
+# all: every view of every image; drawn: those that the run draws; auto: the smaller of them.
+VIEW_CACHES = ("auto", "off", "all", "drawn")
 HEAD_SOURCES = ("backbone", "detached", "network")
 
 
@@ -21,6 +23,8 @@ def default() -> ConfigDict:
     """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off."""
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
+    config.seeds = ()  # several runs in one program, each as if alone, NAME_seed0, NAME_seed1...
+    config.share_order = False  # with seeds: all see the first one's order, crops and flips
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 
     config.data = ConfigDict()
@@ -46,6 +50,8 @@ def default() -> ConfigDict:
     config.teacher.workdir = ""  # run that trained it; empty: runs/DATA_NAME_seedSEED beside ours
     config.teacher.which = "last"  # epoch that teaches: "last" or "best"
     config.teacher.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
+    config.teacher.view_cache = "auto"  # its answers to all views: one of VIEW_CACHES
+    config.teacher.look_ahead = 0  # steps whose images it sees at once, where it is asked; 0: one
     config.teacher.fold = False  # fold BatchNorm into the convolutions: the same up to rounding
     config.teacher.seed = 0  # its own, so that all seeds of a student share one teacher
     config.teacher.epochs = 240  # these settings count when the teacher is missing
@@ -218,9 +224,15 @@ def validate(config: ConfigDict) -> None:
     _not_negative(config, "seed", "teacher.seed", "data.crop_padding", "data.image_size")
     _not_negative(config, "first_stage.epochs", "checkpoint.every_seconds", "weighting.clip")
     _not_negative(config, "weighting.start_epoch", "weighting.constant")
+    if config.teacher.view_cache not in VIEW_CACHES:
+        raise unknown_name("config.teacher.view_cache", config.teacher.view_cache, VIEW_CACHES)
+    if len(set(config.seeds)) != len(config.seeds):
+        raise UserError(f"config.seeds has a seed twice: {tuple(config.seeds)}")
+    if config.share_order and len(config.seeds) < 2:
+        raise UserError("config.share_order needs several config.seeds")
     if config.precision not in PRECISIONS:
         raise unknown_name("config.precision", config.precision, PRECISIONS)
-    _not_negative(config, "steps_per_call")
+    _not_negative(config, "steps_per_call", "teacher.look_ahead")
     if config.teacher.fold and config.teacher.train_mode:
         raise UserError("config.teacher.fold and train_mode exclude each other; leave one out")
     source = config.terms.cls.source

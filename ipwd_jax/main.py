@@ -86,6 +86,9 @@ def main() -> None:
         app.run(_main, flags_parser=_parse)
     except UserError as error:
         _exit(error)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except Interrupted as stop:
         print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + stop.signum)

@@ -57,3 +57,8 @@ def compile_train_step(step: Callable) -> Callable:
 def compile_predict(predict: Callable) -> Callable:
     """Compiles `predict(variables, data, index)`; `index` and the result have a device axis."""
     return jax.pmap(predict, AXIS, in_axes=(None, None, 0), devices=devices())
+
+
+def compile_views(ask: Callable) -> Callable:
+    """Compiles `ask(inputs, data, index, view)`; all but the first two have a device axis."""
+    return jax.pmap(ask, AXIS, in_axes=(None, None, 0, 0), devices=devices())

@@ -30,6 +30,7 @@ class Teacher:
     """A network that is asked and never trained.
 
     Attributes:
+        workdir: of its run.
         network: its module.
         variables: its parameters and running statistics, on all devices.
         answer: `answer(inputs, images, batch) -> Outputs` within the compiled step.
@@ -39,6 +40,7 @@ class Teacher:
         test_logits: (N_test, C).
     """
 
+    workdir: pathlib.Path
     network: nn.Module
     variables: Any
     answer: Callable[[Any, jax.Array, Batch], Outputs]
@@ -104,7 +106,7 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
 
     answer, inputs = _make_answer(config, network, variables, dataset.train.images.shape[1:])
     return Teacher(
-        network, variables, answer, inputs, checksum(variables), ask(dataset.train),
+        workdir, network, variables, answer, inputs, checksum(variables), ask(dataset.train),
         ask(dataset.test),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, losses, models, optim, parallel, writers
+from ipwd_jax import evaluate, losses, models, optim, parallel, step, view_cache, writers
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network
@@ -229,6 +229,36 @@ def _build(
     )
 
 
+def _with_view_cache(run: Run, teacher: Teacher) -> Run:
+    """The run with a teacher that looks its answers up, where that is possible and wanted."""
+    config = run.config
+    taps = frozenset().union(*(step.teacher_taps(config, s.terms) for s in run.stages))
+    rotated = any(term.rotations for s in run.stages for term in s.terms.values())
+    reason = view_cache.reason_against(config, taps, rotated)
+    if config.teacher.view_cache in ("all", "drawn") and reason:
+        raise UserError(
+            f"config.teacher.view_cache is {config.teacher.view_cache}, but {reason}; "
+            "set it to auto"
+        )
+    if reason or config.teacher.view_cache == "off":
+        return run
+    cache = view_cache.load_or_build(
+        config,
+        teacher.workdir / "views",
+        run.dataset,
+        teacher.answer,
+        teacher.inputs,
+        {"teacher": teacher.checksum, "data": fingerprint(run.dataset)},
+        max(stage.config.epochs for stage in run.stages),
+        "embedding" in taps,
+    )
+    if cache is None:
+        return run
+    return dataclasses.replace(
+        run, teacher=dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
+    )
+
+
 def _with_masks(run: Run, params: Any) -> Run:
     """The run with what each of its stages trains."""
     stages = []
@@ -255,6 +285,8 @@ def _train(
         print(f"Finished already: {workdir}", flush=True)
         return result
     run = _build(config, workdir, dataset, teacher)
+    if teacher:
+        run = _with_view_cache(run, teacher)
     initial = _initial_state(run, teacher.network if teacher else None)
     run = _with_masks(run, initial.params)
     overview = parameter_overview.get_parameter_overview(initial.params)

@@ -21,6 +21,10 @@ _FREE = (
     "data.download",
     "eval_batch_size",
     "log_every_steps",
+    "seeds",
+    "steps_per_call",
+    "teacher.look_ahead",
+    "teacher.view_cache",
     "teacher.workdir",
 )
 

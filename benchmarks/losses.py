@@ -1,0 +1,295 @@
+"""What each loss term adds to a training step: its time beside that of plain KD, and its memory.
+
+    python benchmarks/losses.py [--pair TEACHER,STUDENT] [--batch 64] [--steps N] [--terms a,b,...]
+
+Each term is trained with its published weights in the compiled step of a run, on random images of
+the size of CIFAR-100 that live on the device, and calls of its step alternate with calls of plain
+KD's (0.1 cross-entropy + 0.9 KD). Both have the same batch; `ab` and `fsp`, losses of a first
+stage, are timed as losses of the main one. Prints one JSON line on the machine, one for each term
+and a table. Of a ratio, the term's time over KD's, come the quartiles over the pairs of calls.
+
+`temp_mib` is what the compiled step needs beside its arguments. `peak_mib` is the most that the
+device has held since the process began, so it never falls: name a single term to get its own.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import runpy
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import losses, models, optim, parallel, state, step
+from ipwd_jax.data import augment
+from ipwd_jax.data.base import STATISTICS
+from ipwd_jax.data.resident import Resident
+from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.models.heads import Heads
+from ipwd_jax.state import TrainState
+
+IMAGES, SHAPE, CLASSES, EPOCHS = 50_000, (32, 32, 3), 100, 240
+WARMUP_CALLS = 2
+KD = {"ce": 0.1, "kd": 0.9}
+# Terms that are no method of their own in the published tables.
+WEIGHTS = {
+    "cls": {**KD, "cls": 1.0},
+    "kd_head": {**KD, "kd_head": 0.9},
+    "pskd": {"pskd": 1.0},
+    "ab": {"ce": 1.0, "ab": 1.0},
+    "fsp": {"ce": 1.0, "fsp": 1.0},
+}
+COLUMNS = ("term", "ms", "kd_ms", "ratio", "ratio_quartiles", "temp_mib", "peak_mib", "compile_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all arms share.
+
+    Attributes:
+        teacher: its network.
+        student: name of the network that is trained.
+        inputs: the teacher's variables, on all devices.
+        data: the training set, on all devices.
+        calls: index and mask of each call of a step, used in turn.
+        batch: images of a step over all devices.
+    """
+
+    teacher: nn.Module
+    student: str
+    inputs: Any
+    data: Resident
+    calls: list[tuple[np.ndarray, np.ndarray]]
+    batch: int
+
+
+class Arm:
+    """A compiled train step and the state that it carries.
+
+    Attributes:
+        temp_bytes: what the program needs beside its arguments and results; None: not known.
+        compile_seconds: of its compilation.
+    """
+
+    def __init__(self, bench: Bench, weights: Mapping[str, float]) -> None:
+        """Compiles the step whose loss has these weights, and takes its first steps."""
+        self._bench, self._called = bench, 0
+        self._step, self._state = _build(bench, weights)
+        started = time.perf_counter()
+        arguments = self._state, bench.data, bench.inputs, *bench.calls[0]
+        memory = self._step.lower(*arguments).compile().memory_analysis()
+        self.compile_seconds = time.perf_counter() - started
+        self.temp_bytes = memory.temp_size_in_bytes if memory else None
+        for _ in range(WARMUP_CALLS):
+            self.call()
+
+    def call(self) -> float:
+        """Milliseconds a step of the next call, until its result is there."""
+        rows = self._bench.calls[self._called % len(self._bench.calls)]
+        self._called += 1
+        started = time.perf_counter()
+        self._state = self._step(self._state, self._bench.data, self._bench.inputs, *rows)
+        jax.block_until_ready(self._state)
+        return 1e3 * (time.perf_counter() - started) / len(rows[0])
+
+    def finite(self) -> bool:
+        """Whether all losses have been finite so far."""
+        return all(int(first) < 0 for first in self._state.nonfinite.values())
+
+
+def _build(bench: Bench, weights: Mapping[str, float]) -> tuple[Callable, TrainState]:
+    config = config_lib.default()
+    config.batch_size, config.epochs = bench.batch, EPOCHS
+    # So small that the answers of an untrained teacher cannot drive a loss to infinity.
+    config.optimizer.learning_rate = 1e-6
+    config.loss.update({"ce": 0.0, **weights})
+    (stage,) = config_lib.stages(config)
+    prior = np.random.default_rng(1).dirichlet(np.ones(CLASSES))
+    terms = losses.create(
+        stage.loss,
+        config.terms,
+        {
+            "axis_name": parallel.AXIS,
+            "train_size": IMAGES,
+            "epochs": EPOCHS,
+            "class_prior": tuple(prior.tolist()),
+        },
+    )
+    network = models.create(bench.student, CLASSES, parallel.AXIS)
+    heads = Heads(CLASSES, {k: v for term in terms.values() for k, v in term.heads.items()})
+    per_epoch = -(-IMAGES // bench.batch)
+    sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, EPOCHS))
+    now = state.init_state(0, network, heads, terms, bench.teacher, config.weighting, SHAPE, IMAGES)
+    frozen = [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]
+    train_step = step.make_train_step(
+        config, stage, network, heads, terms,
+        lambda variables, images, _: bench.teacher.apply(variables, images), sgd,
+        optim.trainable_mask(now.params, (), frozen=frozen), per_epoch,
+    )  # fmt: skip
+    now = parallel.replicate(state.begin_stage(now, sgd, step.metric_names(terms)))
+    return parallel.compile_train_step(train_step), now
+
+
+def make_bench(teacher: str, student: str, batch: int, steps_per_call: int) -> Bench:
+    """Random data and a random teacher on all devices."""
+    for name in (teacher, student):
+        models.check_input(name, *SHAPE[:2])
+    network = models.create(teacher, CLASSES)
+    variables = jax.jit(network.init)(jax.random.key(1), np.zeros((1, *SHAPE), np.float32))
+    rng = np.random.default_rng(0)
+    mean, std = (np.asarray(x, np.float32) for x in STATISTICS["cifar100"])
+    data = Resident(
+        images=rng.integers(0, 256, (IMAGES, *SHAPE), np.uint8),
+        labels=rng.permutation(np.arange(IMAGES, dtype=np.int32) % CLASSES),
+        mean=mean,
+        std=std,
+    )
+    order = rng.permutation(IMAGES).astype(np.int32)
+    rows = augment.epoch_batches(order, batch, parallel.device_count())
+    full = IMAGES // batch  # the last batch of an epoch may be padded
+    if full < steps_per_call:
+        raise UserError(f"--batch {batch} leaves fewer than {steps_per_call} steps in an epoch")
+    starts = range(0, full - steps_per_call + 1, steps_per_call)
+    calls = [tuple(x[i : i + steps_per_call] for x in rows) for i in starts]
+    return Bench(
+        network, student, parallel.replicate(variables), parallel.replicate(data), calls, batch
+    )
+
+
+def compare(name: str, weights: Mapping[str, float], bench: Bench, kd: Arm, calls: int) -> dict:
+    """The numbers of a term: `calls` calls of its step alternate with as many of KD's."""
+    arm = Arm(bench, weights)
+    kd.call()  # what compilation has pushed out of the caches comes back
+    of_term, of_kd = [], []
+    for i in range(calls):
+        pair = [(arm, of_term), (kd, of_kd)]
+        for which, times in pair if i % 2 else pair[::-1]:
+            times.append(which.call())
+    low, ratio, high = np.percentile(np.divide(of_term, of_kd), (25, 50, 75)).round(3).tolist()
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "term": name,
+        "weights": dict(weights),
+        "ms": round(float(np.median(of_term)), 3),
+        "kd_ms": round(float(np.median(of_kd)), 3),
+        "ratio": ratio,
+        "ratio_quartiles": [low, high],
+        "temp_mib": _mib(arm.temp_bytes),
+        "peak_mib": _mib(peak),
+        "compile_s": round(arm.compile_seconds, 1),
+        "finite": arm.finite(),
+    }
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 1)
+
+
+def weights_of(name: str) -> dict[str, float]:
+    """Weights of the losses with which a term is timed: the published ones where there are any."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    published = runpy.run_path(str(root / "configs" / "cifar_baselines.py"))["LOSSES"]
+    return WEIGHTS.get(name) or published.get(name) or {"ce": 1.0, name: 1.0}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of the terms below each other."""
+    cells = [COLUMNS]
+    for row in rows:
+        found = (row.get(column, "") for column in COLUMNS)
+        cells.append(tuple("-" if x is None else str(x) for x in found))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row, line in zip([{}, *rows], cells, strict=True):
+        aligned = [line[0].ljust(widths[0])]
+        if "error" in row:
+            aligned.append(row["error"])
+        else:
+            aligned += [x.rjust(width) for x, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  ".join(aligned))
+    return "\n".join(lines)
+
+
+def environment(options: argparse.Namespace, steps_per_call: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    device = jax.local_devices()[0]
+    about = {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": parallel.device_count(),
+        "threads": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "pair": options.pair,
+        "batch": options.batch,
+        "steps": options.steps,
+        "steps_per_call": steps_per_call,
+        "precision": config_lib.default().precision,
+    }
+    if options.small:
+        about["note"] = "a small pair and few steps by default on a CPU; choose with --pair"
+    return about
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, with defaults that fit the platform.
+
+    Raises:
+        UserError: a value is wrong; the message says which.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pair", default="", help="TEACHER,STUDENT")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps of each arm")
+    parser.add_argument("--terms", default="", help="names with commas; default: all")
+    options = parser.parse_args(arguments)
+    on_cpu = jax.default_backend() == "cpu"
+    options.small = on_cpu and not options.pair
+    options.pair = options.pair or ("resnet20,resnet8" if on_cpu else "resnet32x4,resnet8x4")
+    options.steps = options.steps or (10 if on_cpu else 200)
+    options.terms = options.terms.split(",") if options.terms else list(losses.TERMS)
+    if options.pair.count(",") != 1:
+        raise UserError(f"--pair takes TEACHER,STUDENT, found {options.pair!r}")
+    if min(options.batch, options.steps) < 1:
+        raise UserError("--batch and --steps must be at least 1")
+    for name in options.terms:
+        if name not in losses.TERMS:
+            raise unknown_name("loss term", name, losses.TERMS)
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Time the terms and print what they cost."""
+    options = parse(arguments)
+    # As in a run: steps of one call hide Python where a step is short, and do not pay on a CPU.
+    steps_per_call = 1 if jax.default_backend() == "cpu" else 10
+    bench = make_bench(*options.pair.split(","), options.batch, steps_per_call)
+    print(json.dumps(environment(options, steps_per_call)), flush=True)
+    kd = Arm(bench, KD)
+    rows = []
+    for name in options.terms:
+        try:
+            row = compare(name, weights_of(name), bench, kd, -(-options.steps // steps_per_call))
+        except Exception as error:  # the others are timed all the same
+            row = {"term": name, "error": str(error).partition("\n")[0] or repr(error)}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,219 @@
+"""Our training step with everything that it reads: what the benchmarks run.
+
+Both frameworks start from a `Problem`: the same weights, images, batches and views.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import losses, models, optim, parallel, precision, state, step
+from ipwd_jax.data import augment
+from ipwd_jax.data.resident import Resident
+from ipwd_jax.models.fold import apply_folded, fold
+from ipwd_jax.models.heads import Heads
+
+CLASSES, PADDING = 100, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What every arm of a pair starts from.
+
+    Attributes:
+        teacher: its name.
+        student: its name.
+        variables: parameters and statistics of each, by those two names' roles.
+        images: (N, H, H, 3) uint8, noise.
+        labels: (N,) int32, noise.
+        mean: (3,) float32.
+        std: (3,) float32.
+        index: (steps, B) int32, the images of each step.
+        view: (steps, B) int32, as our step draws them.
+        learning_rate: of SGD.
+        padding: of the crops.
+    """
+
+    teacher: str
+    student: str
+    variables: Mapping[str, Any]
+    images: np.ndarray
+    labels: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    index: np.ndarray
+    view: np.ndarray
+    learning_rate: float
+    padding: int = PADDING
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches of an epoch; the last, short one is left out."""
+        return len(self.images) // self.index.shape[1]
+
+
+def make_problem(
+    pair: tuple[str, str], steps: int, batch: int = 64, size: int = 50_000, side: int = 32
+) -> Problem:
+    """Everything for so many steps, a function of the arguments alone.
+
+    Args:
+        pair: names of the teacher and of the student.
+        steps: of any arm, over all of its runs.
+        batch: images of a step.
+        size: images in all.
+        side: pixels a side.
+    """
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (size, side, side, 3), np.uint8)
+    shape = (1, side, side, 3)
+    variables = {
+        role: jax.jit(models.create(name, CLASSES).init)(jax.random.key(seed), jnp.zeros(shape))
+        for seed, (role, name) in enumerate(zip(("teacher", "student"), pair, strict=True))
+    }
+    variables["teacher"] = _as_if_trained(pair[0], variables["teacher"], images[:64], rng)
+    key, per_epoch = jax.random.key(0), size // batch
+    draw = jax.jit(augment.draw_views, static_argnums=3)
+    index, view = [], []
+    for epoch in range(-(-steps // per_epoch)):
+        order = augment.epoch_order(state.order_key(key), epoch, size)
+        views = draw(state.augment_key(key), epoch, order, augment.num_views(PADDING, True))
+        for rows, into in ((order, index), (np.asarray(views), view)):
+            into.append(rows[: per_epoch * batch].reshape(per_epoch, batch))
+    return Problem(
+        *pair,
+        variables=jax.device_get(variables),
+        images=images,
+        labels=rng.integers(0, CLASSES, size).astype(np.int32),
+        mean=np.array([0.5071, 0.4867, 0.4408], np.float32),
+        std=np.array([0.2675, 0.2565, 0.2761], np.float32),
+        index=np.concatenate(index)[:steps],
+        view=np.concatenate(view)[:steps],
+        learning_rate=config_lib.cifar_learning_rate(pair[1]),
+    )
+
+
+def _as_if_trained(name: str, variables: Any, images: np.ndarray, rng: Any) -> Any:
+    """A teacher with random running statistics near the true ones, and logits of deviation 4.
+
+    With any other statistics the maps of a deep network grow or vanish from block to block, and a
+    teacher that is certain, or that knows nothing, tests nothing.
+    """
+    network = models.create(name, CLASSES)
+    images = (images.astype(np.float32) - 127.5) / 64
+    train = jax.jit(functools.partial(network.apply, train=True, mutable=["batch_stats"]))
+    updated = traverse_util.flatten_dict(jax.device_get(train(variables, images)[1]["batch_stats"]))
+    # A step from mean 0 and variance 1 goes a tenth of the way to the statistics of the batch.
+    var = {k[:-1]: (x - 0.9) / 0.1 for k, x in updated.items() if k[-1] == "var"}
+    stats = {}
+    for path, x in updated.items():
+        noise = rng.standard_normal(x.shape).astype(np.float32)
+        spread = np.sqrt(var[path[:-1]]) * 0.1 * noise
+        stats[path] = (
+            x / 0.1 + spread if path[-1] == "mean" else var[path[:-1]] * np.exp(0.2 * noise)
+        )
+    variables = {**variables, "batch_stats": traverse_util.unflatten_dict(stats)}
+    logits = jax.jit(network.apply)(variables, images).logits
+    classifier = variables["params"][network.head_modules[-1]]
+    louder = {**classifier, "kernel": classifier["kernel"] * (4 / logits.std())}
+    params = {**variables["params"], network.head_modules[-1]: louder}
+    return {**variables, "params": params}
+
+
+class OurArm:
+    """Our compiled step with its state, ready to be run."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        precision: str = "float32",
+        teacher: str = "network",
+        steps_per_call: int = 1,
+    ) -> None:
+        """`teacher` is "network", "folded", or "" for cross-entropy alone."""
+        self.problem, self.steps_per_call, self.done = problem, steps_per_call, 0
+        config = config_lib.default()
+        config.precision, config.data.crop_padding = precision, problem.padding
+        config.batch_size = problem.index.shape[1]
+        config.optimizer.learning_rate = problem.learning_rate
+        config.teacher.name, config.model.name = problem.teacher, problem.student
+        config.loss.update({"ce": 0.1, "kd": 0.9} if teacher else {"ce": 1.0})
+        (stage,) = config_lib.stages(config)
+        per_epoch, (size, *shape) = problem.steps_per_epoch, problem.images.shape
+        network = models.create(problem.student, CLASSES, parallel.AXIS)
+        terms, heads = losses.create(stage.loss, config.terms, {}), Heads(CLASSES, {})
+        sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, stage.epochs))
+        asked = models.create(problem.teacher, CLASSES) if teacher else None
+        now = state.init_state(
+            0, network, heads, terms, asked, config.weighting, tuple(shape), size
+        )
+        ours = problem.variables["student"]
+        now = now.replace(
+            params={**now.params, "student": ours["params"]},
+            batch_stats={**now.batch_stats, "student": ours["batch_stats"]},
+        )
+        self.now = parallel.replicate(state.begin_stage(now, sgd, step.metric_names(terms)))
+        self._data = parallel.replicate(
+            Resident(problem.images, problem.labels, problem.mean, problem.std)
+        )
+        self._index, self._mask = augment.epoch_batches(
+            problem.index.reshape(-1), problem.index.shape[1], parallel.device_count()
+        )
+        answer, inputs = _answer(teacher, asked, problem, precision)
+        self._inputs = parallel.replicate(inputs)
+        self.compiled = parallel.compile_train_step(
+            step.make_train_step(
+                config, stage, network, heads, terms, answer, sgd,
+                optim.trainable_mask(now.params, ()), per_epoch,
+            )
+        )  # fmt: skip
+
+    def next_arguments(self) -> tuple:
+        """What the next call of `compiled` takes."""
+        rows = slice(self.done, self.done + self.steps_per_call)
+        return self.now, self._data, self._inputs, self._index[rows], self._mask[rows]
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Takes steps; seconds until the device has done them, and their mean loss.
+
+        That mean is meaningful within the first epoch.
+        """
+        before, started = self._losses(), time.perf_counter()
+        for _ in range(steps // self.steps_per_call):
+            self.now = self.compiled(*self.next_arguments())
+            self.done += self.steps_per_call
+        jax.block_until_ready(self.now)
+        seconds = time.perf_counter() - started
+        return seconds, (self._losses() - before) / (steps * self.problem.index.shape[1])
+
+    def _losses(self) -> float:
+        return float(self.now.metrics["loss"].total)
+
+    def peak_memory(self) -> int | None:
+        """Bytes that the device held at most so far, whatever for; None where it is not counted."""
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _answer(kind: str, network: Any, problem: Problem, rounding: str) -> tuple[Any, Any]:
+    """How the step asks the teacher, as in `teacher.load`, and what it is given for that."""
+    if not kind:
+        return None, {}
+
+    def by_network(variables, images, batch):
+        return network.apply(*precision.cast(rounding, (variables, images)))
+
+    def by_folded(folded, images, batch):
+        return apply_folded(network, *precision.cast(rounding, (folded, images)))
+
+    variables = problem.variables["teacher"]
+    if kind == "network":
+        return by_network, variables
+    return by_folded, fold(network, variables, problem.images.shape[1:])

@@ -1,0 +1,314 @@
+"""Our training step against plain PyTorch's, with the same maths: images a second.
+
+    python benchmarks/step.py [--pairs resnet32x4,resnet8x4;wrn_40_2,wrn_16_2] [--steps N]
+
+First the gate: both frameworks start from the same weights and take ten float32 steps on the same
+views of the same images; losses must agree to 1e-4 and weights to 1e-3, relatively, or the pair is
+not timed and the exit code is 1. Then the arms take turns in one process, one that needs flags of
+its own in a child process. Prints one JSON line for each gate and each arm.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from our_arm import CLASSES, OurArm, Problem, make_problem
+
+from ipwd_jax.models.torch_names import to_torch
+
+GATE_STEPS, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 1e-4, 1e-3
+BASELINE = "torch_channels_last"
+ON_GPU = pathlib.Path("/dev/nvidiactl").exists()
+YNN = "--xla_cpu_experimental_ynn_fusion_type=dot,reduce"
+GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"
+
+
+def torch_arms() -> dict[str, dict[str, Any]]:
+    """Arms of PyTorch: the fields of `pytorch_arm.Variant`."""
+    arms = {
+        "torch_nchw": {"channels_last": False},
+        BASELINE: {},
+        "torch_bfloat16": {"bfloat16": True},
+        "torch_bfloat16_compile": {"bfloat16": True, "compiled": True},
+    }
+    tf32 = {
+        "torch_nchw_tf32": {"channels_last": False, "tf32": True},
+        "torch_channels_last_tf32": {"tf32": True},
+    }
+    return arms | (tf32 if ON_GPU else {})
+
+
+def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
+    """Our arms: the arguments of `OurArm` beside the problem, and `flags` for XLA.
+
+    One more way to take the same step is one more line here.
+    """
+    arms: dict[str, dict[str, Any]] = {
+        "ours_float32": {},
+        "ours_float32_folded": {"teacher": "folded"},
+        "ours_bfloat16": {"precision": "bfloat16"},
+        "ours_float32_student_only": {"teacher": ""},
+    }
+    if not ON_GPU:
+        return {**arms, "ours_float32_ynn": {"flags": YNN}}
+    chunked = {"precision": "bfloat16", "steps_per_call": chunk}
+    return arms | {
+        "ours_tf32": {"precision": "tf32"},
+        "ours_tf32_chunk": {"precision": "tf32", "steps_per_call": chunk},
+        "ours_bfloat16_chunk": chunked,
+        "ours_bfloat16_chunk_folded": {**chunked, "teacher": "folded"},
+        "ours_bfloat16_chunk_graphs": {**chunked, "flags": GRAPHS},
+        "ours_bfloat16_chunk_student_only": {**chunked, "teacher": ""},
+    }
+
+
+class Child:
+    """An arm in a process of its own, whose XLA has other flags; waits between its runs."""
+
+    def __init__(self, name: str, pair: tuple[str, str], flags: str) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        options = [f"--pairs={','.join(pair)}", f"--child={name}"]
+        self._process = subprocess.Popen(
+            [sys.executable, *sys.argv, *options],
+            env={**os.environ, "XLA_FLAGS": flags},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._peak: int | None = None
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """As `OurArm.run`."""
+        try:
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which the next line notices
+        if not (line := self._process.stdout.readline()):
+            raise RuntimeError(f"the child process ended with code {self._process.wait()}")
+        seconds, loss, self._peak = json.loads(line)
+        return seconds, loss
+
+    def peak_memory(self) -> int | None:
+        """As `OurArm.peak_memory`."""
+        return self._peak
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(arm: OurArm) -> None:
+    """The child's side: numbers of steps in, seconds, losses and bytes out."""
+    for line in sys.stdin:
+        print(json.dumps([*arm.run(int(line)), arm.peak_memory()]), flush=True)
+
+
+def torch_networks(problem: Problem, reference: str) -> list[Any]:
+    """Student and teacher in PyTorch, with our weights."""
+    import pytorch_arm
+
+    def create(name: str) -> Any:
+        if not reference:
+            return pytorch_arm.create(name, CLASSES)
+        if reference not in sys.path:
+            sys.path.insert(0, reference)
+        return importlib.import_module("models").model_dict[name](num_classes=CLASSES)
+
+    names = {"student": problem.student, "teacher": problem.teacher}
+    return [
+        pytorch_arm.load(create(name), to_torch(problem.variables[role]))
+        for role, name in names.items()
+    ]
+
+
+def make_arm(name: str, problem: Problem, arguments: argparse.Namespace) -> Any:
+    """The arm of that name, on the device."""
+    if name in (variants := torch_arms()):
+        import pytorch_arm
+
+        variant = pytorch_arm.Variant(**variants[name])
+        networks = torch_networks(problem, arguments.reference)
+        return pytorch_arm.TorchArm(*networks, problem, variant)
+    settings = our_arms(arguments.steps_per_call)[name]
+    flags = settings.pop("flags", "")
+    if flags and not arguments.child:
+        return Child(name, (problem.teacher, problem.student), flags)
+    return OurArm(problem, **settings)
+
+
+def gate(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whether ten float32 steps of ours and of PyTorch's agree, and by how much."""
+    ours, theirs = (make_arm(n, problem, arguments) for n in ("ours_float32", BASELINE))
+    pairs = [(ours.run(1)[1], theirs.run(1)[1]) for _ in range(GATE_STEPS)]
+    losses = [abs(a - b) / abs(b) for a, b in pairs]
+    found = to_torch(jax.device_get(ours.now.network()))
+    tensors = {k: x.detach().cpu().numpy() for k, x in theirs.student.state_dict().items()}
+    start = to_torch(problem.variables["student"])
+    names = [k for k in found if "running" not in k]
+
+    def apart(a: dict, b: dict, names: list[str]) -> float:
+        distance = sum(float(np.square(a[k] - b[k]).sum()) for k in names)
+        return (distance / sum(float(np.square(b[k]).sum()) for k in names)) ** 0.5
+
+    weights = apart(found, tensors, names)
+    passed = max(losses) <= LOSS_TOLERANCE and weights <= WEIGHT_TOLERANCE
+    return {
+        "gate": "passed" if passed else "failed",
+        "loss_errors": [float(f"{x:.2g}") for x in losses],
+        "weight_error": weights,
+        "weights_moved": apart(start, tensors, names),
+        "worst_weight_difference": max(float(abs(found[k] - tensors[k]).max()) for k in names),
+        "statistics_error": apart(found, tensors, [k for k in found if k not in names]),
+        "first_and_last_loss": [pairs[0][1], pairs[-1][1]],
+    }
+
+
+def time_arms(problem: Problem, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Runs the arms in turns, every other turn backwards; what was measured of each."""
+    arms: dict[str, Any] = {}
+    measured: dict[str, dict[str, Any]] = {}
+    for name in arguments.arms:
+        try:
+            arm = make_arm(name, problem, arguments)
+            compiling, _ = arm.run(arguments.steps_per_call)
+            _, loss = arm.run(arguments.warm_up)
+        except Exception as error:  # an arm that cannot run here must not stop the others
+            measured[name] = {"skipped": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        arms[name] = arm
+        measured[name] = {
+            "first_call_seconds": round(compiling, 2),
+            "warm_up_loss": loss,
+            "peak_memory_bytes": arm.peak_memory(),
+            "ms_of_runs": [],
+        }
+    for turn in range(arguments.repeats):
+        for name in [*arms][:: -1 if turn % 2 else 1]:
+            seconds, _ = arms[name].run(arguments.steps)
+            measured[name]["ms_of_runs"].append(1e3 * seconds / arguments.steps)
+    for arm in arms.values():
+        if isinstance(arm, Child):
+            arm.close()
+    return measured
+
+
+def report(name: str, found: dict[str, Any], baseline: float | None, batch: int) -> dict[str, Any]:
+    """The line of an arm, from what was measured of it and the baseline's milliseconds."""
+    if "skipped" in found:
+        return {"arm": name, **found}
+    times = found.pop("ms_of_runs")
+    median = statistics.median(times)
+    return {
+        "arm": name,
+        "images_per_second": round(1e3 * batch / median, 1),
+        "ms_per_step": round(median, 3),
+        "ms_range": [round(min(times), 3), round(max(times), 3)],
+        "seconds_of_240_epochs": round(240 * -(-50_000 // batch) * median / 1e3),
+        f"speed_over_{BASELINE}": baseline and round(baseline / median, 3),
+        **found,
+    }
+
+
+def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Versions, device and settings, for every line."""
+    found = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
+    if not arguments.child:
+        import torch
+
+        found["torch"] = torch.__version__
+        if not ON_GPU:
+            torch.set_num_threads(arguments.threads)
+    return {
+        **found,
+        "python": platform.python_version(),
+        "device": jax.local_devices()[0].device_kind,
+        "threads": arguments.threads,
+        "batch": arguments.batch,
+        "steps": arguments.steps,
+        "repeats": arguments.repeats,
+    }
+
+
+def run_pair(pair: tuple[str, str], arguments: argparse.Namespace, common: dict[str, Any]) -> bool:
+    """Prints the lines of a pair; whether the gate let it pass."""
+    per_run = (arguments.steps_per_call, arguments.warm_up, arguments.repeats * arguments.steps)
+    problem = make_problem(
+        pair,
+        max(GATE_STEPS, sum(per_run)),
+        arguments.batch,
+        arguments.images,
+        arguments.image_size,
+    )
+    if arguments.child:
+        serve(make_arm(arguments.child, problem, arguments))
+        return True
+    names = {"teacher": pair[0], "student": pair[1]}
+    passed = gate(problem, arguments)
+    print(json.dumps({**passed, **names, **common}), flush=True)
+    if passed["gate"] == "failed" or arguments.gate_only:
+        return passed["gate"] == "passed"
+    measured = time_arms(problem, arguments)
+    runs = measured.get(BASELINE, {}).get("ms_of_runs")
+    baseline = statistics.median(runs) if runs else None
+    for name, found in measured.items():
+        line = report(name, found, baseline, arguments.batch)
+        print(json.dumps({**line, **names, **common}), flush=True)
+    return True
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, with defaults that a CPU can bear or that a GPU needs."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    headline = "resnet32x4,resnet8x4" if ON_GPU else "resnet20,resnet8"
+    parser.add_argument("--pairs", default=headline, help="TEACHER,STUDENT[;TEACHER,STUDENT...]")
+    parser.add_argument("--batch", type=int, default=64, help="images of a step")
+    parser.add_argument("--steps", type=int, default=500 if ON_GPU else 5, help="of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--warm-up", type=int, default=50 if ON_GPU else 2, help="steps before")
+    parser.add_argument(
+        "--steps-per-call", type=int, default=50 if ON_GPU else 1, help="of the arms *_chunk"
+    )
+    known = [*torch_arms(), *our_arms(1)]
+    parser.add_argument("--arms", default=",".join(known), help="which, of the default's")
+    parser.add_argument("--reference", default="", help="checkout whose models/ PyTorch runs")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)) if ON_GPU else 2
+    )
+    parser.add_argument("--images", type=int, default=50_000, help="of the made-up data set")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--gate-only", action="store_true", help="time nothing")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    found = parser.parse_args(arguments)
+    found.arms = found.arms.split(",")
+    if unknown := [name for name in found.arms if name not in known]:
+        parser.error(f"no arm {unknown[0]!r}; there are {', '.join(known)}")
+    chunk = found.steps_per_call
+    if found.steps % chunk or found.warm_up % chunk:
+        parser.error(f"--steps and --warm-up must be multiples of --steps-per-call, {chunk}")
+    return found
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs all pairs; the exit code."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some too
+    # XLA has a thread for each core that it may use.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    common = surroundings(arguments)
+    pairs = [tuple(pair.split(",")) for pair in arguments.pairs.split(";")]
+    return 1 - all([run_pair(pair, arguments, common) for pair in pairs])
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse(sys.argv[1:])))

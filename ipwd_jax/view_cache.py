@@ -1,0 +1,300 @@
+"""The teacher's answers to every view of every training image, computed once.
+
+A random crop with a border of p pixels and a flip has (2 p + 1)^2 * 2 views: 162 for CIFAR's usual
+4 pixels, fewer than the epochs of a run. Which view a sample has in which epoch is known before
+the run starts. So what a frozen teacher will be asked is known too, and can be asked in large
+batches, kept in a file beside its checkpoint, and shared by all students, seeds and terms that
+read nothing but its logits or its embedding. The answers are those that it would give in the step.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ipwd_jax import parallel, precision, writers
+from ipwd_jax.data import augment
+from ipwd_jax.data.base import Dataset
+from ipwd_jax.data.resident import Resident, resident
+from ipwd_jax.errors import UserError
+from ipwd_jax.losses.base import Batch
+from ipwd_jax.models.base import Outputs
+from ipwd_jax.state import augment_key
+
+_FORMAT = 1
+_FLUSH_SECONDS = 60.0
+
+
+@flax.struct.dataclass
+class ViewCache:
+    """Answers by row.
+
+    Attributes:
+        logits: (M, C) float32.
+        embedding: (M, D) float32, or None.
+        row: (N, V) int32, the row of each view of each image, where only those are kept that a run
+            draws; None: all are, image by image.
+        views: V.
+    """
+
+    logits: jax.Array | np.ndarray
+    embedding: jax.Array | np.ndarray | None
+    row: jax.Array | np.ndarray | None
+    views: int = flax.struct.field(pytree_node=False)
+
+
+def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
+    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps."""
+    if cache.row is None:
+        rows = batch.index * cache.views + batch.view
+    else:
+        rows = cache.row[batch.index, batch.view]
+    embedding = None if cache.embedding is None else cache.embedding[rows]
+    return Outputs(cache.logits[rows], embedding, (), ())
+
+
+def reason_against(config: ConfigDict, taps: frozenset[str], rotated: bool) -> str:
+    """Why the cache cannot serve a run; empty where it can.
+
+    Args:
+        config: of the run.
+        taps: fields of the teacher's `Outputs` that its terms read.
+        rotated: whether a term turns images.
+    """
+    if not taps:
+        return "no term reads the teacher"
+    if maps := taps & {"features", "preact"}:
+        return f"a term reads the teacher's maps ({', '.join(sorted(maps))})"
+    if rotated:
+        return "a term turns the images"
+    if config.teacher.train_mode:
+        return "with config.teacher.train_mode an answer depends on the batch"
+    return ""
+
+
+def drawn_views(config: ConfigDict, seeds: Sequence[int], epochs: int, size: int) -> np.ndarray:
+    """(N, V) bool: the views of each image that runs of these seeds and epochs draw."""
+    views = augment.num_views(config.data.crop_padding, config.data.flip)
+    index = jnp.arange(size, dtype=jnp.int32)
+    draw = jax.jit(augment.draw_views, static_argnums=3)
+    used = np.zeros((size, views), bool)
+    for seed in seeds:
+        key = augment_key(jax.random.key(seed))
+        for epoch in range(epochs):
+            used[np.arange(size), np.asarray(draw(key, epoch, index, views))] = True
+    return used
+
+
+def load_or_build(
+    config: ConfigDict,
+    folder: pathlib.Path,
+    dataset: Dataset,
+    teacher_answer: Callable,
+    teacher_inputs: Any,
+    checksums: Mapping[str, str],
+    epochs: int,
+    with_embedding: bool,
+) -> ViewCache | None:
+    """The cache that a run of `config` can use, from `folder` or made there; on all devices.
+
+    Args:
+        config: of the run; with `config.teacher.view_cache` other than "off".
+        folder: of the teacher's files.
+        dataset: of the run.
+        teacher_answer: of `Teacher`, by network.
+        teacher_inputs: of `Teacher`.
+        checksums: of the `teacher` and of the `data`.
+        epochs: of the longest stage.
+        with_embedding: keep the embedding too.
+
+    Returns:
+        None where mode "auto" finds no space for it, with a printed line.
+
+    Raises:
+        UserError: there is no space, and the mode asks for it.
+    """
+    size, seeds = len(dataset.train.labels), config.seeds or (config.seed,)
+    seeds = seeds[:1] if config.share_order else seeds
+    views = augment.num_views(config.data.crop_padding, config.data.flip)
+    identity = {
+        "format": _FORMAT,
+        **checksums,
+        "precision": config.precision,
+        "fold": config.teacher.fold,
+        "platform": jax.default_backend(),
+        "crop_padding": config.data.crop_padding,
+        "flip": config.data.flip,
+        "mean": np.asarray(dataset.mean).tolist(),
+        "std": np.asarray(dataset.std).tolist(),
+        "embedding": with_embedding,
+    }
+    mode = config.teacher.view_cache
+    whole = _Files(folder, {**identity, "views": "all"})
+    if mode == "auto":
+        mode = "all" if views <= epochs * len(seeds) or whole.complete() else "drawn"
+    if mode == "all":
+        files, used = whole, None
+        index, view = np.divmod(np.arange(size * views), views)
+    else:
+        drawn = {"seeds": list(seeds), "epochs": epochs}
+        files, used = _Files(folder, {**identity, "views": drawn}), None
+        used = drawn_views(config, seeds, epochs, size)
+        index, view = np.nonzero(used)
+    pairs = index.astype(np.int32), view.astype(np.int32)
+
+    def ask(inputs: Any, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
+        images = augment.apply_views(
+            data.images[index], view, config.data.crop_padding, config.data.flip
+        )
+        with precision.of_products(config.precision):
+            outputs = teacher_answer(inputs, augment.normalize(images, data.mean, data.std), None)
+        columns = [outputs.logits, *([outputs.embedding] if with_embedding else [])]
+        return jnp.concatenate(precision.at_least_float32(columns), axis=1)
+
+    classes = len(dataset.class_names)
+    data = parallel.replicate(resident(dataset, dataset.train))
+    shapes = jax.eval_shape(ask, teacher_inputs, data, *(x[:1] for x in pairs))
+    needed = len(index) * shapes.shape[1] * 4
+    if shortage := _shortage(folder, needed, on_disk=not files.complete()):
+        if config.teacher.view_cache == "auto":
+            print(f"Without a cache of the teacher's views: {shortage}", flush=True)
+            return None
+        raise UserError(f"the cache of the teacher's views does not fit: {shortage}")
+    table = files.load() if files.complete() else None
+    if table is None:
+        batch = max(config.eval_batch_size, 500 if jax.default_backend() == "cpu" else 2048)
+        table = files.build(shapes.shape[1], pairs, _asker(ask, teacher_inputs, data, batch), batch)
+    row = None
+    if used is not None:
+        row = np.full(used.shape, -1, np.int32)
+        row[used] = np.arange(len(index), dtype=np.int32)
+    embedding = np.asarray(table[:, classes:]) if with_embedding else None
+    cache = ViewCache(np.asarray(table[:, :classes]), embedding, row, views)
+    return parallel.replicate(cache)
+
+
+def _asker(ask: Callable, inputs: Any, data: Resident, batch: int) -> Callable:
+    """`asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
+    devices = parallel.device_count()
+    each = -(-batch // devices)
+    compiled = parallel.compile_views(ask)
+
+    def asker(index: np.ndarray, view: np.ndarray) -> np.ndarray:
+        padded = [np.zeros(devices * each, np.int32) for _ in range(2)]
+        for rows, given in zip(padded, (index, view), strict=True):
+            rows[: len(given)] = given
+        answers = compiled(inputs, data, *(rows.reshape(devices, each) for rows in padded))
+        return np.asarray(answers).reshape(devices * each, -1)[: len(index)]
+
+    return asker
+
+
+def _shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
+    """What there is too little of, for `needed` bytes; empty: nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if on_disk and needed > 0.9 * free:
+        return f"it has {_mib(needed)}, and {folder} has {_mib(free)} free"
+    statistics = parallel.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        free = statistics["bytes_limit"] - statistics["bytes_in_use"]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.6 * free:
+        return f"it has {_mib(needed)}, and the device has {_mib(free)} free"
+    return ""
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+class _Files:
+    """A table on disk: the numbers, and beside them what they are of."""
+
+    def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any]):
+        self.identity = json.loads(json.dumps(identity))
+        name = f"{zlib.crc32(json.dumps(self.identity, sort_keys=True).encode()):08x}"
+        self.table, self.note = folder / f"{name}.npy", folder / f"{name}.json"
+        self._unfinished = folder / f".{name}.npy", folder / f".{name}.json"
+
+    def _read(self, note: pathlib.Path) -> dict[str, Any]:
+        """What a note says; empty where it is missing, damaged or of something else."""
+        try:
+            said = json.loads(note.read_text())
+            return said if said["identity"] == self.identity else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def complete(self) -> bool:
+        """Whether a table is there whole, by its note and its size."""
+        said = self._read(self.note)
+        return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
+
+    def load(self) -> np.ndarray | None:
+        """The table, memory-mapped; None, with a warning, where its numbers have changed."""
+        table = np.load(self.table, mmap_mode="r")
+        if _checksum(table) == self._read(self.note)["checksum"]:
+            print(f"Teacher's views from {self.table}", flush=True)
+            return table
+        print(f"warning: {self.table} is damaged and is made again", flush=True)
+        return None
+
+    def build(
+        self, columns: int, pairs: tuple[np.ndarray, np.ndarray], asker: Callable, batch: int
+    ) -> np.ndarray:
+        """Asks for every pair of image and view; goes on where an earlier attempt was stopped."""
+        index, view = pairs
+        table_path, note_path = self._unfinished
+        done = self._read(note_path).get("done", 0)
+        shape = (len(index), columns)
+        if done and table_path.exists():
+            table = np.lib.format.open_memmap(table_path, mode="r+")
+        else:
+            done = 0
+            table = np.lib.format.open_memmap(table_path, "w+", np.float32, shape)
+        line, started, flushed, first = writers.ProgressLine(), time.monotonic(), 0.0, done
+        while done < len(index):
+            rows = slice(done, min(done + batch, len(index)))
+            table[rows] = asker(index[rows], view[rows])
+            done = rows.stop
+            seconds = time.monotonic() - started
+            if seconds - flushed > _FLUSH_SECONDS:
+                table.flush()
+                writers.write_json(note_path, {"identity": self.identity, "done": done})
+                flushed = seconds
+            speed = (done - first) / max(seconds, 1e-9)
+            line.show(
+                f"teacher's views {done:,}/{len(index):,}  {speed:,.0f} images/s  "
+                f"{writers.duration((len(index) - done) / max(speed, 1e-9))} left",
+                final=done == len(index),
+            )
+        table.flush()
+        note = {
+            "identity": self.identity,
+            "bytes": table_path.stat().st_size,
+            "checksum": _checksum(table),
+            "seconds": time.monotonic() - started,
+        }
+        self.note.unlink(missing_ok=True)
+        os.replace(table_path, self.table)
+        writers.write_json(self.note, note)
+        note_path.unlink(missing_ok=True)
+        return np.load(self.table, mmap_mode="r")
+
+
+def _checksum(table: np.ndarray) -> str:
+    crc = 0
+    for first in range(0, len(table), 1 << 16):
+        crc = zlib.crc32(np.ascontiguousarray(table[first : first + (1 << 16)]), crc)
+    return f"{crc:08x}"

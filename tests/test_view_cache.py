@@ -1,0 +1,168 @@
+"""The teacher's answers to all views: the same training, and no use of a file that is not right."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import data, train, view_cache
+from ipwd_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def squares():
+    """Two classes of grey noise, one brighter, for steps of 16, 16 and 8 images."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    images = (rng.integers(0, 180, (60, 8, 8, 1)) + 60 * labels.reshape(-1, 1, 1, 1)).astype(
+        np.uint8
+    )
+    return data.from_arrays(images[:40], labels[:40], images[40:], labels[40:], name="squares")
+
+
+def settings(**changes):
+    config = config_lib.default()
+    config.data.update({"name": "squares", "crop_padding": 1})
+    config.model.name, config.teacher.name = "wrn_10_1", "wrn_16_1"
+    config.epochs, config.batch_size = 2, 16
+    config.teacher.epochs, config.teacher.batch_size = 1, 16
+    config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
+    config.weighting.name = "ipwd"
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(name, squares, folder, **changes):
+    """Logits on the test set after a run, and what it has of its samples."""
+    train.run(settings(**changes), folder / name, squares)
+    return np.load(folder / name / "predictions.npz")["last_logits"]
+
+
+@pytest.fixture(scope="module")
+def online(squares, folder):
+    return run("online", squares, folder, teacher__view_cache="off")
+
+
+@pytest.mark.parametrize("mode", ["all", "drawn"])
+def test_same_training_bit_for_bit(mode, online, squares, folder):
+    cached = run(mode, squares, folder, teacher__view_cache=mode)
+    np.testing.assert_array_equal(cached, online)
+
+
+def views(folder):
+    return folder / "squares_wrn_16_1_seed0" / "views"
+
+
+def test_only_drawn_views_are_asked_for(online, squares, folder):
+    run("few", squares, folder, teacher__view_cache="drawn")
+    config = settings()
+    used = view_cache.drawn_views(config, (0,), 2, 40)
+    assert used.shape == (40, 18) and used.sum(axis=1).max() <= 2
+    tables = [np.load(path) for path in views(folder).glob("*.npy")]
+    assert any(len(table) == used.sum() for table in tables)
+
+
+def sums(index, view):
+    """Stands for a teacher."""
+    return np.stack([index, view, index + view], axis=1).astype(np.float32)
+
+
+PAIRS = np.divmod(np.arange(100, dtype=np.int32), 10)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "note", "foreign", "missing"])
+def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
+    files = view_cache._Files(tmp_path, {"teacher": "a"})
+    files.build(3, PAIRS, sums, 30)
+    assert files.complete() and (files.load() == sums(*PAIRS)).all()
+    if damage == "truncated":
+        files.table.write_bytes(files.table.read_bytes()[:-8])
+    elif damage == "flipped":
+        table = np.load(files.table, mmap_mode="r+")
+        table[3, 0] += 1
+        table.flush()
+    elif damage == "note":
+        files.note.write_text("{")
+    elif damage == "foreign":
+        said = json.loads(files.note.read_text())
+        files.note.write_text(json.dumps({**said, "identity": {"teacher": "b"}}))
+    else:
+        files.table.unlink()
+    assert not files.complete() or files.load() is None
+    files.build(3, PAIRS, sums, 30)
+    assert files.complete() and (files.load() == sums(*PAIRS)).all()
+
+
+def test_the_file_is_reused(online, squares, folder, capsys):
+    changes = {"teacher__view_cache": "all", "epochs": 1}
+    run("first", squares, folder, **changes)
+    capsys.readouterr()
+    run("second", squares, folder, seed=1, **changes)
+    assert "Teacher's views from" in capsys.readouterr().out
+
+
+def test_an_interrupted_table_is_finished(tmp_path):
+    asked = []
+
+    def asker(index, view):
+        asked.append(len(index))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return sums(index, view)
+
+    files = view_cache._Files(tmp_path, {"a": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view_cache, "_FLUSH_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            files.build(3, PAIRS, asker, 30)
+        assert not files.complete()
+        table = files.build(3, PAIRS, asker, 30)
+    assert asked == [30, 30, 30, 30, 10]
+    np.testing.assert_array_equal(table, sums(*PAIRS))
+    assert files.complete()
+    assert not view_cache._Files(tmp_path, {"a": 2}).complete()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss__at": 1.0}, r"reads the teacher's maps \(features\)"),
+        ({"loss__sskd": 1.0}, "turns the images"),
+        ({"teacher__train_mode": True}, "depends on the batch"),
+    ],
+)
+def test_refused_where_it_would_be_wrong(changes, reason, squares, folder):
+    with pytest.raises(UserError, match=reason):
+        run(f"refused {reason}", squares, folder, teacher__view_cache="all", **changes)
+
+
+def test_no_space(squares, folder, monkeypatch):
+    monkeypatch.setattr(view_cache, "_shortage", lambda *_: "it has 9 MiB")
+    with pytest.raises(UserError, match="does not fit: it has 9 MiB"):
+        run("none", squares, folder, teacher__view_cache="all")
+
+
+def test_the_embedding_is_kept_when_a_term_reads_it(squares, folder):
+    changes = {"loss__kd": 0.0, "loss__rkd": 1.0, "weighting__name": "uniform"}
+    expected = run("rkd", squares, folder, teacher__view_cache="off", **changes)
+    actual = run("rkd_cached", squares, folder, teacher__view_cache="all", **changes)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
