@@ -39,6 +39,7 @@ from ipwd_jax.state import TrainState
 
 IMAGES, SHAPE, CLASSES, EPOCHS = 50_000, (32, 32, 3), 100, 240
 WARMUP_CALLS = 2
+CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "cifar_baselines.py"
 KD = {"ce": 0.1, "kd": 0.9}
 # Terms that are no method of their own in the published tables.
 WEIGHTS = {
@@ -196,8 +197,7 @@ def _mib(size: int | None) -> float | None:
 
 def weights_of(name: str) -> dict[str, float]:
     """Weights of the losses with which a term is timed: the published ones where there are any."""
-    root = pathlib.Path(__file__).resolve().parent.parent
-    published = runpy.run_path(str(root / "configs" / "cifar_baselines.py"))["LOSSES"]
+    published = runpy.run_path(str(CONFIG))["LOSSES"]
     return WEIGHTS.get(name) or published.get(name) or {"ce": 1.0, name: 1.0}
 
 

@@ -121,19 +121,24 @@ class Checkpoints:
                 "Make space and run the same command again; it goes on from there."
             ) from error
 
-    def restore(self, template: Callable[[Position], TrainState]) -> Snapshot | None:
+    def restore(
+        self, template: Callable[[Position], TrainState], newest: int | None = None
+    ) -> Snapshot | None:
         """The newest checkpoint that can be read, or None where there is none.
 
         Newer ones that cannot be read are set aside under another name, with a warning.
 
         Args:
             template: a state of the stage that a position is in, of which only shapes are read.
+            newest: number beyond which checkpoints are not considered.
 
         Raises:
             UserError: there are checkpoints but none can be read.
         """
         damaged = {}
         for number in reversed(self.steps()):
+            if newest is not None and number > newest:
+                continue
             try:
                 restored = self._restore(number, template)
             except Exception as error:  # Orbax and TensorStore raise many kinds

@@ -233,8 +233,11 @@ def validate(config: ConfigDict) -> None:
     if config.precision not in PRECISIONS:
         raise unknown_name("config.precision", config.precision, PRECISIONS)
     _not_negative(config, "steps_per_call", "teacher.look_ahead")
-    if config.teacher.fold and config.teacher.train_mode:
-        raise UserError("config.teacher.fold and train_mode exclude each other; leave one out")
+    if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
+        raise UserError(
+            "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
+            "not depend on the batch; leave it out"
+        )
     source = config.terms.cls.source
     if source not in HEAD_SOURCES:
         raise unknown_name("config.terms.cls.source", source, HEAD_SOURCES)

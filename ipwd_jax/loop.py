@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -57,106 +57,174 @@ class Run:
     stages: list[Stage]
     steps_per_epoch: int
     steps_per_call: int
+    order_seed: int  # of order and views; the run's own, unless seeds share the first one's
 
 
 class Loop:
-    """Trains a run from a snapshot to its end.
+    """Trains runs that differ in nothing but their seed, from their snapshots to their end.
+
+    All are part of one compiled program and share the data and the teacher; each gives the
+    numbers that it gives alone. Usually there is one.
 
     Attributes:
-        now: where the run is; changes with every step.
+        members: one for each seed; all are at the same step.
     """
 
-    def __init__(
-        self, run: Run, now: Snapshot, checkpoints: Checkpoints, stopped_by: list[int]
-    ) -> None:
+    def __init__(self, members: Sequence["Member"], stopped_by: list[int]) -> None:
         """`stopped_by` is filled from outside with the signals that ask the loop to stop."""
-        self.run, self.now, self.stopped_by = run, now, stopped_by
-        self._checkpoints = checkpoints
-        self._predict = evaluate.make_predict(run.network)
-        self._test = parallel.replicate(resident(run.dataset, run.dataset.test))
-        self._line = writers.ProgressLine()
-        self._tensorboard = SummaryWriter(
-            str(run.workdir / "tensorboard"), purge_step=self._number() + 1
-        )
-        self._started = self._saved_at = self._compiled_at = time.monotonic()
-        self._seconds_before = now.position.seconds
-        self._first_number = self._number()
+        self.members, self.stopped_by = members, stopped_by
+        self._saved_at = time.monotonic()
 
     def train(self) -> None:
         """Trains all stages to their end and saves.
 
         Raises:
             UserError: a loss was not finite, or a checkpoint could not be written.
-            Interrupted: a signal came; the run is saved.
+            Interrupted: a signal came; the runs are saved.
         """
-        run, position = self.run, self.now.position
+        run, position = self.members[0].run, self.members[0].now.position
         data = parallel.replicate(resident(run.dataset, run.dataset.train))
         for index in range(position.stage, len(run.stages)):
             stage = run.stages[index]
             if index != position.stage:
-                position.stage, position.step = index, 0
-                self.now.state = parallel.replicate(stage.begin(self.now.state))
-            train_step = self._compile(stage)
+                for member in self.members:
+                    member.begin(index)
+            train_step = _compile(run, stage)
             while position.step < stage.config.epochs * run.steps_per_epoch:
                 speed = self._train_epoch(train_step, data)
-                self._end_epoch(stage, speed)
+                for member in self.members:
+                    member.end_epoch(stage, speed)
                 if self.stopped_by or self._save_is_due():
                     self._save()
         self._save()
-        self._checkpoints.wait()
-
-    def _compile(self, stage: Stage) -> Callable:
-        run = self.run
-        return parallel.compile_train_step(
-            step.make_train_step(
-                run.config,
-                stage.config,
-                run.network,
-                run.heads,
-                stage.terms,
-                run.teacher.answer if run.teacher else None,
-                stage.optimizer,
-                stage.trainable,
-                run.steps_per_epoch,
-            )
-        )
+        for member in self.members:
+            member.checkpoints.wait()
 
     def _train_epoch(self, train_step: Callable, data: Resident) -> float:
-        """Takes the steps that are left of this epoch; returns images a second."""
-        run, position = self.run, self.now.position
+        """Takes the steps that are left of this epoch; returns images a second, of all runs."""
+        run, position = self.members[0].run, self.members[0].now.position
         inputs = run.teacher.inputs if run.teacher else {}
-        epoch, first = divmod(position.step, run.steps_per_epoch)
-        key = order_key(jax.random.key(run.config.seed))
-        order = augment.epoch_order(key, epoch, len(run.dataset.train.labels))
-        index, mask = augment.epoch_batches(order, run.config.batch_size, parallel.device_count())
-        started, images, begin = time.monotonic(), 0, first
-        while begin < len(index):
+        epoch, begin = divmod(position.step, run.steps_per_epoch)
+        steps = [member.batches(epoch) for member in self.members]
+        count, images, started = run.steps_per_epoch, 0, time.monotonic()
+        while begin < count:
             # Calls end at multiples of their length, also after a resume inside an epoch.
-            end = min(begin - begin % run.steps_per_call + run.steps_per_call, len(index))
-            is_first = self._number() == self._first_number
-            rows = index[begin:end], mask[begin:end]
-            self.now.state = train_step(self.now.state, data, inputs, *rows)
-            position.step += end - begin
-            images += int(rows[1].sum())
+            end = min(begin - begin % run.steps_per_call + run.steps_per_call, count)
+            index, mask = zip(*((i[begin:end], m[begin:end]) for i, m in steps), strict=True)
+            states = tuple(member.now.state for member in self.members)
+            states = train_step(states, data, inputs, index, mask)
+            is_first = self.members[0].is_at_start()
+            for member, state in zip(self.members, states, strict=True):
+                member.now.state = state
+                member.now.position.step += end - begin
+            images += sum(int(m.sum()) for m in mask)
             if is_first:
-                jax.block_until_ready(self.now.state)
+                jax.block_until_ready(states)
                 started, images = time.monotonic(), 0  # compilation is not training
-                self._compiled_at = started
-            if end < len(index):  # the end of the epoch is saved after its row is written
+                for member in self.members:
+                    member.compiled_at = started
+            if end < count:  # the end of the epoch is saved after its row is written
                 if end // run.config.log_every_steps > begin // run.config.log_every_steps:
-                    self._show(self._averages(), images / (time.monotonic() - started))
+                    self.members[0].show(images / (time.monotonic() - started))
                 if self.stopped_by or self._save_is_due():
                     self._save()
             begin = end
-        self._averages()  # waits for the last step
+        for member in self.members:
+            member.averages()  # waits for the last step
         return images / (time.monotonic() - started)
+
+    def _save_is_due(self) -> bool:
+        every = self.members[0].run.config.checkpoint.every_seconds
+        return time.monotonic() - self._saved_at >= every
+
+    def _save(self) -> None:
+        """Saves, and ends the runs when a signal asked for it."""
+        for member in self.members:
+            member.save()
+        self._saved_at = time.monotonic()
+        if self.stopped_by:
+            for member in self.members:
+                member.checkpoints.wait()
+            raise Interrupted(self.stopped_by[0])
+
+
+def _compile(run: Run, stage: Stage) -> Callable:
+    """The compiled step of all seeds: tuples of states, indices and masks in, states out."""
+    one = step.make_train_step(
+        run.config,
+        stage.config,
+        run.network,
+        run.heads,
+        stage.terms,
+        run.teacher.answer if run.teacher else None,
+        stage.optimizer,
+        stage.trainable,
+        run.steps_per_epoch,
+    )
+
+    # Unrolled: under vmap every convolution would become a grouped one, which is slower.
+    def together(states, data, inputs, index, mask):
+        if run.config.share_order:
+            # Equal inputs by name, so that the compiler asks the teacher once for all.
+            first = states[0]
+            states = tuple(state.replace(key=first.key, step=first.step) for state in states)
+        return tuple(
+            one(state, data, inputs, *rows)
+            for state, *rows in zip(states, index, mask, strict=True)
+        )
+
+    return parallel.compile_train_step(together)
+
+
+class Member:
+    """One seed's run: its state, and what is written of it.
+
+    Attributes:
+        run: what stays the same.
+        now: where the run is; changes with every step.
+        checkpoints: of its work directory.
+        compiled_at: when its first step was done.
+    """
+
+    def __init__(
+        self, run: Run, now: Snapshot, checkpoints: Checkpoints, predict: Callable
+    ) -> None:
+        """`predict` is of `evaluate.make_predict` for the student's network."""
+        self.run, self.now, self.checkpoints, self._predict = run, now, checkpoints, predict
+        self._test = parallel.replicate(resident(run.dataset, run.dataset.test))
+        self._line = writers.ProgressLine()
+        self._tensorboard = SummaryWriter(
+            str(run.workdir / "tensorboard"), purge_step=self._number() + 1
+        )
+        self._started = self.compiled_at = time.monotonic()
+        self._seconds_before = now.position.seconds
+        self._first_number = self._number()
+
+    def close(self) -> None:
+        """Ends the threads that write."""
+        self._tensorboard.close()
+
+    def begin(self, index: int) -> None:
+        """Goes to the first step of a stage."""
+        self.now.position.stage, self.now.position.step = index, 0
+        self.now.state = parallel.replicate(self.run.stages[index].begin(self.now.state))
+
+    def is_at_start(self) -> bool:
+        """Whether this process has taken no step yet."""
+        return self._number() == self._first_number
+
+    def batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Index and mask (steps, devices, rows) of an epoch."""
+        key = order_key(jax.random.key(self.run.order_seed))
+        order = augment.epoch_order(key, epoch, len(self.run.dataset.train.labels))
+        return augment.epoch_batches(order, self.run.config.batch_size, parallel.device_count())
 
     def _number(self) -> int:
         """Steps of all stages so far: the number of a checkpoint taken now."""
         position = self.now.position
         return self.run.stages[position.stage].first_step + position.step
 
-    def _averages(self) -> dict[str, float]:
+    def averages(self) -> dict[str, float]:
         """What the steps of this epoch have averaged to; waits for the latest step."""
         averages, nonfinite = jax.device_get((self.now.state.metrics, self.now.state.nonfinite))
         bad = {name: int(first) for name, first in nonfinite.items() if first >= 0}
@@ -164,7 +232,7 @@ class Loop:
             first = min(bad.values())
             epoch = first // self.run.steps_per_epoch + 1
             terms = [name for name in bad if name != "loss" and bad[name] == first] or ["loss"]
-            saved = self._checkpoints.steps()
+            saved = self.checkpoints.steps()
             raise UserError(
                 f"the loss was not finite at step {first + 1} (epoch {epoch}) of stage "
                 f"{self.run.stages[self.now.position.stage].config.name!r}: "
@@ -174,11 +242,11 @@ class Loop:
             )
         return {name: float(average.compute()) for name, average in averages.items()}
 
-    def _end_epoch(self, stage: Stage, speed: float) -> None:
+    def end_epoch(self, stage: Stage, speed: float) -> None:
         """Evaluates when it is time, and writes the epoch's row of metrics."""
         run, position = self.run, self.now.position
         epoch = position.step // run.steps_per_epoch
-        averages = self._averages()
+        averages = self.averages()
         row: dict[str, Any] = {
             "stage": stage.config.name,
             "epoch": epoch,
@@ -201,7 +269,7 @@ class Loop:
             if name not in ("stage", "step"):
                 self._tensorboard.add_scalar(name, value, row["step"])
         self._tensorboard.flush()
-        self._show(averages, speed, row.get("test_top1"))
+        self.show(speed, row.get("test_top1"))
 
     def _test_scores(self, variables: Any) -> tuple[np.ndarray, dict[str, float]]:
         run = self.run
@@ -232,13 +300,14 @@ class Loop:
         classes = len(self.run.dataset.class_names)
         return np.asarray(past["predictions"]).sum(axis=0) if past else np.ones(classes)
 
-    def _show(self, averages: dict[str, float], speed: float, test_top1: float | None = None):
+    def show(self, speed: float, test_top1: float | None = None) -> None:
         """Shows where the run is; the line at the end of an epoch stays."""
-        run, position = self.run, self.now.position
+        run, position, averages = self.run, self.now.position, self.averages()
         stage = run.stages[position.stage]
         at_end = position.step % run.steps_per_epoch == 0
         losses = " ".join(f"{name} {averages[name]:.3f}" for name in ("loss", *stage.terms))
-        text = (
+        text = f"seed {run.config.seed} " if len(run.config.seeds) > 1 else ""
+        text += (
             f"epoch {math.ceil(position.step / run.steps_per_epoch)}/{stage.config.epochs} "
             f"step {(position.step - 1) % run.steps_per_epoch + 1}/{run.steps_per_epoch}  "
             f"{losses}  train top1 {100 * averages['top1']:.2f}"
@@ -246,24 +315,16 @@ class Loop:
         text += f"  test top1 {test_top1:.2f}" if test_top1 is not None else ""
         total = run.stages[-1].first_step + run.stages[-1].config.epochs * run.steps_per_epoch
         done = max(1, self._number() - self._first_number - 1)
-        left = (time.monotonic() - self._compiled_at) / done * (total - self._number())
+        left = (time.monotonic() - self.compiled_at) / done * (total - self._number())
         self._line.show(
             f"{text}  {speed:,.0f} images/s  {writers.duration(left)} left", final=at_end
         )
 
-    def _save_is_due(self) -> bool:
-        every = self.run.config.checkpoint.every_seconds
-        return time.monotonic() - self._saved_at >= every
-
-    def _save(self) -> None:
-        """Saves, and ends the run when a signal asked for it."""
-        self._averages()  # never a snapshot that has gone bad
+    def save(self) -> None:
+        """Starts to write a checkpoint."""
+        self.averages()  # never a snapshot that has gone bad
         self.now.position.seconds = self._seconds()
-        self._checkpoints.save(self._number(), self.now)
-        self._saved_at = time.monotonic()
-        if self.stopped_by:
-            self._checkpoints.wait()
-            raise Interrupted(self.stopped_by[0])
+        self.checkpoints.save(self._number(), self.now)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

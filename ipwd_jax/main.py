@@ -71,13 +71,14 @@ def _main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name or 'run'}_seed{config.seed}")
+    suffix = "" if config.seeds else f"_seed{config.seed}"
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name or 'run'}{suffix}")
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:
         result = train.run(config, workdir, teacher_only=_MODE.value == "teacher")
     print(report.summary(result))
-    print(f"Written to {workdir}")
+    print(f"Written to {workdir}{'_seed*' if 'seeds' in result else ''}")
 
 
 def main() -> None:

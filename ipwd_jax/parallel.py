@@ -39,7 +39,7 @@ def replicated_shapes(tree: Any) -> Any:
 
 
 def compile_train_step(step: Callable) -> Callable:
-    """Compiles `step(state, data, teacher_variables, index, mask) -> state`.
+    """Compiles `step(state, data, teacher_inputs, index, mask) -> state`.
 
     `index` and `mask` (steps, devices, rows) have a device axis, all else is replicated; the state
     is donated.

@@ -1,6 +1,7 @@
 """What a person reads of a run's results."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Metric -> unit, in the order of the table.
@@ -20,7 +21,9 @@ _UNITS = {
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The table at the end of a run, from what `result.json` holds."""
+    """The table at the end of a run, from what `result.json` holds, or of several seeds' runs."""
+    if "seeds" in result:
+        return _over_seeds(result["seeds"])
     if result.get("imported"):
         return (
             f"{result['network']}, {result['classes']} classes: {result['parameters']:,} "
@@ -66,3 +69,27 @@ def summary(result: Mapping[str, Any]) -> str:
             f"{result['device']}"
         )
     return "\n".join(lines)
+
+
+def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and sample deviation of each metric over the seeds."""
+    first = results[0]
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    lines = [
+        f"{first['network']} on {first['data']}: {first['parameters']:,} parameters, "
+        f"mean and deviation over seeds {seeds}",
+        f"{'test set':<15}{'last epoch':>20}{'best epoch':>20}",
+    ]
+    for metric, unit in _UNITS.items():
+        if metric in first["last"]:
+            cells = (
+                f"{_mean_and_deviation([result[which][metric] for result in results]):>20}"
+                for which in ("last", "best")
+            )
+            lines.append("".join([f"{metric:<15}", *cells, f"  {unit}".rstrip()]))
+    return "\n".join(lines)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"

@@ -22,6 +22,9 @@ from ipwd_jax.models.heads import Heads
 from ipwd_jax.parallel import AXIS
 from ipwd_jax.state import TrainState, augment_key, terms_key
 
+# Fields of a `Batch` that have a row for each sample.
+_ROWS = ("image", "label", "index", "view", "mask")
+
 
 def metric_names(terms: Mapping[str, Term]) -> list[str]:
     """What the train step averages over an epoch: `loss`, each term, and `top1` (a share)."""
@@ -212,16 +215,31 @@ def make_train_step(
     def step(
         state: TrainState, data: Resident, teacher_inputs: Any, index: jax.Array, mask: jax.Array
     ) -> TrainState:
-        def one(state: TrainState, rows: tuple[jax.Array, jax.Array]) -> tuple[TrainState, None]:
+        def take(state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None):
+            return update(state, batch, images, answers), None
+
+        def one(state: TrainState, rows: tuple[jax.Array, jax.Array]):
             batch, images = load(state, data, *rows)
-            return update(state, batch, images, ask(teacher_inputs, images, batch)), None
+            return take(state, batch, images, ask(teacher_inputs, images, batch))
+
+        def ahead(state: TrainState):
+            """All rows of the call at once, cut into steps."""
+            batch, images = load(state, data, index.reshape(-1), mask.reshape(-1))
+            answers = ask(teacher_inputs, images, batch)
+            rows = {name: getattr(batch, name) for name in _ROWS}
+            cut = jax.tree.map(
+                lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, answers)
+            )
+            return lambda state, xs: take(state, batch.replace(**xs[0]), *xs[1:]), cut
 
         with precision.of_products(config.precision):
             if len(index) == 1:
                 return one(state, (index[0], mask[0]))[0]
+            look_ahead = taps and config.teacher.look_ahead > 1
+            body, rows = ahead(state) if look_ahead else (one, (index, mask))
             # A convolution's weight gradient inside a loop is many times slower on a CPU.
             unroll = len(index) if jax.default_backend() == "cpu" else 1
-            return lax.scan(one, state, (index, mask), unroll=unroll)[0]
+            return lax.scan(body, state, rows, unroll=unroll)[0]
 
     return step
 

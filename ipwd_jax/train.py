@@ -7,7 +7,7 @@ import math
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ from ipwd_jax.data import load as load_data
 from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
-from ipwd_jax.loop import Loop, Run, Stage
+from ipwd_jax.loop import Loop, Member, Run, Stage
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState, init_state, network_shapes
 from ipwd_jax.teacher import Teacher
@@ -42,12 +42,14 @@ def run(
 
     Args:
         config: of `ipwd_jax.config.default`, changed.
-        workdir: folder of the run; made when missing.
+        workdir: folder of the run; made when missing. With `config.seeds` each seed's run has its
+            own, this name and `_seed0`, `_seed1`..., and is the same as if it ran alone.
         dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
         teacher_only: stop when the teacher is there.
 
     Returns:
-        What `result.json` holds: of the student's run, or of the teacher's.
+        What `result.json` holds: of the student's run, or of the teacher's; with `config.seeds`
+        `{"name": ..., "seeds": [...]}` with that of each.
 
     Raises:
         UserError: something that the user can mend is wrong; the message says what.
@@ -61,9 +63,11 @@ def run(
     _check_fit(config, dataset)
     _check_terms(config, dataset)
     checksums = {"data": fingerprint(dataset)}
-    with workdir_lib.locked(workdir) if not teacher_only else contextlib.nullcontext():
-        if not teacher_only:
-            workdir_lib.claim(workdir, config, checksums)
+    runs = {} if teacher_only else _of_each_seed(config, workdir)
+    with contextlib.ExitStack() as locks:
+        for folder in runs:
+            locks.enter_context(workdir_lib.locked(folder))
+        _claim(runs, checksums)
         teacher = None
         if config.teacher.name:
             teacher_workdir = teacher_lib.find_workdir(config, workdir)
@@ -72,8 +76,26 @@ def run(
                 return teacher_result
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
-            workdir_lib.claim(workdir, config, checksums)
-        return _train(config, workdir, dataset, teacher)
+            _claim(runs, checksums)
+        results = _train(runs, dataset, teacher)
+    return {"name": config.name, "seeds": results} if config.seeds else results[0]
+
+
+def _of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path, ConfigDict]:
+    """Work directory -> config of each seed's run, as it would be alone."""
+    if not config.seeds:
+        return {workdir: config}
+    runs = {}
+    for seed in config.seeds:
+        own = config.copy_and_resolve_references()
+        own.seed = seed
+        runs[workdir.with_name(f"{workdir.name}_seed{seed}")] = own
+    return runs
+
+
+def _claim(runs: Mapping[pathlib.Path, ConfigDict], checksums: Mapping[str, str]) -> None:
+    for workdir, config in runs.items():
+        workdir_lib.claim(workdir, config, checksums)
 
 
 def evaluate_run(
@@ -157,7 +179,7 @@ def _check_terms(config: ConfigDict, dataset: Dataset) -> None:
 def _initial_state(run: Run, teacher: nn.Module | None) -> TrainState:
     terms = {name: term for stage in run.stages for name, term in stage.terms.items()}
     train = run.dataset.train
-    return init_state(
+    state = init_state(
         run.config.seed,
         run.network,
         run.heads,
@@ -167,6 +189,7 @@ def _initial_state(run: Run, teacher: nn.Module | None) -> TrainState:
         train.images.shape[1:],
         len(train.labels),
     )
+    return state.replace(key=jax.random.key(run.order_seed))
 
 
 def _ensure_teacher(
@@ -186,7 +209,7 @@ def _ensure_teacher(
             return _finished(workdir)
         workdir_lib.claim(workdir, config_of_teacher, checksums)
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
-        return _train(config_of_teacher, workdir, dataset, None)
+        return _train({workdir: config_of_teacher}, dataset, None)[0]
 
 
 def _finished(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -225,12 +248,17 @@ def _build(
         heads=Heads(classes, sources, network.clone() if "network" in sources.values() else None),
         stages=stages,
         steps_per_epoch=steps_per_epoch,
-        steps_per_call=config.steps_per_call or (1 if on_cpu else config.log_every_steps),
+        steps_per_call=(
+            config.teacher.look_ahead
+            or config.steps_per_call
+            or (1 if on_cpu else config.log_every_steps)
+        ),
+        order_seed=config.seeds[0] if config.share_order else config.seed,
     )
 
 
-def _with_view_cache(run: Run, teacher: Teacher) -> Run:
-    """The run with a teacher that looks its answers up, where that is possible and wanted."""
+def _with_view_cache(run: Run, teacher: Teacher) -> Teacher:
+    """A teacher that looks its answers up, where that is possible and wanted."""
     config = run.config
     taps = frozenset().union(*(step.teacher_taps(config, s.terms) for s in run.stages))
     rotated = any(term.rotations for s in run.stages for term in s.terms.values())
@@ -241,7 +269,7 @@ def _with_view_cache(run: Run, teacher: Teacher) -> Run:
             "set it to auto"
         )
     if reason or config.teacher.view_cache == "off":
-        return run
+        return teacher
     cache = view_cache.load_or_build(
         config,
         teacher.workdir / "views",
@@ -253,10 +281,8 @@ def _with_view_cache(run: Run, teacher: Teacher) -> Run:
         "embedding" in taps,
     )
     if cache is None:
-        return run
-    return dataclasses.replace(
-        run, teacher=dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
-    )
+        return teacher
+    return dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
 
 
 def _with_masks(run: Run, params: Any) -> Run:
@@ -278,30 +304,84 @@ def _with_masks(run: Run, params: Any) -> Run:
 
 
 def _train(
-    config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, teacher: Teacher | None
-) -> dict[str, Any]:
-    """Trains one network and writes its results; returns at once where that is done."""
-    if result := _finished(workdir):
-        print(f"Finished already: {workdir}", flush=True)
-        return result
-    run = _build(config, workdir, dataset, teacher)
+    runs: Mapping[pathlib.Path, ConfigDict], dataset: Dataset, teacher: Teacher | None
+) -> list[dict[str, Any]]:
+    """Trains runs that differ in their seed and writes their results; finished ones are kept."""
+    results = {workdir: _finished(workdir) for workdir in runs}
+    for workdir, result in results.items():
+        if result:
+            print(f"Finished already: {workdir}", flush=True)
+    left = {workdir: config for workdir, config in runs.items() if not results[workdir]}
+    if left:
+        with contextlib.ExitStack() as stack:
+            members = _members(left, dataset, teacher, stack)
+            loop = Loop(members, stack.enter_context(_signals()))
+            loop.train()
+            for member in members:
+                results[member.run.workdir] = member.result()
+    return list(results.values())
+
+
+def _members(
+    configs: Mapping[pathlib.Path, ConfigDict],
+    dataset: Dataset,
+    teacher: Teacher | None,
+    stack: contextlib.ExitStack,
+) -> list[Member]:
+    """The runs where they were stopped, all at the same step, or at their beginning."""
+    runs = [_build(config, workdir, dataset, teacher) for workdir, config in configs.items()]
     if teacher:
-        run = _with_view_cache(run, teacher)
-    initial = _initial_state(run, teacher.network if teacher else None)
-    run = _with_masks(run, initial.params)
-    overview = parameter_overview.get_parameter_overview(initial.params)
-    writers.write_atomically(workdir / "parameters.txt", f"{overview}\n".encode())
-    workdir_lib.check_space(workdir, (config.checkpoint.keep + 2) * 3 * _bytes(initial))
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints, _signals() as stopped_by:
-        now = checkpoints.restore(lambda position: run.stages[position.stage].begin(initial))
+        teacher = _with_view_cache(runs[0], teacher)
+    begun = []
+    for run in runs:
+        initial = _initial_state(run, teacher.network if teacher else None)
+        run = dataclasses.replace(_with_masks(run, initial.params), teacher=teacher)
+        overview = parameter_overview.get_parameter_overview(initial.params)
+        writers.write_atomically(run.workdir / "parameters.txt", f"{overview}\n".encode())
+        keep = run.config.checkpoint.keep
+        workdir_lib.check_space(run.workdir, (keep + 2) * 3 * len(runs) * _bytes(initial))
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, keep))
+        begun.append((run, initial, checkpoints))
+    snapshots = _restore(begun)
+    members, predict = [], evaluate.make_predict(runs[0].network)
+    for (run, initial, checkpoints), now in zip(begun, snapshots, strict=True):
         if now:
-            print(f"Going on from step {checkpoints.steps()[-1]} of {workdir}", flush=True)
+            print(f"Going on from step {_number(run, now)} of {run.workdir}", flush=True)
         else:
             state = parallel.replicate(run.stages[0].begin(initial))
             now = Snapshot(state, jax.tree.map(jnp.copy, state.network()), Position())
-        loop = Loop(run, now, checkpoints, stopped_by)
-        loop.train()
-        return loop.result()
+        member = Member(run, now, checkpoints, predict)
+        members.append(stack.enter_context(contextlib.closing(member)))
+    return members
+
+
+def _restore(
+    begun: Sequence[tuple[Run, TrainState, Checkpoints]],
+) -> list[Snapshot | None]:
+    """The newest snapshots of the runs that are of the same step; None: from the beginning."""
+    common = set.intersection(*(set(checkpoints.steps()) for *_, checkpoints in begun))
+    newest = None if len(begun) == 1 else max(common, default=-1)
+    while True:
+        snapshots = [
+            checkpoints.restore(
+                lambda position, run=run, initial=initial: run.stages[position.stage].begin(
+                    initial
+                ),
+                newest,
+            )
+            for run, initial, checkpoints in begun
+        ]
+        numbers = [
+            _number(run, now) if now else -1
+            for (run, *_), now in zip(begun, snapshots, strict=True)
+        ]
+        if len(set(numbers)) == 1:
+            return snapshots
+        newest = min(numbers)  # one of them was damaged
+
+
+def _number(run: Run, now: Snapshot) -> int:
+    return run.stages[now.position.stage].first_step + now.position.step
 
 
 def _bytes(tree: Any) -> int:

@@ -37,19 +37,11 @@ def digits():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """A resumed run compiles the same programs again."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+def quick_compilation():
+    """Most of the time would go into optimising programs that run for a second."""
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def shortened(config):
@@ -219,8 +211,9 @@ def test_a_first_stage_trains_what_it_names_and_no_other_norm(digits, tmp_path):
     stopped = []
 
     def stop_at_main(self):
-        if self.now.position.stage == 0 and self.now.position.step == 3:
-            stopped.append(jax.device_get(self.now.state.replace(key=0)))
+        now = self.members[0].now
+        if now.position.stage == 0 and now.position.step == 3:
+            stopped.append(jax.device_get(now.state.replace(key=0)))
         return False
 
     with pytest.MonkeyPatch.context() as patch:

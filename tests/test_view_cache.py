@@ -149,7 +149,7 @@ def test_refused_where_it_would_be_wrong(changes, reason, squares, folder):
 
 
 def test_no_space(squares, folder, monkeypatch):
-    monkeypatch.setattr(view_cache, "_shortage", lambda *_: "it has 9 MiB")
+    monkeypatch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
     with pytest.raises(UserError, match="does not fit: it has 9 MiB"):
         run("none", squares, folder, teacher__view_cache="all")
 

@@ -1,0 +1,241 @@
+"""Encoded images to training crops and centre crops, by the fastest decoder that is installed."""
+
+import contextlib
+import functools
+import importlib
+import io
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from ipwd_jax.data import folder
+from ipwd_jax.errors import UserError
+
+_ATTEMPTS = 10  # at a random crop that fits into the image
+_DRAWS = 2 * _ATTEMPTS + 3  # area and ratio of each attempt; row, column, mirrored
+_AREA = 0.08, 1.0
+_LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
+
+
+def decoder_name() -> str:
+    """What decodes JPEG and what resizes training crops here, as "simplejpeg, resized by cv2"."""
+    decoder = next((name for name in ("simplejpeg", "cv2") if _optional(name)), "PIL")
+    return f"{decoder}, resized by {'cv2' if _optional('cv2') else 'PIL'}"
+
+
+@functools.cache
+def _optional(name: str) -> ModuleType | None:
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return None
+    if name == "cv2":
+        module.setNumThreads(1)  # its own threads for every image would fight with the workers
+    return module
+
+
+def crop_box(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
+    """Choose a crop as torchvision's `RandomResizedCrop.get_params`, of given random numbers.
+
+    Ten attempts at an area of 8 to 100 % and a ratio of 3/4 to 4/3 (uniform in its logarithm); if
+    none fits into the image, the largest centred box of a permitted ratio.
+
+    Args:
+        height: of the image.
+        width: of the image.
+        draws: uniform in [0, 1): area and ratio of each attempt, then row and column.
+
+    Returns:
+        Top, left, height and width in pixels.
+    """
+    low, high = _LOG_RATIO
+    for attempt in range(_ATTEMPTS):
+        share, position = draws[2 * attempt : 2 * attempt + 2]
+        area = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * share)
+        ratio = math.exp(low + (high - low) * position)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            row, column = draws[2 * _ATTEMPTS : 2 * _ATTEMPTS + 2]
+            return int(row * (height - h + 1)), int(column * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the decoders raise many kinds
+        raise UserError(f"cannot be read as an image: {error}") from error
+
+
+@_errors()
+def decode_train(
+    encoded: bytes, rng_key: tuple[int, int, int], size: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Decode a random crop of an image, resized (bilinear), and mirrored half of the time.
+
+    Only the rows down to the crop's last one are decoded where the format allows it. Of a JPEG
+    whose crop has twice (four, eight times) the pixels needed, the decoder gives half (a quarter,
+    an eighth) of the resolution, and the crop is rounded to its pixels.
+
+    Args:
+        encoded: a file's content, of any format that Pillow reads.
+        rng_key: seed, epoch and index; of them alone depend crop and mirroring. Epoch and index
+            are below 2^32.
+        size: of the result.
+        out: where the result goes, (size, size, 3) uint8 and contiguous; default: a new array.
+
+    Returns:
+        (size, size, 3) uint8, RGB. The crop agrees with torchvision's `RandomResizedCrop(size)`.
+
+    Raises:
+        UserError: it is no image, or a damaged one.
+    """
+    seed, epoch, index = rng_key
+    key = (seed % 2**64) << 64 | int(epoch) << 32 | int(index)
+    draws = np.random.Generator(np.random.Philox(key=key)).random(_DRAWS).tolist()
+    image = _open(encoded)
+    top, left, height, width = crop_box(image.height, image.width, draws)
+    reduce = next(r for r in (8, 4, 2, 1) if r == 1 or min(height, width) >= r * size)
+    pixels = image.decode(reduce, top + height)
+    top, bottom, left, right = (
+        round(edge / reduce) for edge in (top, top + height, left, left + width)
+    )
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
+    _resize(pixels[top:bottom, left:right], out, mirrored=draws[-1] < 0.5)
+    return out
+
+
+@_errors()
+def decode_eval(encoded: bytes, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode an image, resize its short side to 256/224 of `size`, and cut the centre square.
+
+    Args:
+        encoded: as in `decode_train`.
+        size: of the result.
+        out: as in `decode_train`.
+
+    Returns:
+        (size, size, 3) uint8, RGB, as torchvision's `Resize` (bilinear, antialiased) and
+        `CenterCrop` give for a Pillow image.
+
+    Raises:
+        UserError: it is no image, or a damaged one.
+    """
+    from PIL import Image
+
+    image = _open(encoded)
+    short = round(size * 256 / 224)
+    box = []
+    for side in (image.width, image.height):
+        resized = int(short * side / min(image.width, image.height))
+        start = round((resized - size) / 2)
+        box.append((start * side / resized, (start + size) * side / resized))
+    (left, right), (top, bottom) = box
+    pixels = Image.fromarray(image.decode(1, image.height))
+    # Only what stays in the centre is computed; the filter still sees beyond it.
+    pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    out = np.empty((size, size, 3), np.uint8) if out is None else out
+    out[:] = np.asarray(pixels)
+    return out
+
+
+def _resize(pixels: np.ndarray, out: np.ndarray, mirrored: bool) -> None:
+    if cv2 := _optional("cv2"):
+        resized = cv2.resize(pixels, out.shape[:2], None if mirrored else out)
+        if mirrored:
+            cv2.flip(resized, 1, out)
+        return
+    from PIL import Image
+
+    resized = np.asarray(Image.fromarray(pixels).resize(out.shape[:2], Image.Resampling.BILINEAR))
+    out[:] = resized[:, ::-1] if mirrored else resized
+
+
+class _Jpeg(NamedTuple):
+    encoded: bytes
+    height: int
+    width: int
+    frame: int  # offset of the frame header
+    baseline: bool
+
+    def decode(self, reduce: int, rows: int) -> np.ndarray:
+        """The image at 1/`reduce` of its resolution, perhaps only what is made of its top rows."""
+        # Without its end marker a file is cut short, which some decoders fill up with grey.
+        if self.encoded.rfind(b"\xff\xd9", self.frame) < 0:
+            raise UserError("cannot be read as an image: the end of the file is missing")
+        if simplejpeg := _optional("simplejpeg"):
+            width = -(-self.width // reduce)
+            encoded = self._shortened(rows, reduce)
+            # Not strict: like Pillow and OpenCV, it passes over what can be recovered.
+            return simplejpeg.decode_jpeg(
+                encoded, min_height=1, min_width=width, min_factor=reduce, strict=False
+            )
+        if cv2 := _optional("cv2"):
+            name = f"IMREAD_REDUCED_COLOR_{reduce}" if reduce > 1 else "IMREAD_COLOR"
+            flags = getattr(cv2, name) | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)
+            return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        from PIL import Image
+
+        with Image.open(io.BytesIO(self._shortened(rows, reduce))) as image:
+            image.draft("RGB", (image.width // reduce, image.height // reduce))
+            return np.asarray(image.convert("RGB"))
+
+    def _shortened(self, rows: int, reduce: int) -> bytes:
+        # A decoder that believes that the image ends below the crop stops there. Two rows more,
+        # since colour is interpolated between the pixels of every second row.
+        rows += 2 * reduce
+        if not self.baseline or rows >= self.height:
+            return self.encoded
+        at = self.frame + 5
+        return b"".join((self.encoded[:at], rows.to_bytes(2, "big"), self.encoded[at + 2 :]))
+
+
+class _Other(NamedTuple):
+    pixels: np.ndarray
+    height: int
+    width: int
+
+    def decode(self, reduce: int, rows: int) -> np.ndarray:
+        from PIL import Image
+
+        if reduce == 1:
+            return self.pixels
+        return np.asarray(Image.fromarray(self.pixels[:rows]).reduce(reduce))
+
+
+def _open(encoded: bytes) -> _Jpeg | _Other:
+    if found := _jpeg(encoded):
+        return found
+    pixels = np.asarray(folder.to_rgb(io.BytesIO(encoded)))
+    return _Other(pixels, *pixels.shape[:2])
+
+
+def _jpeg(encoded: bytes) -> _Jpeg | None:
+    """The frame of a JPEG of 8 bits, grey or of three colours, that needs no turning."""
+    at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while at + 10 <= len(encoded) and encoded[at] == 0xFF:
+        marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xC2:
+            bits, channels = encoded[at + 4], encoded[at + 9]
+            height, width = (int.from_bytes(encoded[i : i + 2], "big") for i in (at + 5, at + 7))
+            known = bits == 8 and channels in (1, 3) and height and width
+            return _Jpeg(encoded, height, width, at, marker < 0xC2) if known else None
+        if marker == 0xE1 and encoded[at + 4 : at + 8] == b"Exif" and _turned(encoded):
+            return None
+        at += 1 if marker == 0xFF else 2 + length
+    return None
+
+
+def _turned(encoded: bytes) -> bool:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.getexif().get(0x0112, 1) != 1

@@ -1,0 +1,234 @@
+"""Images that do not fit into memory: read, decoded, cropped and resized by threads of the host.
+
+What a sample looks like depends on (seed, epoch, index) alone: not on the batch it is in, the
+number of threads, or where a run was interrupted.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+import pathlib
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ipwd_jax.data import folder
+from ipwd_jax.data.decode import decode_eval, decode_train, decoder_name
+from ipwd_jax.errors import UserError, unknown_name
+
+__all__ = [
+    "Records",
+    "batches",
+    "decode_eval",
+    "decode_train",
+    "decoder_name",
+    "folder_records",
+    "tfds_records",
+]
+
+_READ_AT_ONCE = 256
+_ROWS_OF_A_TASK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Encoded images in random access, and their labels.
+
+    Attributes:
+        name: for people.
+        labels: (N,) int32.
+        class_names: one per class, in the order of the labels.
+        read: gives the encoded image of sample 0..N-1; called by many threads at once.
+        fingerprint: checksum of what identifies the data, 8 hexadecimal digits. It is cheap: no
+            image is read for it.
+        describe: what an error calls a sample.
+    """
+
+    name: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    read: Callable[[int], bytes]
+    fingerprint: str
+    describe: Callable[[int], str] = "sample {}".format
+
+
+def folder_records(root: str | os.PathLike, split: str) -> Records:
+    """The image files `ROOT/SPLIT/CLASS/*.jpg`, in the order of the source `folder:ROOT`.
+
+    Args:
+        root: folder of splits.
+        split: as "train"; "" where `root` itself holds the class folders.
+
+    Returns:
+        Records whose fingerprint is of the paths below the split and the sizes of the files.
+
+    Raises:
+        UserError: no such folder, no classes, or a class without images.
+    """
+    top = pathlib.Path(root).expanduser()
+    if not (top / split).is_dir():
+        found = f"it has {folder.class_folders(top)}" if top.is_dir() else "nor that folder itself"
+        raise UserError(f"{top} has no folder {split!r} of class folders; {found}")
+    top /= split
+    names = folder.class_folders(top)
+    paths, labels = folder.image_files(top, names)
+    files = [str(path) for path in paths]  # a path object takes several times the memory
+    checksum, start = 0, len(str(top))
+    for file in files:
+        checksum = zlib.crc32(f"{file[start:]}\0{os.path.getsize(file)}\n".encode(), checksum)
+
+    def read(index: int) -> bytes:
+        with open(files[index], "rb", buffering=0) as opened:
+            return opened.read()
+
+    name = top.resolve().name
+    return Records(name, labels, tuple(names), read, f"{checksum:08x}", files.__getitem__)
+
+
+def tfds_records(name: str, data_dir: str, split: str) -> Records:
+    """A split of a TFDS classification set, prepared as `array_record`, in its source's order.
+
+    Every record is read once for its label; no image is decoded.
+
+    Args:
+        name: of TFDS, as "imagenet2012".
+        data_dir: where it was prepared; empty: TFDS's default, or `$TFDS_DATA_DIR`.
+        split: as "train", or a slice such as "train[:90%]".
+
+    Returns:
+        Records whose fingerprint is of name, configuration, version, split and number of samples.
+
+    Raises:
+        UserError: no such set or split, or not prepared in this format.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _prepared(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None)
+    image, label = builder.info.supervised_keys
+    parts = [part.strip().partition("[")[0] for part in split.split("+")]
+    if unknown := [part for part in parts if part not in builder.info.splits]:
+        raise unknown_name(f"split of {name}", unknown[0], builder.info.splits)
+    try:
+        skip = {image: tfds.decode.SkipDecoding()}
+        source = builder.as_data_source(split, decoders=skip)
+        labels, order = _labels(source, label)
+    except Exception as error:  # of TFDS, of the record files
+        raise UserError(f"the split {split!r} of {name} cannot be read: {error}") from error
+    identity = f"{builder.info.full_name} {split} {len(labels)}"
+    return Records(
+        name=f"tfds:{name} {split}",
+        labels=labels[order],
+        class_names=tuple(builder.info.features[label].names),
+        read=lambda index: source[int(order[index])][image],
+        fingerprint=f"{zlib.crc32(identity.encode()):08x}",
+    )
+
+
+def _prepared(name: str, root: str | None):
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=root)
+        prepared_in = builder.info.splits and builder.info.file_format.value
+    except tfds.core.registered.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise unknown_name("TFDS data set", name, known) from None
+    except Exception as error:  # TFDS raises many kinds for a version or config that is not there
+        raise UserError(f"the TFDS data set {name!r} cannot be opened: {error}") from error
+    if prepared_in != "array_record":
+        state = f"in the format {prepared_in}" if prepared_in else "not prepared"
+        raise UserError(
+            f"{builder.data_path} is {state}; array_record is needed. Prepare it in a folder of "
+            f"its own: pip install 'ipwd_jax[tfds]' && python -m ipwd_jax.data.prepare {name} DIR"
+        )
+    keys = builder.info.supervised_keys
+    if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
+        raise UserError(f"{name} is not a classification set: its supervised keys are {keys}")
+    return builder
+
+
+def _labels(source, label: str) -> tuple[np.ndarray, np.ndarray]:
+    labels, ids = np.empty(len(source), np.int32), []
+    for start in range(0, len(source), _READ_AT_ONCE):
+        rows = range(start, min(start + _READ_AT_ONCE, len(source)))
+        for row, example in zip(rows, source.__getitems__(list(rows)), strict=True):
+            labels[row] = example[label]
+            ids.append(example.get("id"))
+    ordered = np.arange(len(ids)) if None in ids else np.argsort(np.array(ids))
+    return labels, ordered
+
+
+def batches(
+    records: Records,
+    index: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    size: int,
+    train: bool,
+    threads: int = 0,
+    prefetch: int = 4,
+) -> Iterator[np.ndarray]:
+    """Decode the batches of an epoch with threads, several batches ahead.
+
+    Args:
+        records: where the images are.
+        index: (steps, B) int32, samples of each step; `index[n:]` resumes at step n.
+        seed: of the run; for training.
+        epoch: from 0; for training.
+        size: of the images.
+        train: `decode_train`, else `decode_eval`.
+        threads: of decoding; 0: as many as there are CPUs for this process.
+        prefetch: batches that are decoded, or being decoded, beside the one given last.
+
+    Yields:
+        (B, size, size, 3) uint8, a new array for each step. Closing the iterator ends the threads.
+
+    Raises:
+        UserError: a sample cannot be read or decoded; the message names it.
+    """
+    threads = threads or _cpus()
+    stop = threading.Event()
+
+    def fill(rows: np.ndarray, out: np.ndarray) -> None:
+        for sample, image in zip(rows.tolist(), out, strict=True):
+            if stop.is_set():
+                return
+            try:
+                encoded = records.read(sample)
+                if train:
+                    decode_train(encoded, (seed, epoch, sample), size, image)
+                else:
+                    decode_eval(encoded, size, image)
+            except (UserError, OSError) as error:
+                raise UserError(f"{records.name}: {records.describe(sample)} {error}") from error
+
+    def submit(rows: np.ndarray) -> tuple[np.ndarray, list[concurrent.futures.Future]]:
+        batch = np.empty((len(rows), size, size, 3), np.uint8)
+        part = max(1, min(_ROWS_OF_A_TASK, len(rows) // threads))
+        parts = range(0, len(rows), part)
+        return batch, [pool.submit(fill, rows[i : i + part], batch[i : i + part]) for i in parts]
+
+    pool = concurrent.futures.ThreadPoolExecutor(threads, "decode")
+    pending: collections.deque = collections.deque()
+    try:
+        for rows in itertools.chain(index, [None] * (prefetch + 1)):
+            if rows is not None:
+                pending.append(submit(rows))
+            if len(pending) > prefetch or (rows is None and pending):
+                batch, tasks = pending.popleft()
+                for task in tasks:
+                    task.result()
+                yield batch
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: what a scheduler grants
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

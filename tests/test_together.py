@@ -1,0 +1,106 @@
+"""Several steps in one call, a teacher that looks ahead, several seeds: the same numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_view_cache import quick_compilation, settings, squares  # noqa: F401
+
+from ipwd_jax import train
+from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.loop import Loop
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("together")
+
+
+def logits(workdir):
+    return np.load(workdir / "predictions.npz")["last_logits"]
+
+
+def run(name, dataset, folder, **changes):
+    changes = {"teacher__view_cache": "off", **changes}
+    train.run(settings(**changes), folder / name, dataset)
+    return logits(folder / name)
+
+
+@pytest.fixture(scope="module")
+def alone(squares, folder):  # noqa: F811
+    return {
+        seed: run(f"alone_{seed}", squares, folder, seed=seed, teacher__seed=0) for seed in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps_per_call": 2}, {"steps_per_call": 50}, {"teacher__look_ahead": 2}],
+    ids=["two", "epoch", "look_ahead"],
+)
+def test_steps_of_one_call_are_those_of_several(changes, alone, squares, folder):  # noqa: F811
+    name = "_".join(f"{key}{value}" for key, value in changes.items())
+    np.testing.assert_allclose(run(name, squares, folder, **changes), alone[0], atol=2e-5)
+
+
+def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch):  # noqa: F811
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
+    actual = run("scanned", squares, folder, steps_per_call=3)
+    np.testing.assert_allclose(actual, alone[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("cache", ["off", "drawn"])
+def test_seeds_together_are_the_seeds_alone(cache, alone, squares, folder):  # noqa: F811
+    config = settings(seeds=(0, 1), teacher__view_cache=cache)
+    result = train.run(config, folder / f"both_{cache}", squares)
+    assert [r["seed"] for r in result["seeds"]] == [0, 1]
+    for seed in (0, 1):
+        np.testing.assert_array_equal(logits(folder / f"both_{cache}_seed{seed}"), alone[seed])
+
+
+def test_seeds_resume_together(alone, squares, folder, monkeypatch):  # noqa: F811
+    config = settings(seeds=(0, 1), teacher__view_cache="off", checkpoint__every_seconds=0.0)
+    save, calls = Loop._save, []
+
+    def save_and_stop(self):
+        save(self)
+        calls.append(1)
+        if len(calls) == 3:  # the teacher is there; one seed is a checkpoint ahead
+            member = self.members[0]
+            member.now.position.step += 1
+            member.checkpoints.save(member._number(), member.now)
+            member.checkpoints.wait()
+            raise Interrupted(15)
+
+    monkeypatch.setattr(Loop, "_save", save_and_stop)
+    with pytest.raises(Interrupted):
+        train.run(config, folder / "resumed", squares)
+    monkeypatch.setattr(Loop, "_save", save)
+    train.run(config, folder / "resumed", squares)
+    for seed in (0, 1):
+        np.testing.assert_array_equal(logits(folder / f"resumed_seed{seed}"), alone[seed])
+
+
+def test_seeds_that_share_the_order(alone, squares, folder):  # noqa: F811
+    config = settings(seeds=(0, 1), share_order=True, teacher__view_cache="off")
+    train.run(config, folder / "shared", squares)
+    np.testing.assert_allclose(logits(folder / "shared_seed0"), alone[0], atol=2e-5)
+    other = logits(folder / "shared_seed1")
+    assert np.abs(other - alone[0]).max() > 1e-3 and np.abs(other - alone[1]).max() > 1e-4
+    noted = json.loads((folder / "shared_seed1" / "config.json").read_text())
+    assert noted["config"]["share_order"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"seeds": (1, 1)}, "has a seed twice"),
+        ({"share_order": True}, "needs several config.seeds"),
+        ({"teacher__look_ahead": 4, "teacher__train_mode": True}, "excludes fold and look_ahead"),
+    ],
+)
+def test_refused(changes, hint, squares, folder):  # noqa: F811
+    with pytest.raises(UserError, match=hint):
+        run("refused", squares, folder, **changes)
