@@ -10,7 +10,7 @@ live on the device and are cropped there, as ours are.
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -173,13 +173,13 @@ class MobileNetV2(nn.Module):
 class ShuffleUnitV1(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1."""
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        outputs = width - inputs if stride == 2 else width
-        inside, self.stride, self.groups = outputs // 4, stride, 1 if inputs == 24 else 3
+        self.stride, outputs = (1, width) if inputs == width else (2, width - inputs)
+        inside, self.groups = outputs // 4, 1 if inputs == 24 else 3
         first = conv(inputs, inside, 1, groups=self.groups)
         last = conv(inside, outputs, 1, groups=3)
-        normed(self, first, conv(inside, inside, 3, stride, inside), last)
+        normed(self, first, conv(inside, inside, 3, self.stride, inside), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = shuffled(F.relu(self.bn1(self.conv1(x))), self.groups)
@@ -209,7 +209,7 @@ class DownUnitV2(nn.Module):
 class BasicUnitV2(nn.Module):
     """Three convolutions of one half of the channels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         half = width // 2
         normed(self, conv(half, half, 1), conv(half, half, groups=half), conv(half, half, 1))
@@ -226,13 +226,11 @@ class ShuffleNet(nn.Module):
     def __init__(self, version: int, classes: int) -> None:
         super().__init__()
         normed(self, conv(3, 24, 1))
-        widths = ((240, 480, 960), (116, 232, 464))[version - 1]
-        inputs = 24
+        inputs, widths = 24, ((240, 480, 960), (116, 232, 464))[version - 1]
         for stage, (width, units) in enumerate(zip(widths, (4, 8, 4), strict=True), start=1):
-            first = ShuffleUnitV1(inputs, width, 2) if version == 1 else DownUnitV2(inputs, width)
+            first = (ShuffleUnitV1, DownUnitV2)[version - 1](inputs, width)
             rest = (
-                ShuffleUnitV1(width, width, 1) if version == 1 else BasicUnitV2(width)
-                for _ in range(units - 1)
+                (ShuffleUnitV1, BasicUnitV2)[version - 1](width, width) for _ in range(1, units)
             )
             self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
             inputs = width
@@ -258,30 +256,19 @@ def create(name: str, classes: int) -> nn.Module:
         return ResNet((int(match[1]) - 2) // 6, widths, classes)
     if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
         return WideResNet((int(match[1]) - 4) // 6, int(match[2]), classes)
-    simple: dict[str, Callable[[], nn.Module]] = {
-        "vgg8": lambda: VGG(1, classes),
-        "vgg13": lambda: VGG(2, classes),
-        "MobileNetV2": lambda: MobileNetV2(classes),
-        "ShuffleV1": lambda: ShuffleNet(1, classes),
-        "ShuffleV2": lambda: ShuffleNet(2, classes),
-    }
-    if name not in simple:
-        raise ValueError(f"no PyTorch network {name!r} here; only resnet*, wrn_* and {[*simple]}")
-    return simple[name]()
-
-
-def load(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> nn.Module:
-    """Gives a network all its tensors by name; only counters of batches may be missing."""
-    tensors = {name: torch.from_numpy(x.copy()) for name, x in tensors.items()}
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
-    if wrong := unexpected + [n for n in missing if "num_batches_tracked" not in n]:
-        raise ValueError(f"these weights are not of this network: {wrong}")
-    return module
+    if name == "MobileNetV2":
+        return MobileNetV2(classes)
+    others = {"vgg8": (VGG, 1), "vgg13": (VGG, 2)}
+    others |= {"ShuffleV1": (ShuffleNet, 1), "ShuffleV2": (ShuffleNet, 2)}
+    if name not in others:
+        raise ValueError(f"no PyTorch network {name!r} here; only resnet*, wrn_* and {[*others]}")
+    kind, which = others[name]
+    return kind(which, classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the step is computed: memory layout, autocast to bfloat16, torch.compile, TF32."""
+    """How the step is computed: memory layout, autocast, torch.compile, TF32."""
 
     channels_last: bool = True
     bfloat16: bool = False
@@ -332,8 +319,7 @@ class TorchArm:
         distilled = F.kl_div(ours, theirs, reduction="sum") * 16 / len(index)
         return 0.1 * F.cross_entropy(logits.float(), self._labels[index]) + 0.9 * distilled
 
-    def step(self) -> torch.Tensor:
-        """Takes one step; its loss, on the device."""
+    def _step(self) -> torch.Tensor:
         loss = self._loss(self._index[self.done], self._view[self.done])
         self.sgd.zero_grad()
         loss.backward()
@@ -347,14 +333,13 @@ class TorchArm:
         torch.backends.cudnn.allow_tf32 = self.variant.tf32
         torch.backends.cuda.matmul.allow_tf32 = self.variant.tf32
         started = time.perf_counter()
-        total = sum(self.step() for _ in range(steps)) / steps
-        total = total.item()  # waits
-        return time.perf_counter() - started, total
+        mean = (sum(self._step() for _ in range(steps)) / steps).item()  # waits
+        return time.perf_counter() - started, mean
 
     def peak_memory(self) -> int | None:
         """Bytes at most since it was made, less those of before; None on a CPU."""
         peak = _memory(torch.cuda.max_memory_allocated)
-        return None if peak is None else peak - self._used_before
+        return peak and peak - self._used_before
 
 
 def device() -> str:

@@ -6,6 +6,9 @@ First the gate: both frameworks start from the same weights and take ten float32
 views of the same images; losses must agree to 1e-4 and weights to 1e-3, relatively, or the pair is
 not timed and the exit code is 1. Then the arms take turns in one process, one that needs flags of
 its own in a child process. Prints one JSON line for each gate and each arm.
+
+On a CPU the machine must be idle: PyTorch's threads wait for each other by spinning, and beside
+another busy process each of its operations may take ten times as long.
 """
 
 import argparse
@@ -118,6 +121,7 @@ def serve(arm: OurArm) -> None:
 def torch_networks(problem: Problem, reference: str) -> list[Any]:
     """Student and teacher in PyTorch, with our weights."""
     import pytorch_arm
+    import torch
 
     def create(name: str) -> Any:
         if not reference:
@@ -127,10 +131,14 @@ def torch_networks(problem: Problem, reference: str) -> list[Any]:
         return importlib.import_module("models").model_dict[name](num_classes=CLASSES)
 
     names = {"student": problem.student, "teacher": problem.teacher}
-    return [
-        pytorch_arm.load(create(name), to_torch(problem.variables[role]))
-        for role, name in names.items()
-    ]
+    networks = []
+    for role, name in names.items():
+        tensors = {k: torch.from_numpy(x) for k, x in to_torch(problem.variables[role]).items()}
+        networks.append(create(name))
+        missing, unexpected = networks[-1].load_state_dict(tensors, strict=False)
+        if wrong := unexpected + [n for n in missing if "num_batches_tracked" not in n]:
+            raise ValueError(f"PyTorch's {name} has other tensors than ours: {wrong}")
+    return networks
 
 
 def make_arm(name: str, problem: Problem, arguments: argparse.Namespace) -> Any:
@@ -264,7 +272,8 @@ def run_pair(pair: tuple[str, str], arguments: argparse.Namespace, common: dict[
     baseline = statistics.median(runs) if runs else None
     for name, found in measured.items():
         line = report(name, found, baseline, arguments.batch)
-        print(json.dumps({**line, **names, **common}), flush=True)
+        load = {"load_average": round(os.getloadavg()[0], 1)}
+        print(json.dumps({**line, **names, **common, **load}), flush=True)
     return True
 
 

@@ -37,6 +37,8 @@ def default() -> ConfigDict:
     config.data.test_split = ""  # empty: "test", or "validation" where there is no test split
     config.data.test_fraction = 0.2  # held out of data that comes without a test split
     config.data.image_size = 0  # pixels a side after resizing; 0: as stored
+    config.data.streaming = False  # decode while training; for what does not fit into memory
+    config.data.threads = 0  # of decoding; 0: all CPUs
     config.data.mean = ()  # per channel, pixels in 0..1; empty: known or computed
     config.data.std = ()
     config.data.crop_padding = 4  # black pixels on each side before a random crop; 0: no crop
@@ -221,6 +223,7 @@ def validate(config: ConfigDict) -> None:
     _positive(config, "epochs", "batch_size", "eval_every_epochs", "eval_batch_size")
     _positive(config, "log_every_steps", "checkpoint.keep")
     _positive(config.teacher, "epochs", "batch_size", prefix="teacher.")
+    _not_negative(config, "data.threads")
     _not_negative(config, "seed", "teacher.seed", "data.crop_padding", "data.image_size")
     _not_negative(config, "first_stage.epochs", "checkpoint.every_seconds", "weighting.clip")
     _not_negative(config, "weighting.start_epoch", "weighting.constant")

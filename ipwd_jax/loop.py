@@ -1,10 +1,11 @@
 """The loop over stages, epochs and steps of one network's training."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -105,14 +106,23 @@ class Loop:
         run, position = self.members[0].run, self.members[0].now.position
         inputs = run.teacher.inputs if run.teacher else {}
         epoch, begin = divmod(position.step, run.steps_per_epoch)
-        steps = [member.batches(epoch) for member in self.members]
+        with contextlib.ExitStack() as stack:
+            feeds = [
+                stack.enter_context(contextlib.closing(member.calls(epoch, begin)))
+                for member in self.members
+            ]
+            return self._take_calls(train_step, data, inputs, begin, feeds)
+
+    def _take_calls(
+        self, train_step: Callable, data: Resident, inputs: Any, begin: int, feeds: Sequence
+    ) -> float:
+        run = self.members[0].run
         count, images, started = run.steps_per_epoch, 0, time.monotonic()
-        while begin < count:
-            # Calls end at multiples of their length, also after a resume inside an epoch.
-            end = min(begin - begin % run.steps_per_call + run.steps_per_call, count)
-            index, mask = zip(*((i[begin:end], m[begin:end]) for i, m in steps), strict=True)
+        for rows in zip(*feeds, strict=True):
+            index, mask, streamed = zip(*rows, strict=True)
+            end = begin + len(index[0])
             states = tuple(member.now.state for member in self.members)
-            states = train_step(states, data, inputs, index, mask)
+            states = train_step(states, data, inputs, index, mask, streamed)
             is_first = self.members[0].is_at_start()
             for member, state in zip(self.members, states, strict=True):
                 member.now.state = state
@@ -163,14 +173,14 @@ def _compile(run: Run, stage: Stage) -> Callable:
     )
 
     # Unrolled: under vmap every convolution would become a grouped one, which is slower.
-    def together(states, data, inputs, index, mask):
+    def together(states, data, inputs, index, mask, streamed):
         if run.config.share_order:
             # Equal inputs by name, so that the compiler asks the teacher once for all.
             first = states[0]
             states = tuple(state.replace(key=first.key, step=first.step) for state in states)
         return tuple(
             one(state, data, inputs, *rows)
-            for state, *rows in zip(states, index, mask, strict=True)
+            for state, *rows in zip(states, index, mask, streamed, strict=True)
         )
 
     return parallel.compile_train_step(together)
@@ -213,11 +223,30 @@ class Member:
         """Whether this process has taken no step yet."""
         return self._number() == self._first_number
 
-    def batches(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Index and mask (steps, devices, rows) of an epoch."""
-        key = order_key(jax.random.key(self.run.order_seed))
-        order = augment.epoch_order(key, epoch, len(self.run.dataset.train.labels))
-        return augment.epoch_batches(order, self.run.config.batch_size, parallel.device_count())
+    def calls(self, epoch: int, begin: int) -> Generator[tuple]:
+        """Index, mask and streamed images, if they are, of each call from step `begin` on.
+
+        They have the shape (steps, devices, rows, ...). Calls end at multiples of their length,
+        also after a resume inside an epoch.
+        """
+        run, train = self.run, self.run.dataset.train
+        order = augment.epoch_order(
+            order_key(jax.random.key(run.order_seed)), epoch, len(train.labels)
+        )
+        index, mask = augment.epoch_batches(order, run.config.batch_size, parallel.device_count())
+        flat = index[begin:].reshape(len(index) - begin, -1)
+        with contextlib.ExitStack() as stack:
+            if train.streamed:
+                source = train.images.batches(flat, run.order_seed, epoch, train=True)
+                images = stack.enter_context(contextlib.closing(source))
+            while begin < len(index):
+                end = min(begin - begin % run.steps_per_call + run.steps_per_call, len(index))
+                streamed = None
+                if train.streamed:
+                    batch = np.stack([next(images) for _ in range(begin, end)])
+                    streamed = batch.reshape(*index[begin:end].shape, *batch.shape[2:])
+                yield index[begin:end], mask[begin:end], streamed
+                begin = end
 
     def _number(self) -> int:
         """Steps of all stages so far: the number of a checkpoint taken now."""
@@ -274,7 +303,7 @@ class Member:
     def _test_scores(self, variables: Any) -> tuple[np.ndarray, dict[str, float]]:
         run = self.run
         logits = evaluate.predict_all(
-            self._predict, variables, self._test, run.config.eval_batch_size
+            self._predict, variables, self._test, run.dataset.test, run.config.eval_batch_size
         )
         mass = run.teacher.class_mass() if run.teacher else None
         return logits, evaluate.score(logits, run.dataset.test.labels, mass)

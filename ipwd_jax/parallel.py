@@ -39,15 +39,15 @@ def replicated_shapes(tree: Any) -> Any:
 
 
 def compile_train_step(step: Callable) -> Callable:
-    """Compiles `step(state, data, teacher_inputs, index, mask) -> state`.
+    """Compiles `step(state, data, teacher_inputs, index, mask, images) -> state`.
 
-    `index` and `mask` (steps, devices, rows) have a device axis, all else is replicated; the state
-    is donated.
+    `index`, `mask` and, where they are streamed, `images` (steps, devices, rows, ...) have a
+    device axis, all else is replicated; the state is donated.
     """
     return jax.pmap(
         step,
         AXIS,
-        in_axes=(None, None, None, 1, 1),
+        in_axes=(None, None, None, 1, 1, 1),
         out_axes=None,
         donate_argnums=0,
         devices=devices(),
@@ -55,8 +55,8 @@ def compile_train_step(step: Callable) -> Callable:
 
 
 def compile_predict(predict: Callable) -> Callable:
-    """Compiles `predict(variables, data, index)`; `index` and the result have a device axis."""
-    return jax.pmap(predict, AXIS, in_axes=(None, None, 0), devices=devices())
+    """Compiles `predict(variables, data, index, images)`; all but two have a device axis."""
+    return jax.pmap(predict, AXIS, in_axes=(None, None, 0, 0), devices=devices())
 
 
 def compile_views(ask: Callable) -> Callable:

@@ -67,8 +67,9 @@ def make_train_step(
         steps_per_epoch: steps of one epoch.
 
     Returns:
-        `step(state, data, teacher_inputs, index, mask) -> state` for one device's rows of K steps
-        of one epoch: `index` (K, B) int32 into `data`, `mask` (K, B) float32.
+        `step(state, data, teacher_inputs, index, mask, streamed=None) -> state` for one device's
+        rows of K steps of one epoch: `index` (K, B) int32 into `data`, `mask` (K, B) float32,
+        `streamed` (K, B, H, W, channels) uint8 where the images are not in `data`.
     """
     padding, flip = config.data.crop_padding, config.data.flip
     rotated = any(term.rotations for term in terms.values())
@@ -76,17 +77,25 @@ def make_train_step(
     weighted = config.weighting.terms if config.weighting.name != "uniform" else ()
     frozen_norms = _frozen_modules(trainable["student"])
 
-    def load(state: TrainState, data: Resident, index: jax.Array, mask: jax.Array):
+    def load(
+        state: TrainState,
+        data: Resident,
+        index: jax.Array,
+        mask: jax.Array,
+        streamed: jax.Array | None,
+    ):
         """The batch, and the images that the networks see: (B, ...), or (4 B, ...) if rotated."""
         epoch = state.step // steps_per_epoch
         key = augment_key(state.key)
-        stored = data.images[index]
-        if rotated:
+        if streamed is not None:  # cropped and mirrored by the host
+            view, images = jnp.zeros_like(index), streamed
+        elif rotated:
             views = augment.draw_rotated_views(key, epoch, index, padding, flip)
-            view, images = views[:, 0], augment.apply_rotated_views(stored, views, padding, flip)
+            view = views[:, 0]
+            images = augment.apply_rotated_views(data.images[index], views, padding, flip)
         else:
             view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
-            images = augment.apply_views(stored, view, padding, flip)
+            images = augment.apply_views(data.images[index], view, padding, flip)
         images = augment.normalize(images, data.mean, data.std)
         batch = Batch(
             image=_upright(images) if rotated else images,
@@ -213,18 +222,24 @@ def make_train_step(
         )
 
     def step(
-        state: TrainState, data: Resident, teacher_inputs: Any, index: jax.Array, mask: jax.Array
+        state: TrainState,
+        data: Resident,
+        teacher_inputs: Any,
+        index: jax.Array,
+        mask: jax.Array,
+        streamed: jax.Array | None = None,
     ) -> TrainState:
         def take(state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None):
             return update(state, batch, images, answers), None
 
-        def one(state: TrainState, rows: tuple[jax.Array, jax.Array]):
+        def one(state: TrainState, rows: tuple[jax.Array, jax.Array, jax.Array | None]):
             batch, images = load(state, data, *rows)
             return take(state, batch, images, ask(teacher_inputs, images, batch))
 
         def ahead(state: TrainState):
             """All rows of the call at once, cut into steps."""
-            batch, images = load(state, data, index.reshape(-1), mask.reshape(-1))
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
+            batch, images = load(state, data, *flat)
             answers = ask(teacher_inputs, images, batch)
             rows = {name: getattr(batch, name) for name in _ROWS}
             cut = jax.tree.map(
@@ -234,9 +249,9 @@ def make_train_step(
 
         with precision.of_products(config.precision):
             if len(index) == 1:
-                return one(state, (index[0], mask[0]))[0]
+                return one(state, jax.tree.map(lambda x: x[0], (index, mask, streamed)))[0]
             look_ahead = taps and config.teacher.look_ahead > 1
-            body, rows = ahead(state) if look_ahead else (one, (index, mask))
+            body, rows = ahead(state) if look_ahead else (one, (index, mask, streamed))
             # A convolution's weight gradient inside a loop is many times slower on a CPU.
             unroll = len(index) if jax.default_backend() == "cpu" else 1
             return lax.scan(body, state, rows, unroll=unroll)[0]

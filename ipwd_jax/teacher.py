@@ -16,13 +16,15 @@ from ml_collections import ConfigDict
 from ipwd_jax import evaluate, models, parallel, precision
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.config import teacher_config
-from ipwd_jax.data.base import Dataset
+from ipwd_jax.data.base import Dataset, Split
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.state import network_shapes
+
+_MOST_STREAMED = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Teacher:
         answer: `answer(inputs, images, batch) -> Outputs` within the compiled step.
         inputs: what `answer` reads, on all devices.
         checksum: of `variables`.
-        train_logits: (N, C), of the unaugmented training set.
+        train_logits: (N, C), of the unaugmented training set; of streamed images at most 50,000.
         test_logits: (N_test, C).
     """
 
@@ -102,13 +104,11 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
 
     def ask(split):
         data = parallel.replicate(resident(dataset, split))
-        return evaluate.predict_all(predict, variables, data, config.eval_batch_size)
+        return evaluate.predict_all(predict, variables, data, split, config.eval_batch_size)
 
     answer, inputs = _make_answer(config, network, variables, dataset.train.images.shape[1:])
-    return Teacher(
-        workdir, network, variables, answer, inputs, checksum(variables), ask(dataset.train),
-        ask(dataset.test),
-    )  # fmt: skip
+    asked = ask(_sample(dataset.train)), ask(dataset.test)
+    return Teacher(workdir, network, variables, answer, inputs, checksum(variables), *asked)
 
 
 def _make_answer(
@@ -130,6 +130,14 @@ def _make_answer(
     if not config.teacher.fold:
         return by_network, variables
     return by_folded, parallel.replicate(fold(network, variables, image_shape))
+
+
+def _sample(split: Split) -> Split:
+    """The split, or of streamed images as many as CIFAR has, evenly over their order."""
+    if not split.streamed or len(split.labels) <= _MOST_STREAMED:
+        return split
+    keep = np.linspace(0, len(split.labels) - 1, _MOST_STREAMED).astype(np.int32)
+    return Split(split.images.take(keep), split.labels[keep])
 
 
 def checksum(variables: Any) -> str:

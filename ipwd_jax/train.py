@@ -130,7 +130,9 @@ def evaluate_run(
     }
     for which in ("last", "best"):
         variables, position = load_network(workdir, which, template)
-        logits = evaluate.predict_all(predict, variables, data, config.eval_batch_size)
+        logits = evaluate.predict_all(
+            predict, variables, data, dataset.test, config.eval_batch_size
+        )
         epochs = {"last": len(position.history), "best": position.best_epoch}
         result[which] = {
             "epoch": epochs[which],
@@ -166,6 +168,8 @@ def _check_terms(config: ConfigDict, dataset: Dataset) -> None:
         )
     if any(losses.TERMS[name].rotations for name in active) and height != width:
         raise UserError(f"the term sskd turns images and needs square ones, found {height}x{width}")
+    if dataset.train.streamed and any(losses.TERMS[name].rotations for name in active):
+        raise UserError("the term sskd crops each rotation by itself, which streamed images cannot")
     classes = len(dataset.class_names)
     network = models.create(config.teacher.name, classes) if config.teacher.name else None
     run = _build(config, pathlib.Path(), dataset, None)
@@ -251,7 +255,7 @@ def _build(
         steps_per_call=(
             config.teacher.look_ahead
             or config.steps_per_call
-            or (1 if on_cpu else config.log_every_steps)
+            or (1 if on_cpu or dataset.train.streamed else config.log_every_steps)
         ),
         order_seed=config.seeds[0] if config.share_order else config.seed,
     )
@@ -263,6 +267,8 @@ def _with_view_cache(run: Run, teacher: Teacher) -> Teacher:
     taps = frozenset().union(*(step.teacher_taps(config, s.terms) for s in run.stages))
     rotated = any(term.rotations for s in run.stages for term in s.terms.values())
     reason = view_cache.reason_against(config, taps, rotated)
+    if run.dataset.train.streamed:
+        reason = "streamed images have more views than a run draws"
     if config.teacher.view_cache in ("all", "drawn") and reason:
         raise UserError(
             f"config.teacher.view_cache is {config.teacher.view_cache}, but {reason}; "

@@ -19,6 +19,7 @@ _FREE = (
     "checkpoint",
     "data.dir",
     "data.download",
+    "data.threads",
     "eval_batch_size",
     "log_every_steps",
     "seeds",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from ipwd_jax.data import arrays, cifar, folder, tfds
+from ipwd_jax.data import arrays, cifar, folder, streaming, tfds
 from ipwd_jax.data.base import Dataset, Split, fingerprint, from_arrays
 from ipwd_jax.errors import UserError, unknown_name
 
@@ -38,6 +38,8 @@ def load(config: ConfigDict) -> Dataset:
     Raises:
         UserError: no such source, or its data is missing, damaged or unfit.
     """
+    if config.streaming:
+        return streaming.load(config)
     kind, _, argument = config.name.partition(":")
     for setting, sources in _USED_BY.items():
         if config[setting] and kind not in sources:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,17 +17,37 @@ STATISTICS = {
 }
 
 
+class Streamed(Protocol):
+    """Images that are decoded when they are needed; see `ipwd_jax.data.streaming`."""
+
+    shape: tuple[int, int, int, int]  # (N, H, W, channels)
+    fingerprint: str
+
+    def batches(
+        self, index: np.ndarray, seed: int, epoch: int, train: bool
+    ) -> Generator[np.ndarray]:
+        """Yield the uint8 images (B, H, W, channels) of each row of `index` (steps, B)."""
+
+    def take(self, index: np.ndarray) -> "Streamed":
+        """The images (M,) of `index` alone, in its order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images (N, H, W, channels) uint8 and their labels (N,) int32."""
+    """Images (N, H, W, channels) uint8, in memory or streamed, and their labels (N,) int32."""
 
-    images: np.ndarray
+    images: np.ndarray | Streamed
     labels: np.ndarray
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images are not in memory."""
+        return not isinstance(self.images, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A classification data set in memory.
+    """A classification data set.
 
     Attributes:
         name: for people.
@@ -177,7 +198,8 @@ def fingerprint(dataset: Dataset) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((dataset.train.images.shape, dataset.test.images.shape)).encode())
     for split in (dataset.train, dataset.test):
-        digest.update(split.images.tobytes())
+        of_images = split.images.fingerprint.encode() if split.streamed else split.images.tobytes()
+        digest.update(of_images)
         digest.update(split.labels.tobytes())
     digest.update(dataset.mean.tobytes() + dataset.std.tobytes())
     digest.update(repr(len(dataset.class_names)).encode())

@@ -37,6 +37,12 @@ def _optional(name: str) -> ModuleType | None:
     return module
 
 
+def _draw(rng_key: tuple[int, int, int]) -> list[float]:
+    seed, epoch, index = map(int, rng_key)
+    key = (seed % 2**64) << 64 | epoch << 32 | index
+    return np.random.Generator(np.random.Philox(key=key)).random(_DRAWS).tolist()
+
+
 def crop_box(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
     """Choose a crop as torchvision's `RandomResizedCrop.get_params`, of given random numbers.
 
@@ -97,9 +103,7 @@ def decode_train(
     Raises:
         UserError: it is no image, or a damaged one.
     """
-    seed, epoch, index = rng_key
-    key = (seed % 2**64) << 64 | int(epoch) << 32 | int(index)
-    draws = np.random.Generator(np.random.Philox(key=key)).random(_DRAWS).tolist()
+    draws = _draw(rng_key)
     image = _open(encoded)
     top, left, height, width = crop_box(image.height, image.width, draws)
     reduce = next(r for r in (8, 4, 2, 1) if r == 1 or min(height, width) >= r * size)
@@ -167,9 +171,6 @@ class _Jpeg(NamedTuple):
 
     def decode(self, reduce: int, rows: int) -> np.ndarray:
         """The image at 1/`reduce` of its resolution, perhaps only what is made of its top rows."""
-        # Without its end marker a file is cut short, which some decoders fill up with grey.
-        if self.encoded.rfind(b"\xff\xd9", self.frame) < 0:
-            raise UserError("cannot be read as an image: the end of the file is missing")
         if simplejpeg := _optional("simplejpeg"):
             width = -(-self.width // reduce)
             encoded = self._shortened(rows, reduce)
@@ -219,14 +220,16 @@ def _open(encoded: bytes) -> _Jpeg | _Other:
 
 
 def _jpeg(encoded: bytes) -> _Jpeg | None:
-    """The frame of a JPEG of 8 bits, grey or of three colours, that needs no turning."""
+    """A JPEG that is whole, of 8 bits, grey or of three colours, and needs no turning."""
     at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
     while at + 10 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xC2:
             bits, channels = encoded[at + 4], encoded[at + 9]
             height, width = (int.from_bytes(encoded[i : i + 2], "big") for i in (at + 5, at + 7))
-            known = bits == 8 and channels in (1, 3) and height and width
+            # A file that is cut short has no end marker. Some decoders fill it up with grey.
+            whole = encoded.rfind(b"\xff\xd9", at) > 0
+            known = whole and bits == 8 and channels in (1, 3) and height and width
             return _Jpeg(encoded, height, width, at, marker < 0xC2) if known else None
         if marker == 0xE1 and encoded[at + 4 : at + 8] == b"Exif" and _turned(encoded):
             return None

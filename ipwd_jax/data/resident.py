@@ -1,4 +1,4 @@
-"""A data set that lives on the device, whole, as uint8."""
+"""What of a data set lives on the device: all, or its labels where the images are streamed."""
 
 import flax.struct
 import jax
@@ -12,13 +12,13 @@ class Resident:
     """One split on the device.
 
     Attributes:
-        images: (N, H, W, channels) uint8.
+        images: (N, H, W, channels) uint8; None where they are streamed.
         labels: (N,) int32.
         mean: (channels,) float32, subtracted from pixels in 0..1.
         std: (channels,) float32, by which they are divided.
     """
 
-    images: jax.Array | np.ndarray
+    images: jax.Array | np.ndarray | None
     labels: jax.Array | np.ndarray
     mean: jax.Array | np.ndarray
     std: jax.Array | np.ndarray
@@ -26,4 +26,5 @@ class Resident:
 
 def resident(dataset: Dataset, split: Split) -> Resident:
     """A split of a data set with the statistics that normalise it, still in host memory."""
-    return Resident(split.images, split.labels, dataset.mean, dataset.std)
+    images = None if split.streamed else split.images
+    return Resident(images, split.labels, dataset.mean, dataset.std)

@@ -7,26 +7,31 @@ number of threads, or where a run was interrupted.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ipwd_jax.data import folder
+from ipwd_jax.data.base import STATISTICS, Dataset, Split
 from ipwd_jax.data.decode import decode_eval, decode_train, decoder_name
 from ipwd_jax.errors import UserError, unknown_name
 
 __all__ = [
     "Records",
+    "StreamedImages",
     "batches",
     "decode_eval",
     "decode_train",
     "decoder_name",
     "folder_records",
+    "load",
     "tfds_records",
 ]
 
@@ -54,6 +59,101 @@ class Records:
     read: Callable[[int], bytes]
     fingerprint: str
     describe: Callable[[int], str] = "sample {}".format
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedImages:
+    """Images of a split that are decoded when they are needed; a `base.Streamed`.
+
+    Attributes:
+        records: the encoded images.
+        size: height and width after decoding.
+        threads: of decoding; 0: as many as there are CPUs for this process.
+    """
+
+    records: Records
+    size: int
+    threads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, channels)."""
+        return len(self.records.labels), self.size, self.size, 3
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the records, the size, and the decoder, which decides the last bits."""
+        return f"{self.records.fingerprint} {self.size} {decoder_name()}"
+
+    def batches(
+        self, index: np.ndarray, seed: int = 0, epoch: int = 0, train: bool = False
+    ) -> Generator[np.ndarray]:
+        """See `batches`."""
+        return batches(
+            self.records,
+            index,
+            seed=seed,
+            epoch=epoch,
+            size=self.size,
+            train=train,
+            threads=self.threads,
+        )
+
+    def take(self, index: np.ndarray) -> "StreamedImages":
+        """The images (M,) of `index` alone, in its order."""
+        read, describe = self.records.read, self.records.describe
+        records = dataclasses.replace(
+            self.records,
+            labels=self.records.labels[index],
+            read=lambda i: read(int(index[i])),
+            describe=lambda i: describe(int(index[i])),
+        )
+        return dataclasses.replace(self, records=records)
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Open `folder:PATH` or `tfds:NAME` without decoding an image.
+
+    Args:
+        config: `config.data` of a run, with `image_size`.
+
+    Raises:
+        UserError: another source, no image size, or the data is missing or unfit.
+    """
+    kind, _, argument = config.name.partition(":")
+    if kind not in ("folder", "tfds") or not argument:
+        raise UserError(
+            f"config.data.streaming reads folder:PATH and tfds:NAME, found {config.name!r}"
+        )
+    if not config.image_size:
+        raise UserError("config.data.streaming needs config.data.image_size, for example 224")
+    if kind == "folder":
+        splits = {path.name for path in pathlib.Path(argument).expanduser().glob("*")}
+        read = functools.partial(folder_records, argument)
+    else:
+        splits = set(_prepared(argument, _root(config.dir)).info.splits)
+        read = functools.partial(tfds_records, argument, config.dir)
+    held_out = [name for name in ("test", "validation", "val") if name in splits]
+    test_split = config.test_split or next(iter(held_out), "")
+    if not test_split:
+        raise UserError(f"{config.name} has no split to test on; set config.data.test_split")
+    train, test = read(config.train_split or "train"), read(test_split)
+    if train.class_names != test.class_names:
+        differ = sorted(set(train.class_names) ^ set(test.class_names))
+        raise UserError(f"{config.name} has classes in one split only: {differ[:10]}")
+    mean, std = STATISTICS.get(argument, STATISTICS["imagenet2012"])
+
+    def split(records: Records) -> Split:
+        return Split(StreamedImages(records, config.image_size, config.threads), records.labels)
+
+    return Dataset(
+        name=config.name.rpartition("/")[2],
+        train=split(train),
+        test=split(test),
+        class_names=train.class_names,
+        mean=np.asarray(config.mean or mean, np.float32),
+        std=np.asarray(config.std or std, np.float32),
+    )
 
 
 def folder_records(root: str | os.PathLike, split: str) -> Records:
@@ -107,7 +207,7 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
     """
     import tensorflow_datasets as tfds
 
-    builder = _prepared(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None)
+    builder = _prepared(name, _root(data_dir))
     image, label = builder.info.supervised_keys
     parts = [part.strip().partition("[")[0] for part in split.split("+")]
     if unknown := [part for part in parts if part not in builder.info.splits]:
@@ -126,6 +226,10 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
         read=lambda index: source[int(order[index])][image],
         fingerprint=f"{zlib.crc32(identity.encode()):08x}",
     )
+
+
+def _root(data_dir: str) -> str | None:
+    return data_dir or os.environ.get("TFDS_DATA_DIR") or None
 
 
 def _prepared(name: str, root: str | None):
@@ -172,7 +276,7 @@ def batches(
     train: bool,
     threads: int = 0,
     prefetch: int = 4,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray]:
     """Decode the batches of an epoch with threads, several batches ahead.
 
     Args:
@@ -191,7 +295,7 @@ def batches(
     Raises:
         UserError: a sample cannot be read or decoded; the message names it.
     """
-    threads = threads or _cpus()
+    threads = threads or cpus()
     stop = threading.Event()
 
     def fill(rows: np.ndarray, out: np.ndarray) -> None:
@@ -229,6 +333,7 @@ def batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """Number of CPUs that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: what a scheduler grants
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,56 @@
+"""The scripts in `benchmarks/`: they start, and both frameworks take the same steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = ("--batch=16", "--images=256", "--image-size=16")
+
+
+@pytest.fixture(autouse=True)
+def torch():
+    return pytest.importorskip("torch", reason="compares with PyTorch")
+
+
+def run(script: str, *arguments: str) -> list[dict]:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("script", ["step.py", "compile.py"])
+def test_help(script):
+    run(script, "--help")
+
+
+@pytest.mark.parametrize(
+    "pair", ["resnet8,resnet8", "wrn_16_1,wrn_10_1", "vgg8,MobileNetV2", "vgg8,ShuffleV2"]
+)
+def test_both_take_the_same_ten_steps(pair):
+    (line,) = run("step.py", f"--pairs={pair}", "--gate-only", *SMALL)
+    assert line["gate"] == "passed"
+    assert line["weights_moved"] > 10 * line["weight_error"]
+
+
+def test_arms_take_turns_and_one_of_them_in_a_child():
+    arms = ["torch_channels_last", "ours_float32", "ours_float32_ynn", "ours_float32_folded"]
+    options = ("--steps=2", "--repeats=1", "--warm-up=2", *SMALL)
+    _, *lines = run("step.py", "--pairs=resnet8,resnet8", f"--arms={','.join(arms)}", *options)
+    assert [line["arm"] for line in lines] == arms
+    expected = lines[0]["warm_up_loss"]
+    for line in lines:
+        assert line["images_per_second"] > 0
+        assert line["warm_up_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_warm_cache_spares_the_compilation():
+    cold, warm = run("compile.py", "--pair=resnet8,resnet8", "--batch=8")
+    assert (cold["case"], warm["case"]) == ("cold", "warm")
+    assert warm["compile_seconds"] < cold["compile_seconds"] / 2
