@@ -6,7 +6,7 @@ Both frameworks start from a `Problem`: the same weights, images, batches and vi
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,11 +15,12 @@ import numpy as np
 from flax import traverse_util
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, parallel, precision, state, step
+from ipwd_jax import losses, models, optim, parallel, precision, state, step, view_cache
 from ipwd_jax.data import augment
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.view_cache import ViewCache
 
 CLASSES, PADDING = 100, 4
 
@@ -138,13 +139,23 @@ class OurArm:
         teacher: str = "network",
         steps_per_call: int = 1,
     ) -> None:
-        """`teacher` is "network", "folded", or "" for cross-entropy alone."""
+        """Sets everything up; `compiled` compiles at its first call.
+
+        Args:
+            problem: where to start.
+            precision: of `config.precision`.
+            teacher: "network", asked in each step; "ahead", asked for all steps of a call at
+                once; "folded", without BatchNorm; "cached", asked before; "" for none, with
+                cross-entropy alone as the loss.
+            steps_per_call: steps of one compiled call.
+        """
         self.problem, self.steps_per_call, self.done = problem, steps_per_call, 0
         config = config_lib.default()
         config.precision, config.data.crop_padding = precision, problem.padding
         config.batch_size = problem.index.shape[1]
         config.optimizer.learning_rate = problem.learning_rate
         config.teacher.name, config.model.name = problem.teacher, problem.student
+        config.teacher.look_ahead = steps_per_call if teacher == "ahead" else 0
         config.loss.update({"ce": 0.1, "kd": 0.9} if teacher else {"ce": 1.0})
         (stage,) = config_lib.stages(config)
         per_epoch, (size, *shape) = problem.steps_per_epoch, problem.images.shape
@@ -179,7 +190,7 @@ class OurArm:
     def next_arguments(self) -> tuple:
         """What the next call of `compiled` takes."""
         rows = slice(self.done, self.done + self.steps_per_call)
-        return self.now, self._data, self._inputs, self._index[rows], self._mask[rows]
+        return self.now, self._data, self._inputs, self._index[rows], self._mask[rows], None
 
     def run(self, steps: int) -> tuple[float, float]:
         """Takes steps; seconds until the device has done them, and their mean loss.
@@ -214,6 +225,32 @@ def _answer(kind: str, network: Any, problem: Problem, rounding: str) -> tuple[A
         return apply_folded(network, *precision.cast(rounding, (folded, images)))
 
     variables = problem.variables["teacher"]
-    if kind == "network":
-        return by_network, variables
-    return by_folded, fold(network, variables, problem.images.shape[1:])
+    if kind == "folded":
+        return by_folded, fold(network, variables, problem.images.shape[1:])
+    if kind == "cached":
+        return view_cache.answer, _cache(by_network, variables, problem, rounding)
+    return by_network, variables
+
+
+def _cache(ask: Callable, variables: Any, problem: Problem, rounding: str) -> ViewCache:
+    """The teacher's logits for every view that the problem's steps see."""
+    views = augment.num_views(problem.padding, True)
+    drawn = np.unique(problem.index * views + problem.view)
+
+    @jax.jit
+    def logits(variables: Any, stored: jax.Array, view: jax.Array) -> jax.Array:
+        images = augment.apply_views(stored, view, problem.padding, True)
+        images = augment.normalize(images, jnp.asarray(problem.mean), jnp.asarray(problem.std))
+        with precision.of_products(rounding):
+            return precision.at_least_float32(ask(variables, images, None).logits)
+
+    each = problem.index.shape[1]
+    asked = np.resize(drawn, -(-len(drawn) // each) * each).reshape(
+        -1, each
+    )  # the last is filled up
+    answers = [
+        np.asarray(logits(variables, problem.images[rows // views], rows % views)) for rows in asked
+    ]
+    row = np.full((len(problem.images), views), -1, np.int32)
+    row[drawn // views, drawn % views] = np.arange(len(drawn), dtype=np.int32)
+    return ViewCache(np.concatenate(answers)[: len(drawn)], None, row, views)

@@ -4,7 +4,7 @@ The networks carry the tensor names of the public implementations, so that
 `ipwd_jax.models.torch_names.to_torch` gives them their weights. The step is the usual eager one:
 the teacher answers under `no_grad`, the loss is 0.1 CE + 0.9 KD, `torch.optim.SGD` does the rest.
 Unlike the usual scripts it reads no number back to the host and has no data loader: the images
-live on the device and are cropped there, as ours are.
+are on the device, as ours.
 """
 
 import dataclasses
@@ -268,7 +268,7 @@ def create(name: str, classes: int) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How the step is computed: memory layout, autocast, torch.compile, TF32."""
+    """How the step is computed."""
 
     channels_last: bool = True
     bfloat16: bool = False
@@ -289,11 +289,17 @@ class TorchArm:
         self.teacher = teacher.to(self.device, memory_format=layout).eval()
         self.sgd = torch.optim.SGD(student.parameters(), problem.learning_rate, 0.9, 0, 5e-4)
         self._layout, self._padding, self._size = layout, problem.padding, problem.images.shape[1]
-        border = (0, 0), (problem.padding,) * 2, (problem.padding,) * 2, (0, 0)
-        arrays = np.pad(problem.images, border), problem.labels.astype(np.int64)
+        images = np.pad(problem.images, ((0, 0), *[(problem.padding,) * 2] * 2, (0, 0)))
         self._images, self._labels, self._mean, self._std, self._index, self._view = (
             torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
-            for x in (*arrays, problem.mean, problem.std, problem.index, problem.view)
+            for x in (
+                images,
+                problem.labels.astype(np.int64),
+                problem.mean,
+                problem.std,
+                problem.index,
+                problem.view,
+            )
         )
         self._loss = self._eager_loss
         if variant.compiled:

@@ -59,6 +59,7 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
     arms: dict[str, dict[str, Any]] = {
         "ours_float32": {},
         "ours_float32_folded": {"teacher": "folded"},
+        "ours_float32_cached": {"teacher": "cached"},
         "ours_bfloat16": {"precision": "bfloat16"},
         "ours_float32_student_only": {"teacher": ""},
     }
@@ -70,6 +71,8 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
         "ours_tf32_chunk": {"precision": "tf32", "steps_per_call": chunk},
         "ours_bfloat16_chunk": chunked,
         "ours_bfloat16_chunk_folded": {**chunked, "teacher": "folded"},
+        "ours_bfloat16_chunk_ahead": {**chunked, "teacher": "ahead"},
+        "ours_bfloat16_chunk_cached": {**chunked, "teacher": "cached"},
         "ours_bfloat16_chunk_graphs": {**chunked, "flags": GRAPHS},
         "ours_bfloat16_chunk_student_only": {**chunked, "teacher": ""},
     }

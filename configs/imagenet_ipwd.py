@@ -1,7 +1,8 @@
 """IPWD and its baselines on ImageNet, with the settings of WSLD, which the paper follows.
 
     python -m ipwd_jax.main --config=configs/imagenet_ipwd.py --config.data.dir=/data/tfds
-    python -m ipwd_jax.main --config=configs/imagenet_ipwd.py:kd,ResNet34_imagenet,ResNet18_imagenet \
+    python -m ipwd_jax.main \
+        --config=configs/imagenet_ipwd.py:kd,ResNet34_imagenet,ResNet18_imagenet \
         --config.data.name=folder:/data/imagenet --config.teacher.workdir=runs/resnet34
 
 100 epochs, batch 256, SGD with Nesterov momentum, learning rate 0.1 falling tenfold after epochs

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -384,6 +385,8 @@ class Member:
             "images_per_second": float(np.median(speeds)),
             "device": jax.devices()[0].device_kind,
             "devices": parallel.device_count(),
+            "precision": run.config.precision,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "versions": writers.versions(),
         }
         if run.teacher:

@@ -35,6 +35,13 @@ _MODE = flags.DEFINE_enum(
     "directory.",
 )
 
+_XLA_PROFILE = flags.DEFINE_string(
+    "xla_profile", "", "Compiler settings: one of ipwd_jax.xla.PROFILES. Empty: JAX's own."
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", "", "Folder that keeps compiled programs for later runs. Empty: none."
+)
+
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them, the config or its overrides becomes one line."""
@@ -66,10 +73,11 @@ def _main(argv: list[str]) -> None:
     if _CONFIG.value is None:
         found = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("*.py")))
         raise app.UsageError(f"--config=FILE is missing{f'; here: {found}' if found else ''}")
-    from ipwd_jax import report, train  # the slow imports, once the flags are right
+    from ipwd_jax import report, train, xla  # the slow imports, once the flags are right
 
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
+    xla.apply(_XLA_PROFILE.value, _COMPILATION_CACHE.value)
     config = _CONFIG.value
     suffix = "" if config.seeds else f"_seed{config.seed}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name or 'run'}{suffix}")

@@ -40,7 +40,8 @@ def test_both_take_the_same_ten_steps(pair):
 
 
 def test_arms_take_turns_and_one_of_them_in_a_child():
-    arms = ["torch_channels_last", "ours_float32", "ours_float32_ynn", "ours_float32_folded"]
+    ours = ("", "_ynn", "_folded", "_cached")
+    arms = ["torch_channels_last", *(f"ours_float32{name}" for name in ours)]
     options = ("--steps=2", "--repeats=1", "--warm-up=2", *SMALL)
     _, *lines = run("step.py", "--pairs=resnet8,resnet8", f"--arms={','.join(arms)}", *options)
     assert [line["arm"] for line in lines] == arms

@@ -94,7 +94,9 @@ class TestResult:
         predict = make_predict(models.create("resnet8", 4))
         test = replicate(resident(dataset, dataset.test))
         for which in ("last", "best"):
-            logits = predict_all(predict, variables(workdir, which), test, batch_size=7)
+            logits = predict_all(
+                predict, variables(workdir, which), test, dataset.test, batch_size=7
+            )
             np.testing.assert_allclose(predictions[f"{which}_logits"], logits, atol=1e-4)
             for name, value in evaluate(
                 predictions[f"{which}_logits"], dataset.test.labels
