@@ -57,14 +57,14 @@ def main(steps: int) -> None:
     empty = []
     for _ in range(steps + 20):
         started = time.perf_counter()
-        idle = nothing(idle, data, answers, index[:1], mask[:1])
+        idle = nothing(idle, data, answers, index[:1], mask[:1], None)
         jax.block_until_ready(idle.step)
         empty.append(time.perf_counter() - started)
     returned, ended = [], []
     for i in range(steps + 20):
         started = time.perf_counter()
         rows = slice(i % len(index), i % len(index) + 1)
-        now = train_step(now, data, answers, index[rows], mask[rows])
+        now = train_step(now, data, answers, index[rows], mask[rows], None)
         returned.append(time.perf_counter() - started)
         jax.block_until_ready(now)
         ended.append(time.perf_counter() - started)

@@ -37,7 +37,7 @@ def test_help_explains_the_command():
         ([], "--config=FILE is missing"),
         (["--config=nope.py"], "nope.py does not exist"),
         ([DIGITS, "--config.losss.kd=1"], "unknown setting config.losss.kd. Did you mean"),
-        ([DIGITS, "--config.loss.ks=1"], "config.loss has: ce, cls, kd"),
+        ([DIGITS, "--config.loss.ks=1"], "config.loss has: ab, at, cc, ce, cls, crd, dkd, fitnet"),
         ([DIGITS, "--config.epochs=many"], "--config.epochs=many: invalid literal for int()"),
         ([DIGITS, "--confgi=x"], "Did you mean: config"),
         ([f"{DIGITS}:resnet20"], "takes TEACHER,STUDENT after the colon, found 'resnet20'"),
