@@ -139,7 +139,7 @@ class OurArm:
         teacher: str = "network",
         steps_per_call: int = 1,
     ) -> None:
-        """Sets everything up; `compiled` compiles at its first call.
+        """Sets everything up; `compiled`, of `step`, compiles at its first call.
 
         Args:
             problem: where to start.
@@ -180,12 +180,11 @@ class OurArm:
         )
         answer, inputs = _answer(teacher, asked, problem, precision)
         self._inputs = parallel.replicate(inputs)
-        self.compiled = parallel.compile_train_step(
-            step.make_train_step(
-                config, stage, network, heads, terms, answer, sgd,
-                optim.trainable_mask(now.params, ()), per_epoch,
-            )
+        self.step = step.make_train_step(
+            config, stage, network, heads, terms, answer, sgd,
+            optim.trainable_mask(now.params, ()), per_epoch,
         )  # fmt: skip
+        self.compiled = parallel.compile_train_step(self.step)
 
     def next_arguments(self) -> tuple:
         """What the next call of `compiled` takes."""

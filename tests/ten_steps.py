@@ -72,7 +72,9 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> state.TrainState:
         epoch, row = divmod(i, steps_per_epoch)
         order = augment.epoch_order(state.order_key(jax.random.key(0)), epoch, SIZE)
         index, mask = augment.epoch_batches(order, BATCH, parallel.device_count())
-        now = train_step(now, data, teacher_variables, index[row : row + 1], mask[row : row + 1], None)
+        now = train_step(
+            now, data, teacher_variables, index[row : row + 1], mask[row : row + 1], None
+        )
     return now
 
 

@@ -218,7 +218,7 @@ def golden_networks():
             yield pytest.param(ours, golden["shapes"], id=ours, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "shapes"), golden_networks())
+@pytest.mark.parametrize(("name", "shapes"), list(golden_networks()))
 def test_every_network_goes_from_torch_to_ours_and_back(name, shapes, torch, tmp_path):
     tensors = helpers.recipe().weights(name, shapes)
     tensors = {k: torch.from_numpy(x.astype(np.float32)) for k, x in tensors.items()}

@@ -10,8 +10,16 @@ from ipwd_jax import models
 from ipwd_jax.models.fold import apply_folded, fold
 
 SIZES = {"ResNet18_imagenet": 32, "MobileNetV1": 32, "MobileNetV2": 16}
-QUICK = ["resnet8x4", "wrn_10_1", "vgg8", "MobileNetV2"]
-SLOW = ["ShuffleV1", "ShuffleV2", "ResNet50", "ResNet18_imagenet", "MobileNetV1"]
+QUICK = ["wrn_10_1", "vgg8"]
+SLOW = [
+    "resnet8x4",
+    "MobileNetV2",
+    "ShuffleV1",
+    "ShuffleV2",
+    "ResNet50",
+    "ResNet18_imagenet",
+    "MobileNetV1",
+]
 SLOW += ["PreActResNet18", "DenseNet121", "ResNeXt29_8x64d"]
 
 

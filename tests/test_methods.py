@@ -63,7 +63,7 @@ def method_config(method):
 
 
 METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
-QUICK = {"ipwd", "crd", "sskd", "ft", "self_pskd_ipwd"}
+QUICK = {"crd", "ft", "self_pskd_ipwd"}
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_it_resumes_to_the_sample(root, whole, monkeypatch):
     np.testing.assert_array_equal(logits(whole.parent / "pieces"), logits(whole))
 
 
+@pytest.mark.slow
 def test_calls_of_several_steps(root, whole):
     train.run(streamed(root, steps_per_call=2), whole.parent / "calls")
     np.testing.assert_allclose(logits(whole.parent / "calls"), logits(whole), atol=2e-5)

@@ -36,14 +36,19 @@ def alone(squares, folder):  # noqa: F811
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps_per_call": 2}, {"steps_per_call": 50}, {"teacher__look_ahead": 2}],
-    ids=["two", "epoch", "look_ahead"],
+    [
+        {"teacher__look_ahead": 2},
+        pytest.param({"steps_per_call": 2}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_call": 50}, marks=pytest.mark.slow),
+    ],
+    ids=["look_ahead", "two", "epoch"],
 )
 def test_steps_of_one_call_are_those_of_several(changes, alone, squares, folder):  # noqa: F811
     name = "_".join(f"{key}{value}" for key, value in changes.items())
     np.testing.assert_allclose(run(name, squares, folder, **changes), alone[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch):  # noqa: F811
     scan = jax.lax.scan
     monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
@@ -51,7 +56,7 @@ def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch
     np.testing.assert_allclose(actual, alone[0], atol=2e-5)
 
 
-@pytest.mark.parametrize("cache", ["off", "drawn"])
+@pytest.mark.parametrize("cache", ["drawn", pytest.param("off", marks=pytest.mark.slow)])
 def test_seeds_together_are_the_seeds_alone(cache, alone, squares, folder):  # noqa: F811
     config = settings(seeds=(0, 1), teacher__view_cache=cache)
     result = train.run(config, folder / f"both_{cache}", squares)
@@ -83,6 +88,7 @@ def test_seeds_resume_together(alone, squares, folder, monkeypatch):  # noqa: F8
         np.testing.assert_array_equal(logits(folder / f"resumed_seed{seed}"), alone[seed])
 
 
+@pytest.mark.slow
 def test_seeds_that_share_the_order(alone, squares, folder):  # noqa: F811
     config = settings(seeds=(0, 1), share_order=True, teacher__view_cache="off")
     train.run(config, folder / "shared", squares)

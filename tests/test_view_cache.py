@@ -105,6 +105,7 @@ def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
     assert files.complete() and (files.load() == sums(*PAIRS)).all()
 
 
+@pytest.mark.slow
 def test_the_file_is_reused(online, squares, folder, capsys):
     changes = {"teacher__view_cache": "all", "epochs": 1}
     run("first", squares, folder, **changes)
@@ -154,6 +155,7 @@ def test_no_space(squares, folder, monkeypatch):
         run("none", squares, folder, teacher__view_cache="all")
 
 
+@pytest.mark.slow
 def test_the_embedding_is_kept_when_a_term_reads_it(squares, folder):
     changes = {"loss__kd": 0.0, "loss__rkd": 1.0, "weighting__name": "uniform"}
     expected = run("rkd", squares, folder, teacher__view_cache="off", **changes)
