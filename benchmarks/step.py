@@ -64,7 +64,8 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
         "ours_float32_student_only": {"teacher": ""},
     }
     if not ON_GPU:
-        return {**arms, "ours_float32_ynn": {"flags": YNN}}
+        cached = {"teacher": "cached", "flags": YNN}
+        return {**arms, "ours_float32_ynn": {"flags": YNN}, "ours_float32_cached_ynn": cached}
     chunked = {"precision": "bfloat16", "steps_per_call": chunk}
     return arms | {
         "ours_tf32": {"precision": "tf32"},
