@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ipwd_jax import parallel, precision, writers
+from ipwd_jax import parallel, precision, workdir, writers
 from ipwd_jax.data import augment
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident, resident
@@ -173,7 +173,9 @@ def load_or_build(
     table = files.load() if files.complete() else None
     if table is None:
         batch = max(config.eval_batch_size, 500 if jax.default_backend() == "cpu" else 2048)
-        table = files.build(shapes.shape[1], pairs, _asker(ask, teacher_inputs, data, batch), batch)
+        with workdir.locked(folder):  # of all students that want this table one makes it
+            asker = _asker(ask, teacher_inputs, data, batch)
+            table = files.build(shapes.shape[1], pairs, asker, batch)
     row = None
     if used is not None:
         row = np.full(used.shape, -1, np.int32)
