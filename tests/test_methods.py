@@ -109,11 +109,18 @@ def small_images():
 
 
 def untrained(name, folder):
-    """The work directory of a teacher that was never trained."""
+    """The work directory of a teacher that was never trained but knows the statistics of its maps.
+
+    With those of initialisation the maps of a deep network grow from block to block, and what it
+    teaches is of any size.
+    """
     if not folder.exists():
         network = models.create(name, 8)
-        init = jax.jit(network.init)
-        variables = init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+        images = np.random.default_rng(1).normal(size=(16, 32, 32, 3)).astype(np.float32)
+        variables = jax.jit(network.init)(jax.random.key(0), images)
+        step = jax.jit(lambda v: network.apply(v, images, train=True, mutable=["batch_stats"])[1])
+        for _ in range(40):
+            variables = {**variables, **step(variables)}
         folder.mkdir(parents=True)
         checkpoint.save_network(folder, variables)
         (folder / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
