@@ -415,7 +415,7 @@ class TestTfds:
             ("tiny", "trian", "Did you mean 'train'"),
             ("tiny", "train[oops]", "cannot be read"),
             ("mnistt", "train", "Did you mean 'mnist'"),
-            ("mnist", "train", "not prepared; .*ipwd_jax.data.prepare mnist"),
+            ("mnist", "train", "not prepared in .*ipwd_jax.data.prepare mnist"),
             ("mnist:9.9.9", "train", "cannot be opened"),
         ],
     )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator
 import numpy as np
 from ml_collections import ConfigDict
 
-from ipwd_jax.data import folder
+from ipwd_jax.data import folder, tfds
 from ipwd_jax.data.base import STATISTICS, Dataset, Split
 from ipwd_jax.data.decode import decode_eval, decode_train, decoder_name
 from ipwd_jax.errors import UserError, unknown_name
@@ -131,7 +131,7 @@ def load(config: ConfigDict) -> Dataset:
         splits = {path.name for path in pathlib.Path(argument).expanduser().glob("*")}
         read = functools.partial(folder_records, argument)
     else:
-        splits = set(_prepared(argument, _root(config.dir)).info.splits)
+        splits = set(tfds.open_prepared(argument, config.dir)[0].info.splits)
         read = functools.partial(tfds_records, argument, config.dir)
     held_out = [name for name in ("test", "validation", "val") if name in splits]
     test_split = config.test_split or next(iter(held_out), "")
@@ -205,15 +205,14 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
     Raises:
         UserError: no such set or split, or not prepared in this format.
     """
-    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.decode import SkipDecoding
 
-    builder = _prepared(name, _root(data_dir))
-    image, label = builder.info.supervised_keys
+    builder, (image, label) = tfds.open_prepared(name, data_dir)
     parts = [part.strip().partition("[")[0] for part in split.split("+")]
     if unknown := [part for part in parts if part not in builder.info.splits]:
         raise unknown_name(f"split of {name}", unknown[0], builder.info.splits)
     try:
-        skip = {image: tfds.decode.SkipDecoding()}
+        skip = {image: SkipDecoding()}
         source = builder.as_data_source(split, decoders=skip)
         labels, order = _labels(source, label)
     except Exception as error:  # of TFDS, of the record files
@@ -226,33 +225,6 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
         read=lambda index: source[int(order[index])][image],
         fingerprint=f"{zlib.crc32(identity.encode()):08x}",
     )
-
-
-def _root(data_dir: str) -> str | None:
-    return data_dir or os.environ.get("TFDS_DATA_DIR") or None
-
-
-def _prepared(name: str, root: str | None):
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder(name, data_dir=root)
-        prepared_in = builder.info.splits and builder.info.file_format.value
-    except tfds.core.registered.DatasetNotFoundError:
-        known = tfds.list_builders(with_community_datasets=False)
-        raise unknown_name("TFDS data set", name, known) from None
-    except Exception as error:  # TFDS raises many kinds for a version or config that is not there
-        raise UserError(f"the TFDS data set {name!r} cannot be opened: {error}") from error
-    if prepared_in != "array_record":
-        state = f"in the format {prepared_in}" if prepared_in else "not prepared"
-        raise UserError(
-            f"{builder.data_path} is {state}; array_record is needed. Prepare it in a folder of "
-            f"its own: pip install 'ipwd_jax[tfds]' && python -m ipwd_jax.data.prepare {name} DIR"
-        )
-    keys = builder.info.supervised_keys
-    if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
-        raise UserError(f"{name} is not a classification set: its supervised keys are {keys}")
-    return builder
 
 
 def _labels(source, label: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,20 +13,22 @@ from ipwd_jax.errors import UserError, unknown_name
 _READ_AT_ONCE = 1024
 
 
-def prepared(config: ConfigDict, name: str) -> Dataset:
-    """Any image classification set of TFDS, prepared in the `array_record` format.
+def open_prepared(name: str, data_dir: str) -> tuple[Any, tuple[str, str]]:
+    """The TFDS builder of a classification set that is prepared as `array_record`.
 
     Args:
-        config: `dir` is where it was prepared (empty: TFDS's default, or `$TFDS_DATA_DIR`);
-            `train_split` and `test_split` may be slices such as "train[:90%]".
-        name: of TFDS, as "mnist" or "imagenette/320px".
+        name: of TFDS.
+        data_dir: where it was prepared; empty: TFDS's default, or `$TFDS_DATA_DIR`.
+
+    Returns:
+        The builder, and the names of its features of image and label.
 
     Raises:
-        UserError: no such set or split, not prepared, or not of labelled images of one size.
+        UserError: no such set, not prepared, in another format, or not of labelled images.
     """
     import tensorflow_datasets as tfds
 
-    root = config.dir or os.environ.get("TFDS_DATA_DIR") or None
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     try:
         builder = tfds.builder(name, data_dir=root)
         prepared_in = builder.info.splits and builder.info.file_format.value
@@ -49,6 +52,21 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
     keys = builder.info.supervised_keys
     if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
         raise UserError(f"{name} is not a classification set: its supervised keys are {keys}")
+    return builder, keys
+
+
+def prepared(config: ConfigDict, name: str) -> Dataset:
+    """Any image classification set of TFDS, prepared in the `array_record` format.
+
+    Args:
+        config: `dir` is where it was prepared (empty: TFDS's default, or `$TFDS_DATA_DIR`);
+            `train_split` and `test_split` may be slices such as "train[:90%]".
+        name: of TFDS, as "mnist" or "imagenette/320px".
+
+    Raises:
+        UserError: no such set or split, not prepared, or not of labelled images of one size.
+    """
+    builder, keys = open_prepared(name, config.dir)
     splits = list(builder.info.splits)
     test = config.test_split or ("test" if "test" in splits else "validation")
     base = name.partition("/")[0].partition(":")[0]

@@ -18,8 +18,7 @@ def draw_negatives(
 ) -> jax.Array:
     """Draw samples of other classes, uniformly and without replacement.
 
-    Where fewer than `count` samples are of other classes, all of those come, and then, marked by
-    nothing, samples of the same class; `CRD` refuses such a count beforehand.
+    At least `count` samples must be of other classes; a run checks that before it starts.
 
     Args:
         key: typed PRNG key of the epoch; the draw is a function of it and of the index alone.
