@@ -1,14 +1,17 @@
 """What CRD draws, what SSKD keeps, and that extreme inputs give finite gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from ipwd_jax.losses.base import Batch, cross_entropy
-from ipwd_jax.losses.crd import CRD, contrast_loss, draw_negatives
+from ipwd_jax.losses.crd import CRD, contrast_loss, draw_negatives, permute
 from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.sskd import SSKD, best_ranked, similarity
@@ -35,9 +38,12 @@ def batch(rows, mask=None, epoch=1):
 # Negatives
 
 
+draw = jax.jit(draw_negatives, static_argnums=4)
+
+
 def drawn(count, key=0, index=(3, 4, 5)):
     index = jnp.array(index)
-    return np.asarray(draw_negatives(jax.random.key(key), index, LABELS[index], LABELS, count))
+    return np.asarray(draw(jax.random.key(key), index, LABELS[index], LABELS, count))
 
 
 def test_negatives_are_of_other_classes_and_never_twice():
@@ -59,13 +65,36 @@ def test_negatives_depend_on_epoch_and_index_alone():
 
 def test_negatives_are_uniform():
     index = jnp.arange(0, 60, 5)
-    rows = jax.vmap(lambda k: draw_negatives(jax.random.key(k), index, LABELS[index], LABELS, 8))(
+    rows = jax.vmap(lambda k: draw(jax.random.key(k), index, LABELS[index], LABELS, 8))(
         jnp.arange(400)
     )
     counts = np.bincount(np.asarray(rows).ravel(), minlength=60)
     assert (counts[::5] == 0).all()  # the class of every sample here
     others = np.delete(counts, np.arange(0, 60, 5))
     assert abs(others / others.mean() - 1).max() < 0.15  # five standard deviations
+
+
+place = jax.jit(permute)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 60, 1000])
+def test_a_permutation_takes_each_number_elsewhere(size):
+    everywhere = place(jax.random.key(size), jnp.arange(size), jnp.int32(size))
+    assert sorted(np.asarray(everywhere)) == list(range(size))
+
+
+def test_permutations_are_uniform_in_pairs_and_of_large_sets():
+    keys = jax.random.split(jax.random.key(0), 60_000)
+    a, b = np.asarray(jax.vmap(lambda k: place(k, jnp.arange(2), jnp.int32(12)))(keys)).T
+    counts = np.bincount(12 * a + b, minlength=144).reshape(12, 12)
+    assert stats.chisquare(counts[~np.eye(12, dtype=bool)]).pvalue > 1e-3
+    # How many of the first third come to lie in the first tenth.
+    size, count = 9_000, 3_000
+    moved = jax.vmap(lambda k: place(k, jnp.arange(count), jnp.int32(size)))(keys[:400])
+    inside = (np.asarray(moved) < size // 10).sum(axis=1)
+    expected = stats.hypergeom(size, size // 10, count)
+    assert abs(inside.mean() - expected.mean()) < 4 * expected.std() / 20
+    assert inside.var() / expected.var() == pytest.approx(1, abs=0.3)
 
 
 def test_contrast_loss_by_hand():
@@ -84,8 +113,9 @@ def test_crd_leaves_out_padding():
 
     def run(x, rows):
         outputs = Outputs(jnp.zeros((len(x), 5)), jnp.asarray(x), (), ())
-        variables = term.init(jax.random.key(0), outputs, outputs, rows)
-        return term.apply(variables, outputs, outputs, rows, mutable=["memory"])
+        variables = jax.jit(term.init)(jax.random.key(0), outputs, outputs, rows)
+        apply = jax.jit(functools.partial(term.apply, mutable=["memory"]))
+        return apply(variables, outputs, outputs, rows)
 
     value, memory = run(embedding, batch(5))
     padded, memory_of_padded = run(rubbish, batch(7, mask=[1] * 5 + [0] * 2))
@@ -158,6 +188,32 @@ KINDS = {
 }
 
 
+@functools.cache
+def value_and_gradients(name):
+    """The mean loss of fresh variables and its gradients, as a compiled function."""
+    term = TERMS[name]
+
+    def outputs(logits, embedding):
+        return Outputs(logits, embedding, (), (), {"kd": logits})
+
+    @jax.jit
+    def compute(logits, embedding, of_teacher):
+        rows = batch(len(logits) // (4 if term.rotations else 1))
+        teacher = Outputs(*of_teacher, (), ())
+        variables = term.init(jax.random.key(0), outputs(logits, embedding), teacher, rows)
+
+        def loss(logits, embedding, params):
+            now = {**variables, "params": params}
+            seen = outputs(logits, embedding)
+            value, _ = term.apply(now, seen, teacher, rows, mutable=["memory"])
+            return sum(value).mean() if isinstance(value, tuple) else value.mean()
+
+        params = variables.get("params", {})
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(logits, embedding, params)
+
+    return compute
+
+
 @pytest.mark.parametrize("name", TERMS)
 @settings(max_examples=6, deadline=None)
 @given(
@@ -172,26 +228,7 @@ def test_value_and_gradient_are_finite(name, kind, rows, dtype):
     def draw(width):
         return jnp.asarray(KINDS[kind](rng, (seen, width)), dtype)
 
-    logits, embedding, of_teacher = draw(5), draw(8), (draw(5), draw(8))
-    teacher = Outputs(*of_teacher, (), ())
-
-    def outputs(logits, embedding):
-        return Outputs(logits, embedding, (), (), {"kd": logits})
-
-    variables = term.init(jax.random.key(0), outputs(logits, embedding), teacher, batch(rows))
-    params = variables.get("params", {})
-
-    def loss(logits, embedding, params):
-        value, _ = term.apply(
-            {**variables, "params": params},
-            outputs(logits, embedding),
-            teacher,
-            batch(rows),
-            mutable=["memory"],
-        )
-        return sum(value).mean() if isinstance(value, tuple) else value.mean()
-
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(logits, embedding, params)
+    value, gradients = value_and_gradients(name)(draw(5), draw(8), (draw(5), draw(8)))
     assert np.isfinite(value)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradients))
 

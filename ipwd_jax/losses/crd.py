@@ -11,6 +11,8 @@ from ipwd_jax.losses.base import Batch, Term, gather_rows
 from ipwd_jax.models.base import Linear, Outputs
 
 _EPS = 1e-7
+# After r rounds a number has stayed where it was with a probability of 2^-r.
+_ROUNDS = 32
 
 
 def draw_negatives(
@@ -18,6 +20,8 @@ def draw_negatives(
 ) -> jax.Array:
     """Draw samples of other classes, uniformly and without replacement.
 
+    They are the first `count` of a random permutation of all samples of other classes, of which
+    only these are computed: the K largest of N random numbers cost several training steps.
     At least `count` samples must be of other classes; a run checks that before it starts.
 
     Args:
@@ -30,14 +34,42 @@ def draw_negatives(
     Returns:
         (B, K) int32 positions in the training set.
     """
+    by_class = jnp.argsort(train_labels)
+    ordered = train_labels[by_class]
+    first, end = (jnp.searchsorted(ordered, labels, side) for side in ("left", "right"))
 
-    def draw(i: jax.Array, label: jax.Array) -> jax.Array:
-        bits = jax.random.bits(jax.random.fold_in(key, i), train_labels.shape, jnp.uint32)
-        # The K largest of independent random numbers are a uniform subset.
-        order = jnp.where(train_labels == label, jnp.float32(-1), (bits >> 8).astype(jnp.float32))
-        return lax.top_k(order, count)[1]
+    def draw(i: jax.Array, first: jax.Array, own: jax.Array) -> jax.Array:
+        others = train_labels.size - own
+        x = permute(jax.random.fold_in(key, i), jnp.arange(count, dtype=jnp.int32), others)
+        return by_class[jnp.where(x < first, x, x + own)]
 
-    return jax.vmap(draw)(index, labels)
+    return jax.vmap(draw)(index, first, end - first)
+
+
+def permute(key: jax.Array, x: jax.Array, size: jax.Array) -> jax.Array:
+    """Where a pseudo-random permutation of 0..size-1 takes some numbers, each alone.
+
+    In each round x and `pivot - x` (modulo size) change places or not, as a bit says that is
+    hashed from the larger of the two: the swap-or-not shuffle of Hoang, Morris and Rogaway
+    (CRYPTO 2012, https://arxiv.org/abs/1208.1176).
+
+    Args:
+        key: typed PRNG key, which chooses the permutation.
+        x: int32 of any shape, in 0..size-1.
+        size: scalar integer, below 2^30.
+
+    Returns:
+        int32 like `x`, different for different numbers.
+    """
+    of_pivots, of_bits = jax.random.split(key)
+    pivots = jax.random.randint(of_pivots, (_ROUNDS,), 0, size, jnp.int32)
+    for pivot, salt in zip(pivots, jax.random.bits(of_bits, (_ROUNDS,), jnp.uint32), strict=True):
+        y = pivot - x
+        y = jnp.where(y < 0, y + size, y)
+        mixed = (jnp.maximum(x, y).astype(jnp.uint32) ^ salt) * jnp.uint32(0x9E3779B1)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+        x = jnp.where(mixed >> 31 > 0, y, x)
+    return x
 
 
 def contrast_loss(scores: jax.Array, train_size: int) -> jax.Array:
