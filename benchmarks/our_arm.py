@@ -35,11 +35,11 @@ class Problem:
         variables: parameters and statistics of each, by those two names' roles.
         images: (N, H, H, 3) uint8, noise.
         labels: (N,) int32, noise.
-        mean: (3,) float32.
-        std: (3,) float32.
+        mean: (3,) float32, or float64 for arms that compute in it.
+        std: as `mean`.
         index: (steps, B) int32, the images of each step.
         view: (steps, B) int32, as our step draws them.
-        learning_rate: of SGD.
+        learning_rate: of SGD, a float32 number.
         padding: of the crops.
     """
 
@@ -59,6 +59,13 @@ class Problem:
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch; the last, short one is left out."""
         return len(self.images) // self.index.shape[1]
+
+    def double(self) -> "Problem":
+        """The same in float64."""
+        mean, std, variables = jax.tree.map(
+            lambda x: x.astype(np.float64), (self.mean, self.std, self.variables)
+        )
+        return dataclasses.replace(self, mean=mean, std=std, variables=variables)
 
 
 def make_problem(
@@ -98,7 +105,7 @@ def make_problem(
         std=np.array([0.2675, 0.2565, 0.2761], np.float32),
         index=np.concatenate(index)[:steps],
         view=np.concatenate(view)[:steps],
-        learning_rate=config_lib.cifar_learning_rate(pair[1]),
+        learning_rate=float(np.float32(config_lib.cifar_learning_rate(pair[1]))),
     )
 
 

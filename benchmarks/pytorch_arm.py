@@ -280,13 +280,17 @@ class TorchArm:
     """A student and its teacher on the device, with the data, ready to take steps."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, problem: Any, variant: Variant):
-        """`problem` is an `our_arm.Problem`. Both networks are changed in place."""
+        """`problem` is an `our_arm.Problem`, in whose type the step computes.
+
+        Both networks are changed in place.
+        """
         self.device, self.variant, self.done = device(), variant, 0
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         self._used_before = _memory(torch.cuda.memory_allocated)
         _memory(torch.cuda.reset_peak_memory_stats)
-        self.student = student.to(self.device, memory_format=layout).train()
-        self.teacher = teacher.to(self.device, memory_format=layout).eval()
+        dtype = torch.from_numpy(problem.mean).dtype
+        self.student = student.to(self.device, dtype, memory_format=layout).train()
+        self.teacher = teacher.to(self.device, dtype, memory_format=layout).eval()
         self.sgd = torch.optim.SGD(student.parameters(), problem.learning_rate, 0.9, 0, 5e-4)
         self._layout, self._padding, self._size = layout, problem.padding, problem.images.shape[1]
         images = np.pad(problem.images, ((0, 0), *[(problem.padding,) * 2] * 2, (0, 0)))
@@ -313,7 +317,7 @@ class TorchArm:
         rows = (crop // side)[:, None] + pixels
         columns = (crop % side)[:, None] + torch.where(mirrored > 0, pixels.flip(0), pixels)
         cut = self._images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return ((cut.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
+        return ((cut.to(self._mean.dtype) / 255 - self._mean) / self._std).permute(0, 3, 1, 2)
 
     def _eager_loss(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
         images = self._cut(index, view).contiguous(memory_format=self._layout)
@@ -321,9 +325,10 @@ class TorchArm:
             with torch.no_grad():
                 target = self.teacher(images)
             logits = self.student(images)
-        ours, theirs = F.log_softmax(logits.float() / 4, 1), F.softmax(target.float() / 4, 1)
+        logits, target = logits.to(images.dtype), target.to(images.dtype)
+        ours, theirs = F.log_softmax(logits / 4, 1), F.softmax(target / 4, 1)
         distilled = F.kl_div(ours, theirs, reduction="sum") * 16 / len(index)
-        return 0.1 * F.cross_entropy(logits.float(), self._labels[index]) + 0.9 * distilled
+        return 0.1 * F.cross_entropy(logits, self._labels[index]) + 0.9 * distilled
 
     def _step(self) -> torch.Tensor:
         loss = self._loss(self._index[self.done], self._view[self.done])

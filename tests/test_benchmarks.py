@@ -36,7 +36,10 @@ def test_help(script):
 def test_both_take_the_same_ten_steps(pair):
     (line,) = run("step.py", f"--pairs={pair}", "--gate-only", *SMALL)
     assert line["gate"] == "passed"
-    assert line["weights_moved"] > 10 * line["weight_error"]
+    # The bounds by which ten float32 steps of a plain network end in the same place.
+    if pair.startswith(("resnet", "wrn")):
+        assert max(line["float32"]["loss_errors"]) < 1e-4
+        assert line["float32"]["weight_error"] < 0.02 * line["float32"]["weights_moved"]
 
 
 def test_arms_take_turns_and_one_of_them_in_a_child():

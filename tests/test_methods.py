@@ -62,6 +62,12 @@ def method_config(method):
     return shortened(SELF.get_config(f"{method.removeprefix('self_')},resnet8"))
 
 
+@pytest.fixture(autouse=True)
+def forget_programs_of_each_test(forget_programs):
+    yield
+    jax.clear_caches()
+
+
 METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
 QUICK = {"crd", "ft", "self_pskd_ipwd"}
 

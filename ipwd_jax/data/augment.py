@@ -103,9 +103,9 @@ def apply_views(images: jax.Array, view: jax.Array, padding: int, flip: bool) ->
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """`(images / 255 - mean) / std` per channel: (B, H, W, channels) uint8 -> float32."""
+    """`(images / 255 - mean) / std` per channel: (B, H, W, channels) uint8 -> type of `mean`."""
     row = (1, 1, 1, -1)
-    return (images.astype(jnp.float32) / 255 - mean.reshape(row)) / std.reshape(row)
+    return (images.astype(mean.dtype) / 255 - mean.reshape(row)) / std.reshape(row)
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> np.ndarray:
