@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -408,6 +409,30 @@ class TestTfds:
             prints.add(records.fingerprint)
         assert len(prints) == 4
         assert streaming.tfds_records("tiny", str(TFDS), "train").fingerprint in prints
+
+    def test_labels_of_a_large_split_are_read_once(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(streaming, "_LABELS_TO_KEEP", 10)
+        shutil.copytree(TFDS, tmp_path / "tfds")
+        spy = mock.Mock(wraps=streaming._read_labels)
+        monkeypatch.setattr(streaming, "_read_labels", spy)
+
+        def labels(split):
+            return streaming.tfds_records("tiny", str(tmp_path / "tfds"), split).labels.tolist()
+
+        wanted = labels("train+test")
+        assert labels("train+test") == wanted
+        assert spy.call_count == 1
+        (kept,) = tmp_path.rglob("ipwd_jax_labels_*")
+        kept.write_bytes(kept.read_bytes()[:-50])
+        assert labels("train+test") == wanted
+        assert labels("train+test") == wanted
+        assert spy.call_count == 2
+        kept.unlink()
+        kept.mkdir()  # nothing can be written there
+        with pytest.warns(UserWarning, match="reads all labels again"):
+            assert labels("train+test") == wanted
+        labels("train")
+        assert not [path for path in kept.parent.iterdir() if path.name.startswith(".")]
 
     @pytest.mark.parametrize(
         ("name", "split", "words"),

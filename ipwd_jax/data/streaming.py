@@ -6,12 +6,15 @@ number of threads, or where a run was interrupted.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
 import threading
+import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Generator
 
@@ -37,6 +40,7 @@ __all__ = [
 
 _READ_AT_ONCE = 256
 _ROWS_OF_A_TASK = 8
+_LABELS_TO_KEEP = 10_000  # below, reading them takes a moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +196,8 @@ def folder_records(root: str | os.PathLike, split: str) -> Records:
 def tfds_records(name: str, data_dir: str, split: str) -> Records:
     """A split of a TFDS classification set, prepared as `array_record`, in its source's order.
 
-    Every record is read once for its label; no image is decoded.
+    Every record is read once for its label, and no image is decoded. The labels of a large split
+    are kept in a file beside the records, where that folder can be written.
 
     Args:
         name: of TFDS, as "imagenet2012".
@@ -214,20 +219,43 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
     try:
         skip = {image: SkipDecoding()}
         source = builder.as_data_source(split, decoders=skip)
-        labels, order = _labels(source, label)
+        identity = f"{builder.info.full_name} {split} {len(source)}"
+        fingerprint = f"{zlib.crc32(identity.encode()):08x}"
+        kept = pathlib.Path(builder.data_path) / f"ipwd_jax_labels_{fingerprint}.npz"
+        labels, order = _labels(source, label, kept)
     except Exception as error:  # of TFDS, of the record files
         raise UserError(f"the split {split!r} of {name} cannot be read: {error}") from error
-    identity = f"{builder.info.full_name} {split} {len(labels)}"
     return Records(
         name=f"tfds:{name} {split}",
         labels=labels[order],
         class_names=tuple(builder.info.features[label].names),
         read=lambda index: source[int(order[index])][image],
-        fingerprint=f"{zlib.crc32(identity.encode()):08x}",
+        fingerprint=fingerprint,
     )
 
 
-def _labels(source, label: str) -> tuple[np.ndarray, np.ndarray]:
+def _labels(source, label: str, kept: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) and the order (N,) of the source, from the file `kept` if it is whole."""
+    if len(source) < _LABELS_TO_KEEP:
+        return _read_labels(source, label)
+    try:
+        with np.load(kept) as found:
+            return found["labels"], found["order"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        labels, order = _read_labels(source, label)
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, labels=labels, order=order)
+        os.replace(temporary, kept)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(f"the next start reads all labels again: {error}", stacklevel=2)
+    return labels, order
+
+
+def _read_labels(source, label: str) -> tuple[np.ndarray, np.ndarray]:
     labels, ids = np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
