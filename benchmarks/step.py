@@ -17,6 +17,7 @@ another busy process each of its operations may take ten times as long.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import flax
@@ -32,6 +34,8 @@ import jax
 import numpy as np
 from our_arm import CLASSES, OurArm, Problem, make_problem
 
+from ipwd_jax import models, precision
+from ipwd_jax.models.__main__ import multiply_adds
 from ipwd_jax.models.torch_names import to_torch
 
 GATE_STEPS, GATE_LEARNING_RATE, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 0.01, 1e-9, 1e-6
@@ -69,8 +73,9 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
         "ours_float32_student_only": {"teacher": ""},
     }
     if not ON_GPU:
-        cached = {"teacher": "cached", "flags": YNN}
-        return {**arms, "ours_float32_ynn": {"flags": YNN}, "ours_float32_cached_ynn": cached}
+        kinds = {"ynn": "network", "folded_ynn": "folded", "cached_ynn": "cached"}
+        ynn = {f"ours_float32_{k}": {"teacher": v, "flags": YNN} for k, v in kinds.items()}
+        return arms | ynn
     chunked = {"precision": "bfloat16", "steps_per_call": chunk}
     return arms | {
         "ours_tf32": {"precision": "tf32"},
@@ -235,14 +240,17 @@ def time_arms(problem: Problem, arguments: argparse.Namespace) -> dict[str, dict
     return measured
 
 
-def report(name: str, found: dict[str, Any], baseline: float | None, batch: int) -> dict[str, Any]:
+def report(
+    name: str, found: dict[str, Any], baseline: float | None, problem: Problem
+) -> dict[str, Any]:
     """The line of an arm, from what was measured of it and the baseline's milliseconds."""
     if "skipped" in found:
         return {"arm": name, **found}
     times = found.pop("ms_of_runs")
-    median = statistics.median(times)
+    median, batch = statistics.median(times), problem.index.shape[1]
     return {
         "arm": name,
+        **arithmetic(name, problem, median),
         "images_per_second": round(1e3 * batch / median, 1),
         "ms_per_step": round(median, 3),
         "ms_range": [round(min(times), 3), round(max(times), 3)],
@@ -250,6 +258,43 @@ def report(name: str, found: dict[str, Any], baseline: float | None, batch: int)
         f"speed_over_{BASELINE}": baseline and round(baseline / median, 3),
         **found,
     }
+
+
+@functools.cache
+def matmul_speed(rounding: str) -> float:
+    """FLOP/s of the fastest of ten products of two large matrices on this device."""
+    size = 8192 if ON_GPU else 2048
+    dtype = jax.numpy.bfloat16 if rounding == "bfloat16" else jax.numpy.float32
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    with precision.of_products(rounding):
+        multiply = jax.jit(jax.numpy.dot).lower(x, x).compile()
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        jax.block_until_ready(multiply(x, x))
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def arithmetic(name: str, problem: Problem, ms: float) -> dict[str, float]:
+    """FLOP/s of an arm, and its share of what a product of matrices reaches.
+
+    A step is the teacher's forward pass, where it is asked, and three of the student's; of the
+    first convolution, whose input needs no gradient, that is a little more than is computed.
+    """
+    settings = {**torch_arms(), **our_arms(1)}[name]
+    networks = {problem.student: 3}
+    if settings.get("teacher") not in ("cached", ""):
+        networks[problem.teacher] = networks.get(problem.teacher, 0) + 1
+    shape = problem.images.shape[1:]
+    counts = (n * multiply_adds(models.create(k, CLASSES), shape) for k, n in networks.items())
+    speed = 2 * problem.index.shape[1] * sum(counts) / (1e-3 * ms)
+    of_torch = "bfloat16" if "bfloat16" in settings else "tf32" if "tf32" in settings else "float32"
+    rounding = settings.get("precision", of_torch)
+    found = {"tflops": round(speed / 1e12, 3)}
+    if ON_GPU or rounding == "float32":  # XLA's products of bfloat16 are not a CPU's fastest
+        found["share_of_matmul"] = round(speed / matmul_speed(rounding), 3)
+    return found
 
 
 def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +339,7 @@ def run_pair(pair: tuple[str, str], arguments: argparse.Namespace, common: dict[
     runs = measured.get(BASELINE, {}).get("ms_of_runs")
     baseline = statistics.median(runs) if runs else None
     for name, found in measured.items():
-        line = report(name, found, baseline, arguments.batch)
+        line = report(name, found, baseline, problem)
         load = {"load_average": round(os.getloadavg()[0], 1)}
         print(json.dumps({**line, **names, **common, **load}), flush=True)
     return True
