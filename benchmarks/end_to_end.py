@@ -16,11 +16,11 @@ import time
 
 import jax
 import numpy as np
-from our_arm import make_problem
+from our_arm import make_problem, untrained_teacher
 from step import ON_GPU, make_arm
 
-from ipwd_jax import checkpoint, data, train
 from ipwd_jax import config as config_lib
+from ipwd_jax import data, train
 
 EPOCHS, TRAIN = 240, 50_000
 
@@ -35,10 +35,7 @@ def ours(options: argparse.Namespace, cache: str, folder: pathlib.Path) -> dict[
     )
     workdir = folder / "teacher"
     if not workdir.exists():
-        workdir.mkdir()
-        checkpoint.save_network(workdir, problem.variables["teacher"])
-        (workdir / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
-        (workdir / "result.json").write_text("{}")
+        untrained_teacher(workdir, problem.variables["teacher"])
     config = config_lib.default()
     config.data.name, config.batch_size, config.epochs = "noise", options.batch, options.epochs
     config.model.name, config.teacher.name = student, teacher

@@ -5,6 +5,8 @@ Both frameworks start from a `Problem`: the same weights, images, batches and vi
 
 import dataclasses
 import functools
+import json
+import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ipwd_jax import checkpoint, losses, models, optim, parallel, precision, state, step, view_cache
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, parallel, precision, state, step, view_cache
 from ipwd_jax.data import augment
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.models.fold import apply_folded, fold
@@ -134,6 +136,14 @@ def _as_if_trained(name: str, variables: Any, images: np.ndarray, rng: Any) -> A
     louder = {**classifier, "kernel": classifier["kernel"] * (4 / logits.std())}
     params = {**variables["params"], network.head_modules[-1]: louder}
     return {**variables, "params": params}
+
+
+def untrained_teacher(workdir: pathlib.Path, variables: Any) -> None:
+    """Writes the work directory of a teacher with these variables."""
+    workdir.mkdir()
+    checkpoint.save_network(workdir, variables)
+    (workdir / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
+    (workdir / "result.json").write_text("{}")
 
 
 class OurArm:
