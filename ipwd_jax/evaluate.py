@@ -4,28 +4,32 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from ipwd_jax import metrics, parallel
+from ipwd_jax import metrics, parallel, precision
 from ipwd_jax.data import augment
 from ipwd_jax.data.base import Split
 from ipwd_jax.data.resident import Resident
+from ipwd_jax.models.base import Outputs
 
 
-def make_predict(network: nn.Module) -> Callable:
+def make_predict(apply: Callable[[Any, jax.Array], Outputs]) -> Callable:
     """Compiles `predict(variables, data, index, images) -> logits`, unaugmented, for inference.
 
     `index` (devices, B) int32 selects rows of `data`, unless `images` (devices, B, H, W, channels)
     uint8 are given; the result is (devices, B, C).
+
+    Args:
+        apply: `apply(variables, images)`, as a network's; float32 unless it says otherwise.
     """
 
     def predict(
         variables: Any, data: Resident, index: jax.Array, images: jax.Array | None
     ) -> jax.Array:
         images = data.images[index] if images is None else images
-        return network.apply(variables, augment.normalize(images, data.mean, data.std)).logits
+        with precision.of_products("float32"):
+            return apply(variables, augment.normalize(images, data.mean, data.std)).logits
 
     return parallel.compile_predict(predict)
 

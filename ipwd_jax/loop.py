@@ -393,6 +393,7 @@ class Member:
             scores = evaluate.score(
                 run.teacher.test_logits, run.dataset.test.labels, run.teacher.class_mass()
             )
-            result["teacher"] = {"network": run.config.teacher.name, **scores}
+            about = {"network": run.config.teacher.name, **run.teacher.rounding}
+            result["teacher"] = {**about, **scores}
         writers.write_json(run.workdir / "result.json", result)
         return result

@@ -46,6 +46,12 @@ def summary(result: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             cells = (f"{'' if v is None else format(v, '.3f'):>20}" for v in values)
             lines.append("".join([f"{metric:<15}", *cells, f"  {unit}".rstrip()]))
+    rounding = result.get("teacher") or {}
+    if "logits_error" in rounding:
+        lines.append(
+            f"teacher's logits in the step: {100 * rounding['logits_error']:.3g} % off float32's, "
+            f"{100 * rounding['same_class']:.1f} % with the same class"
+        )
     weights = result.get("weights")
     if weights:
         lines.append(

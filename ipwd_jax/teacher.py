@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.state import network_shapes
 
-_MOST_STREAMED = 50_000
+_MOST_STREAMED, _MOST_COMPARED = 50_000, 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Teacher:
         checksum: of `variables`.
         train_logits: (N, C), of the unaugmented training set; of streamed images at most 50,000.
         test_logits: (N_test, C).
+        rounding: how far what `answer` gives for test images is from float32: `logits_error`, the
+            root mean square of the difference over that of the logits, and `same_class`, the share
+            of images with the same first class. Empty where `answer` computes in float32.
     """
 
     workdir: pathlib.Path
@@ -50,6 +53,7 @@ class Teacher:
     checksum: str
     train_logits: np.ndarray
     test_logits: np.ndarray
+    rounding: Mapping[str, float]
 
     def class_mass(self, temperature: float = 1.0) -> np.ndarray:
         """(C,) float64, its probabilities summed over the unaugmented training set."""
@@ -100,15 +104,41 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
     network = models.create(config.teacher.name, len(dataset.class_names))
     template = network_shapes(network, dataset.train.images.shape[1:])
     variables, _ = load_network(workdir, config.teacher.which, template)
-    predict = evaluate.make_predict(network)
+    predict = evaluate.make_predict(network.apply)
 
-    def ask(split):
+    def ask(split: Split, predict: Callable = predict, inputs: Any = variables) -> np.ndarray:
         data = parallel.replicate(resident(dataset, split))
-        return evaluate.predict_all(predict, variables, data, split, config.eval_batch_size)
+        return evaluate.predict_all(predict, inputs, data, split, config.eval_batch_size)
 
     answer, inputs = _make_answer(config, network, variables, dataset.train.images.shape[1:])
-    asked = ask(_sample(dataset.train)), ask(dataset.test)
-    return Teacher(workdir, network, variables, answer, inputs, checksum(variables), *asked)
+
+    def as_in_the_step(inputs: Any, images: jax.Array) -> Outputs:
+        with precision.of_products(config.precision):
+            return precision.at_least_float32(answer(inputs, images, None))
+
+    rounding = {}
+    if (config.teacher.fold or config.precision != "float32") and not config.teacher.train_mode:
+        few = _sample(dataset.test, _MOST_COMPARED)
+        rounding = compare(ask(few, evaluate.make_predict(as_in_the_step), inputs), ask(few))
+    train = _sample(dataset.train, _MOST_STREAMED) if dataset.train.streamed else dataset.train
+    return Teacher(
+        workdir,
+        network,
+        variables,
+        answer,
+        inputs,
+        checksum(variables),
+        train_logits=ask(train),
+        test_logits=ask(dataset.test),
+        rounding=rounding,
+    )
+
+
+def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """`Teacher.rounding` of logits (N, C) that approximate others."""
+    error = np.sqrt(np.square(logits - exact).mean() / np.square(exact).mean())
+    same = logits.argmax(axis=1) == exact.argmax(axis=1)
+    return {"logits_error": float(error), "same_class": float(same.mean())}
 
 
 def _make_answer(
@@ -132,12 +162,11 @@ def _make_answer(
     return by_folded, parallel.replicate(fold(network, variables, image_shape))
 
 
-def _sample(split: Split) -> Split:
-    """The split, or of streamed images as many as CIFAR has, evenly over their order."""
-    if not split.streamed or len(split.labels) <= _MOST_STREAMED:
-        return split
-    keep = np.linspace(0, len(split.labels) - 1, _MOST_STREAMED).astype(np.int32)
-    return Split(split.images.take(keep), split.labels[keep])
+def _sample(split: Split, most: int) -> Split:
+    """At most so many images of the split, evenly over their order."""
+    keep = np.linspace(0, len(split.labels) - 1, min(most, len(split.labels))).astype(np.int32)
+    images = split.images.take(keep) if split.streamed else split.images[keep]
+    return Split(images, split.labels[keep])
 
 
 def checksum(variables: Any) -> str:

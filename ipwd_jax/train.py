@@ -120,7 +120,7 @@ def evaluate_run(
     _check_fit(config, dataset)
     network = models.create(config.model.name, len(dataset.class_names))
     template = network_shapes(network, dataset.train.images.shape[1:])
-    predict = evaluate.make_predict(network)
+    predict = evaluate.make_predict(network.apply)
     data = parallel.replicate(resident(dataset, dataset.test))
     result: dict[str, Any] = {
         "data": dataset.name,
@@ -349,7 +349,7 @@ def _members(
         checkpoints = stack.enter_context(Checkpoints(run.workdir, keep))
         begun.append((run, initial, checkpoints))
     snapshots = _restore(begun)
-    members, predict = [], evaluate.make_predict(runs[0].network)
+    members, predict = [], evaluate.make_predict(runs[0].network.apply)
     for (run, initial, checkpoints), now in zip(begun, snapshots, strict=True):
         if now:
             print(f"Going on from step {_number(run, now)} of {run.workdir}", flush=True)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from test_view_cache import quick_compilation, settings, squares  # noqa: F401
 
-from ipwd_jax import train
+from ipwd_jax import report, train
 from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.loop import Loop
+from ipwd_jax.teacher import compare
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,22 @@ def test_seeds_that_share_the_order(alone, squares, folder):  # noqa: F811
     assert np.abs(other - alone[0]).max() > 1e-3 and np.abs(other - alone[1]).max() > 1e-4
     noted = json.loads((folder / "shared_seed1" / "config.json").read_text())
     assert noted["config"]["share_order"] is True
+
+
+def test_a_teacher_that_rounds_says_by_how_much(alone, squares, folder):  # noqa: F811
+    config = settings(teacher__fold=True, teacher__view_cache="off", precision="bfloat16", epochs=1)
+    result = train.run(config, folder / "rounded", squares)
+    assert 1e-4 < result["teacher"]["logits_error"] < 0.03
+    assert result["teacher"]["same_class"] > 0.9
+    assert "% off float32's" in report.summary(result)
+    assert "logits_error" not in json.loads((folder / "alone_0/result.json").read_text())["teacher"]
+
+
+def test_errors_of_logits_by_hand():
+    exact = np.array([[3.0, 4.0], [0.0, 5.0]])
+    assert compare(exact, exact) == {"logits_error": 0.0, "same_class": 1.0}
+    found = compare(exact + np.array([[2.0, 0.0], [0.0, 0.0]]), exact)
+    assert found == {"logits_error": pytest.approx((4 / 50) ** 0.5), "same_class": 0.5}
 
 
 @pytest.mark.parametrize(

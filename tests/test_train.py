@@ -91,7 +91,7 @@ class TestResult:
     def test_predictions_are_those_of_the_saved_networks(self, done, dataset):
         workdir, result = done
         predictions = np.load(workdir / "predictions.npz")
-        predict = make_predict(models.create("resnet8", 4))
+        predict = make_predict(models.create("resnet8", 4).apply)
         test = replicate(resident(dataset, dataset.test))
         for which in ("last", "best"):
             logits = predict_all(
