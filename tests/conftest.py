@@ -1,8 +1,18 @@
-"""Strict arithmetic in every test: what would be promoted or broadcast silently is an error."""
+"""What holds in every test.
+
+Most of the time would go into optimising programs that then run for a second, so XLA does little of
+it here and in the processes that tests start. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`
+takes twice as long and tests what users run.
+"""
+
+import os
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 
+# What would be promoted or broadcast silently is an error.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -573,15 +573,6 @@ def test_an_existing_work_directory_is_left_alone(teacher):
     assert {x: x.read_bytes() for x in teacher.rglob("*") if x.is_file()} == before
 
 
-@pytest.fixture
-def quick_compilation():
-    """Most of the time would go into optimising a program that runs for a second."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 def test_it_teaches(teacher, dataset, tmp_path):
     config = settings(teacher)
     result = train.run(config, tmp_path / "student", dataset, teacher_only=True)

@@ -36,14 +36,6 @@ def digits():
     return data.from_arrays(images[:120], labels[:120], images[120:160], labels[120:160])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Most of the time would go into optimising programs that run for a second."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def shortened(config):
     """Two epochs of three steps on digits, one of a first stage."""
     config.data.crop_padding, config.data.flip = 1, False
@@ -69,11 +61,10 @@ def forget_programs_of_each_test(forget_programs):
 
 
 METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
-QUICK = {"crd", "ft", "self_pskd_ipwd"}
 
 
 @pytest.mark.parametrize(
-    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+    "method", [m if m == "crd" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
 def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, monkeypatch):
     config = method_config(method)

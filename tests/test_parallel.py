@@ -24,7 +24,6 @@ def runs(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(kind)
     # Without NPROC the collectives of virtual devices can deadlock on a machine with few cores.
     environment = {**os.environ, "NPROC": "8", "JAX_NUM_CPU_DEVICES": "8"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # four programs for ten steps each
     if dtype == "float64":
         environment["JAX_ENABLE_X64"] = "1"
     subprocess.run(

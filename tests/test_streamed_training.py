@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_view_cache import quick_compilation, settings  # noqa: F401
+from test_view_cache import settings
 
 from ipwd_jax import data, train
 from ipwd_jax.data import streaming

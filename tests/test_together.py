@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_view_cache import quick_compilation, settings, squares  # noqa: F401
+from test_view_cache import settings, squares  # noqa: F401
 
 from ipwd_jax import report, train
 from ipwd_jax.errors import Interrupted, UserError

@@ -20,14 +20,6 @@ from ipwd_jax.parallel import replicate
 from ipwd_jax.state import init_state, network_shapes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Most of the time here would go into optimising programs that run for a second."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def dataset():
     """Two hundred images whose class is where the bright square is; four classes."""

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -161,10 +160,3 @@ def test_the_embedding_is_kept_when_a_term_reads_it(squares, folder):
     expected = run("rkd", squares, folder, teacher__view_cache="off", **changes)
     actual = run("rkd_cached", squares, folder, teacher__view_cache="all", **changes)
     np.testing.assert_array_equal(actual, expected)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -63,13 +63,18 @@ def permute(key: jax.Array, x: jax.Array, size: jax.Array) -> jax.Array:
     """
     of_pivots, of_bits = jax.random.split(key)
     pivots = jax.random.randint(of_pivots, (_ROUNDS,), 0, size, jnp.int32)
-    for pivot, salt in zip(pivots, jax.random.bits(of_bits, (_ROUNDS,), jnp.uint32), strict=True):
+    salts = jax.random.bits(of_bits, (_ROUNDS,), jnp.uint32)
+
+    def swap(x: jax.Array, round_: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        pivot, salt = round_
         y = pivot - x
         y = jnp.where(y < 0, y + size, y)
         mixed = (jnp.maximum(x, y).astype(jnp.uint32) ^ salt) * jnp.uint32(0x9E3779B1)
         mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
-        x = jnp.where(mixed >> 31 > 0, y, x)
-    return x
+        return jnp.where(mixed >> 31 > 0, y, x), None
+
+    # As one expression of all rounds it does not compile within minutes with jaxlib 0.12.
+    return lax.scan(swap, x, (pivots, salts), unroll=4)[0]
 
 
 def contrast_loss(scores: jax.Array, train_size: int) -> jax.Array:
