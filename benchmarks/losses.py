@@ -86,7 +86,7 @@ class Arm:
         self._bench, self._called = bench, 0
         self._step, self._state = _build(bench, weights)
         started = time.perf_counter()
-        arguments = self._state, bench.data, bench.inputs, *bench.calls[0]
+        arguments = self._state, bench.data, bench.inputs, *bench.calls[0], None
         memory = self._step.lower(*arguments).compile().memory_analysis()
         self.compile_seconds = time.perf_counter() - started
         self.temp_bytes = memory.temp_size_in_bytes if memory else None
@@ -98,7 +98,7 @@ class Arm:
         rows = self._bench.calls[self._called % len(self._bench.calls)]
         self._called += 1
         started = time.perf_counter()
-        self._state = self._step(self._state, self._bench.data, self._bench.inputs, *rows)
+        self._state = self._step(self._state, self._bench.data, self._bench.inputs, *rows, None)
         jax.block_until_ready(self._state)
         return 1e3 * (time.perf_counter() - started) / len(rows[0])
 

@@ -54,6 +54,21 @@ def test_arms_take_turns_and_one_of_them_in_a_child():
         assert line["warm_up_loss"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("losses.py", ["--batch=8", "--steps=1", "--terms=kd,crd"]),
+        ("kernels.py", ["--batch=8", "--steps=1", "--images=500"]),
+        ("seeds.py", ["--batch=8", "--steps=1", "--repeats=1", "--seeds=1,2"]),
+        ("end_to_end.py", ["--size=1024", "--epochs=2", "--torch_steps=3"]),
+        ("streaming.py", ["--files=128", "--image-size=32", "--epochs=2"]),
+    ],
+)
+def test_the_others_run(script, arguments):
+    lines = run(script, "--pair=resnet8,resnet8", *arguments)
+    assert lines and not [line for line in lines if {"error", "skipped"} & line.keys()]
+
+
 def test_a_warm_cache_spares_the_compilation():
     cold, warm = run("compile.py", "--pair=resnet8,resnet8", "--batch=8")
     assert (cold["case"], warm["case"]) == ("cold", "warm")
