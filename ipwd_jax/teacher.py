@@ -116,11 +116,13 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
         with precision.of_products(config.precision):
             return precision.at_least_float32(answer(inputs, images, None))
 
-    rounding = {}
+    train, test_logits, rounding = dataset.train, ask(dataset.test), {}
     if (config.teacher.fold or config.precision != "float32") and not config.teacher.train_mode:
-        few = _sample(dataset.test, _MOST_COMPARED)
-        rounding = compare(ask(few, evaluate.make_predict(as_in_the_step), inputs), ask(few))
-    train = _sample(dataset.train, _MOST_STREAMED) if dataset.train.streamed else dataset.train
+        keep = _evenly(dataset.test, _MOST_COMPARED)
+        found = ask(_take(dataset.test, keep), evaluate.make_predict(as_in_the_step), inputs)
+        rounding = compare(found, test_logits[keep])
+    if train.streamed:
+        train = _take(train, _evenly(train, _MOST_STREAMED))
     return Teacher(
         workdir,
         network,
@@ -129,7 +131,7 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
         inputs,
         checksum(variables),
         train_logits=ask(train),
-        test_logits=ask(dataset.test),
+        test_logits=test_logits,
         rounding=rounding,
     )
 
@@ -162,9 +164,13 @@ def _make_answer(
     return by_folded, parallel.replicate(fold(network, variables, image_shape))
 
 
-def _sample(split: Split, most: int) -> Split:
-    """At most so many images of the split, evenly over their order."""
-    keep = np.linspace(0, len(split.labels) - 1, min(most, len(split.labels))).astype(np.int32)
+def _evenly(split: Split, most: int) -> np.ndarray:
+    """Positions (M,) int32 of at most so many images, evenly over their order."""
+    return np.linspace(0, len(split.labels) - 1, min(most, len(split.labels))).astype(np.int32)
+
+
+def _take(split: Split, keep: np.ndarray) -> Split:
+    """The images at the positions (M,)."""
     images = split.images.take(keep) if split.streamed else split.images[keep]
     return Split(images, split.labels[keep])
 

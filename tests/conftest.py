@@ -2,7 +2,7 @@
 
 Most of the time would go into optimising programs that then run for a second, so XLA does little of
 it here and in the processes that tests start. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`
-takes twice as long and tests what users run.
+takes longer and tests what users run.
 """
 
 import os

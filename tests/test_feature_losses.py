@@ -125,7 +125,7 @@ kinds = st.sampled_from(["zero", "constant", "same rows", "random"])
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_values_and_gradients_are_finite(name, rows_and_dtype, kind, scale, seed):
     rows, dtype = rows_and_dtype
     rng = np.random.default_rng(seed)
@@ -323,7 +323,7 @@ class TestFT:
 
 class TestOFD:
     @given(st.floats(0.05, 3), st.floats(-3, 3), st.booleans())
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=50, deadline=None)
     def test_margin_is_the_mean_of_the_negative_part(self, spread, mean, flipped):
         tail = stats.norm.cdf(0, mean, spread)
         moment, _ = integrate.quad(

@@ -215,7 +215,7 @@ def value_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", TERMS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     rows=st.sampled_from([1, 3]),
