@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.test_util import check_grads
 
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 from ipwd_jax.models.torch_names import from_torch, to_torch
 
 
@@ -132,6 +133,15 @@ def test_initialisation_and_immutable_statistics_are_left_alone():
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
     y = BatchNorm(train=True).apply(variables, x)  # raises if it tried to store
     np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_relu_is_flax_relu(dtype):
+    x = jnp.array([-jnp.inf, -2.0, -1e-30, 0.0, 1e-30, 3.0, jnp.inf, jnp.nan], dtype)
+    for f, g in ((relu, nn.relu), (jax.vmap(jax.grad(relu)), jax.vmap(jax.grad(nn.relu)))):
+        assert f(x).dtype == dtype
+        np.testing.assert_array_equal(f(x)[:-1], g(x)[:-1])
+    assert jnp.isnan(relu(x)[-1])  # a run that diverges must show it
 
 
 # Initialisers

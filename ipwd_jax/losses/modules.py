@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv
+from ipwd_jax.models.base import BatchNorm, Conv, relu
 
 
 class ConvRegressor(nn.Module):
@@ -42,4 +42,4 @@ class ConvRegressor(nn.Module):
         else:
             raise ValueError(f"no regressor from maps of height {source} to {target}")
         x = BatchNorm(train=True, axis_name=self.axis_name, name="bn")(layer(x), mask)
-        return nn.relu(x) if self.relu else x
+        return relu(x) if self.relu else x

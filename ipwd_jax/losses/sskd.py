@@ -7,7 +7,7 @@ from jax import lax
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
 from ipwd_jax.losses.kd import kd_loss
-from ipwd_jax.models.base import Linear, Outputs
+from ipwd_jax.models.base import Linear, Outputs, relu
 
 
 def similarity(embedding: jax.Array) -> jax.Array:
@@ -134,7 +134,7 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(R, D) -> (R, D)."""
         width = x.shape[1]
-        return Linear(width, name="2")(nn.relu(Linear(width, name="0")(x)))
+        return Linear(width, name="2")(relu(Linear(width, name="0")(x)))
 
 
 def _valid_columns(similarities: jax.Array, mask: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, pool_to_smaller
-from ipwd_jax.models.base import Conv, Outputs
+from ipwd_jax.models.base import Conv, Outputs, relu
 
 _MIN_VARIANCE = 1e-5
 
@@ -41,7 +41,7 @@ class Variational(nn.Module):
         mean, target = pool_to_smaller(*maps)
         channels = target.shape[-1]
         for i in (0, 2, 4):
-            mean = Conv(channels, 1, name=f"regressor.{i}")(nn.relu(mean) if i else mean)
+            mean = Conv(channels, 1, name=f"regressor.{i}")(relu(mean) if i else mean)
         start = math.log(math.expm1(self.variance - _MIN_VARIANCE))
         log_scale = self.param(
             "log_scale", nn.initializers.constant(start), (channels,), jnp.float32

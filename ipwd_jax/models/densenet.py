@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, relu
 
 
 class DenseLayer(nn.Module):
@@ -22,9 +22,9 @@ class DenseLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        y = nn.relu(self.norm(name="bn1")(x, mask))
+        y = relu(self.norm(name="bn1")(x, mask))
         y = Conv(4 * self.growth, kernel=1, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = relu(self.norm(name="bn2")(y, mask))
         y = Conv(self.growth, name="conv2")(y)
         return jnp.concatenate([y, x], axis=-1)
 
@@ -63,13 +63,13 @@ class DenseNet(nn.Module):
                 pre = norm(name=f"trans{block - 1}.bn")(x, mask)
                 preact += (pre,)
                 transition = Conv(x.shape[-1] // 2, kernel=1, name=f"trans{block - 1}.conv")
-                x = avg_pool(transition(nn.relu(pre)), 2)
+                x = avg_pool(transition(relu(pre)), 2)
             for layer in range(layers):
                 x = DenseLayer(self.growth, norm, name=f"dense{block}.{layer}")(x, mask)
             features += (x,)
         pre = norm(name="bn")(x, mask)
         preact += (pre,)
-        embedding = nn.relu(pre).mean((1, 2))
+        embedding = relu(pre).mean((1, 2))
         linear = Linear(self.classes, name="linear")
         return Outputs(linear(embedding), embedding, features, preact)
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
 
 # Width and stride of each unit.
 _UNITS = (
@@ -51,16 +51,16 @@ class MobileNetV1(nn.Module):
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(32, stride=2, name="model.0.0")(x)
-        x = nn.relu(norm(name="model.0.1")(x, mask))
+        x = relu(norm(name="model.0.1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for unit, (width, stride) in enumerate(_UNITS, start=1):
             name, channels = f"model.{unit}.{{}}", x.shape[-1]
             x = Conv(channels, stride=stride, groups=channels, name=name.format(0))(x)
-            x = nn.relu(norm(name=name.format(1))(x, mask))
+            x = relu(norm(name=name.format(1))(x, mask))
             x = Conv(width, kernel=1, name=name.format(3))(x)
             pre = norm(name=name.format(4))(x, mask)
-            x = nn.relu(pre)
+            x = relu(pre)
             if unit in _TAPPED:
                 features += (x,)
                 preact += (pre,)

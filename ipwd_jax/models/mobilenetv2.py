@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 # Expansion, channels at width 1, repeats, stride of the first.
 _STAGES = (
@@ -43,9 +43,9 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         inside = x.shape[-1] * self.expansion
         y = conv(inside, kernel=1, name="conv.0")(x)
-        y = nn.relu(self.norm(name="conv.1")(y, mask))
+        y = relu(self.norm(name="conv.1")(y, mask))
         y = conv(inside, stride=self.stride, groups=inside, name="conv.3")(y)
-        y = nn.relu(self.norm(name="conv.4")(y, mask))
+        y = relu(self.norm(name="conv.4")(y, mask))
         y = conv(self.width, kernel=1, name="conv.6")(y)
         y = self.norm(name="conv.7")(y, mask)
         return x + y if self.stride == 1 and x.shape[-1] == self.width else y
@@ -75,7 +75,7 @@ class MobileNetV2(nn.Module):
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = conv(int(32 * self.width), stride=2, name="conv1.0")(x)
-        x = nn.relu(norm(name="conv1.1")(x, mask))
+        x = relu(norm(name="conv1.1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         for stage, (expansion, channels, repeats, stride) in enumerate(_STAGES):
             for block in range(repeats):
@@ -90,7 +90,7 @@ class MobileNetV2(nn.Module):
             if stage in _TAPPED:
                 features += (x,)
         x = conv(int(1280 * max(self.width, 1.0)), kernel=1, name="conv2.0")(x)
-        x = nn.relu(norm(name="conv2.1")(x, mask))
+        x = relu(norm(name="conv2.1")(x, mask))
         embedding = x.mean((1, 2))
         small = nn.initializers.normal(0.01)
         classifier = Linear(

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
 
 
 class PreactBlock(nn.Module):
@@ -30,9 +30,9 @@ class PreactBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         pre = self.norm(name="bn1")(x, mask)
-        activated = nn.relu(pre)
+        activated = relu(pre)
         y = Conv(self.width, stride=self.stride, name="conv1")(activated)
-        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = relu(self.norm(name="bn2")(y, mask))
         y = Conv(self.width, name="conv2")(y)
         if self.stride != 1 or x.shape[-1] != self.width:
             shortcut = Conv(self.width, kernel=1, stride=self.stride, name="shortcut.0")
@@ -68,7 +68,7 @@ class PreactResNet(nn.Module):
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(64, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x, mask))
+        x = relu(norm(name="bn1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for stage, blocks in enumerate(self.blocks, start=1):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class BasicBlock(nn.Module):
@@ -23,7 +23,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         y = conv(self.width, stride=self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, mask))
+        y = relu(self.norm(name="bn1")(y, mask))
         y = conv(self.width, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask)
         if self.stride != 1 or x.shape[-1] != self.width:
@@ -59,14 +59,14 @@ class ResNet(nn.Module):
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         stem, *stages = self.widths
         x = conv(stem, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x, mask))
+        x = relu(norm(name="bn1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for stage, width in enumerate(stages, start=1):
             for block in range(self.blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 pre = BasicBlock(width, stride, norm, name=f"layer{stage}.{block}")(x, mask)
-                x = nn.relu(pre)
+                x = relu(pre)
             features += (x,)
             preact += (pre,)
         embedding = x.mean((1, 2))

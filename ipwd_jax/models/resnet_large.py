@@ -19,6 +19,7 @@ from ipwd_jax.models.base import (
     Outputs,
     he_normal_fan_out,
     max_pool,
+    relu,
     torch_uniform_kernel,
 )
 
@@ -35,7 +36,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         y = self.conv(self.width, stride=self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, mask))
+        y = relu(self.norm(name="bn1")(y, mask))
         y = self.conv(self.width, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask)
         if self.stride != 1 or x.shape[-1] != self.width:
@@ -60,9 +61,9 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         out = 4 * self.width
         y = self.conv(self.width, kernel=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, mask))
+        y = relu(self.norm(name="bn1")(y, mask))
         y = self.conv(self.width, stride=self.stride, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = relu(self.norm(name="bn2")(y, mask))
         y = self.conv(out, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3")(y, mask)
         if self.stride != 1 or x.shape[-1] != out:
@@ -101,7 +102,7 @@ class LargeResNet(nn.Module):
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         conv = partial(Conv, kernel_init=self.kernel_init)
         x = self.stem(x, conv)
-        x = nn.relu(norm(name="bn1")(x, mask))
+        x = relu(norm(name="bn1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         x = self.after_stem(x)
@@ -111,7 +112,7 @@ class LargeResNet(nn.Module):
                 width, name = 32 * 2**stage, f"layer{stage}.{block}"
                 layer = self.block(width, stride, conv, norm, self.shortcut, name=name)
                 pre = layer(x, mask)
-                x = nn.relu(pre)
+                x = relu(pre)
             features += (x,)
             preact += (pre,)
         embedding = x.mean((1, 2))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class GroupedBottleneck(nn.Module):
@@ -25,9 +25,9 @@ class GroupedBottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         y = conv(self.inside, kernel=1, name="conv_reduce")(x)
-        y = nn.relu(self.norm(name="bn_reduce")(y, mask))
+        y = relu(self.norm(name="bn_reduce")(y, mask))
         y = conv(self.inside, stride=self.stride, groups=self.groups, name="conv_conv")(y)
-        y = nn.relu(self.norm(name="bn")(y, mask))
+        y = relu(self.norm(name="bn")(y, mask))
         y = conv(self.width, kernel=1, name="conv_expand")(y)
         y = self.norm(name="bn_expand")(y, mask)
         if x.shape[-1] != self.width:
@@ -65,7 +65,7 @@ class ResNeXt(nn.Module):
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = conv(64, name="conv_1_3x3")(x)
-        x = nn.relu(norm(name="bn_1")(x, mask))
+        x = relu(norm(name="bn_1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for stage in (1, 2, 3):
@@ -79,7 +79,7 @@ class ResNeXt(nn.Module):
                     name=f"stage_{stage}.stage_{stage}_bottleneck_{block}",
                 )
                 pre = layer(x, mask)
-                x = nn.relu(pre)
+                x = relu(pre)
             features += (x,)
             preact += (pre,)
         embedding = x.mean((1, 2))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, channel_shuffle
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, channel_shuffle, relu
 
 
 class Unit(nn.Module):
@@ -34,9 +34,9 @@ class Unit(nn.Module):
         out = self.width - x.shape[-1] if self.stride == 2 else self.width
         inside, groups = out // 4, 1 if x.shape[-1] == 24 else self.groups
         y = Conv(inside, kernel=1, groups=groups, name="conv1")(x)
-        y = channel_shuffle(nn.relu(self.norm(name="bn1")(y, mask)), groups)
+        y = channel_shuffle(relu(self.norm(name="bn1")(y, mask)), groups)
         y = Conv(inside, stride=self.stride, groups=inside, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = relu(self.norm(name="bn2")(y, mask))
         y = Conv(out, kernel=1, groups=self.groups, name="conv3")(y)
         y = self.norm(name="bn3")(y, mask)
         if self.stride == 2:
@@ -66,14 +66,14 @@ class ShuffleNetV1(nn.Module):
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(24, kernel=1, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x, mask))
+        x = relu(norm(name="bn1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for stage, (width, units) in enumerate(((240, 4), (480, 8), (960, 4)), start=1):
             for unit in range(units):
                 layer = Unit(width, 1 if unit else 2, 3, norm, name=f"layer{stage}.{unit}")
                 pre = layer(x, mask)
-                x = nn.relu(pre)
+                x = relu(pre)
             features += (x,)
             preact += (pre,)
         embedding = x.mean((1, 2))

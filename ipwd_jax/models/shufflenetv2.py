@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, channel_shuffle
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, channel_shuffle, relu
 
 
 class DownUnit(nn.Module):
@@ -27,13 +27,13 @@ class DownUnit(nn.Module):
         left = Conv(channels, stride=2, groups=channels, name="conv1")(x)
         left = self.norm(name="bn1")(left, mask)
         left = Conv(half, kernel=1, name="conv2")(left)
-        left = nn.relu(self.norm(name="bn2")(left, mask))
+        left = relu(self.norm(name="bn2")(left, mask))
         right = Conv(half, kernel=1, name="conv3")(x)
-        right = nn.relu(self.norm(name="bn3")(right, mask))
+        right = relu(self.norm(name="bn3")(right, mask))
         right = Conv(half, stride=2, groups=half, name="conv4")(right)
         right = self.norm(name="bn4")(right, mask)
         right = Conv(half, kernel=1, name="conv5")(right)
-        right = nn.relu(self.norm(name="bn5")(right, mask))
+        right = relu(self.norm(name="bn5")(right, mask))
         return channel_shuffle(jnp.concatenate([left, right], axis=-1), 2)
 
 
@@ -52,13 +52,13 @@ class BasicUnit(nn.Module):
         untouched, y = jnp.split(x, 2, axis=-1)
         half = y.shape[-1]
         y = Conv(half, kernel=1, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn1")(y, mask))
+        y = relu(self.norm(name="bn1")(y, mask))
         y = Conv(half, groups=half, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask)
         y = Conv(half, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3")(y, mask)
         pre = jnp.concatenate([untouched, y], axis=-1)
-        out = jnp.concatenate([untouched, nn.relu(y)], axis=-1)
+        out = jnp.concatenate([untouched, relu(y)], axis=-1)
         return channel_shuffle(out, 2), pre
 
 
@@ -89,7 +89,7 @@ class ShuffleNetV2(nn.Module):
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         *stages, last = self.widths
         x = Conv(24, kernel=1, name="conv1")(x)
-        x = nn.relu(norm(name="bn1")(x, mask))
+        x = relu(norm(name="bn1")(x, mask))
         features: tuple[jax.Array, ...] = (x,)
         preact: tuple[jax.Array, ...] = (x,)
         for stage, (width, units) in enumerate(zip(stages, self.units, strict=True), start=1):
@@ -99,7 +99,7 @@ class ShuffleNetV2(nn.Module):
             features += (x,)
             preact += (pre,)
         x = Conv(last, kernel=1, name="conv2")(x)
-        x = nn.relu(norm(name="bn2")(x, mask))
+        x = relu(norm(name="bn2")(x, mask))
         embedding = x.mean((1, 2))
         linear = Linear(self.classes, name="linear")
         return Outputs(linear(embedding), embedding, features, preact)

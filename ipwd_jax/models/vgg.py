@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, max_pool
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, max_pool, relu
 
 
 class VGG(nn.Module):
@@ -51,7 +51,7 @@ class VGG(nn.Module):
                     width, use_bias=True, bias_init=nn.initializers.zeros, name=name.format(3 * i)
                 )
                 pre = norm(name=name.format(3 * i + 1))(layer(x), mask)
-                x = nn.relu(pre)
+                x = relu(pre)
             features += (x,)
             preact += (pre if block else x,)
         embedding = x.mean((1, 2))

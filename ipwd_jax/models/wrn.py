@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class PreactBlock(nn.Module):
@@ -32,9 +32,9 @@ class PreactBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         pre = self.norm(name="bn1")(x, mask)
-        activated = nn.relu(pre)
+        activated = relu(pre)
         y = conv(self.width, stride=self.stride, name="conv1")(activated)
-        y = nn.relu(self.norm(name="bn2")(y, mask))
+        y = relu(self.norm(name="bn2")(y, mask))
         y = conv(self.width, name="conv2")(y)
         if x.shape[-1] != self.width:
             x = conv(self.width, kernel=1, stride=self.stride, name="convShortcut")(activated)
@@ -84,7 +84,7 @@ class WideResNet(nn.Module):
             features += (x,)
         pre = norm(name="bn1")(x, mask)
         preact += (pre,)
-        embedding = nn.relu(pre).mean((1, 2))
+        embedding = relu(pre).mean((1, 2))
         fc = Linear(self.classes, bias_init=nn.initializers.zeros, name="fc")
         return Outputs(fc(embedding), embedding, features, preact)
 
