@@ -34,14 +34,13 @@ import jax
 import numpy as np
 from our_arm import CLASSES, OurArm, Problem, make_problem
 
-from ipwd_jax import models, precision
+from ipwd_jax import models, precision, xla
 from ipwd_jax.models.__main__ import multiply_adds
 from ipwd_jax.models.torch_names import to_torch
 
 GATE_STEPS, GATE_LEARNING_RATE, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 0.01, 1e-9, 1e-6
 BASELINE = "torch_channels_last"
 ON_GPU = pathlib.Path("/dev/nvidiactl").exists()
-YNN = "--xla_cpu_experimental_ynn_fusion_type=dot,reduce"
 GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"
 
 
@@ -73,9 +72,12 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
         "ours_float32_student_only": {"teacher": ""},
     }
     if not ON_GPU:
-        kinds = {"ynn": "network", "folded_ynn": "folded", "cached_ynn": "cached"}
-        ynn = {f"ours_float32_{k}": {"teacher": v, "flags": YNN} for k, v in kinds.items()}
-        return arms | ynn
+        flags = " ".join(xla.PROFILES["cpu-eigen"].flags)
+        kinds = {"eigen": "network", "folded_eigen": "folded", "cached_eigen": "cached"}
+        return arms | {
+            f"ours_float32_{name}": {"teacher": kind, "flags": flags}
+            for name, kind in kinds.items()
+        }
     chunked = {"precision": "bfloat16", "steps_per_call": chunk}
     return arms | {
         "ours_tf32": {"precision": "tf32"},

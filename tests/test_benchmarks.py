@@ -43,7 +43,7 @@ def test_both_take_the_same_ten_steps(pair):
 
 
 def test_arms_take_turns_and_one_of_them_in_a_child():
-    ours = ("", "_ynn", "_folded", "_cached")
+    ours = ("", "_eigen", "_folded", "_cached")
     arms = ["torch_channels_last", *(f"ours_float32{name}" for name in ours)]
     options = ("--steps=2", "--repeats=1", "--warm-up=2", *SMALL)
     _, *lines = run("step.py", "--pairs=resnet8,resnet8", f"--arms={','.join(arms)}", *options)
