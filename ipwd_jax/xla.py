@@ -2,7 +2,8 @@
 
 Set before the first array exists: `python -m ipwd_jax.main --xla_profile=gpu-graphs ...`. What is
 proven about each is in benchmarks/RESULTS.md; results of a run do not depend on a profile beyond
-rounding, and every run notes the one that it had.
+rounding, and every run notes the one that it had. What no profile can set, as a process reads it
+when it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` saves most page faults of a step.
 """
 
 import os
