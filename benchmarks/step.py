@@ -41,7 +41,7 @@ from ipwd_jax.models.torch_names import to_torch
 GATE_STEPS, GATE_LEARNING_RATE, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 0.01, 1e-9, 1e-6
 BASELINE = "torch_channels_last"
 ON_GPU = pathlib.Path("/dev/nvidiactl").exists()
-GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE"
+EIGEN, GRAPHS = (" ".join(xla.PROFILES[name].flags) for name in ("cpu-eigen", "gpu-graphs"))
 
 
 def torch_arms() -> dict[str, dict[str, Any]]:
@@ -72,10 +72,9 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
         "ours_float32_student_only": {"teacher": ""},
     }
     if not ON_GPU:
-        flags = " ".join(xla.PROFILES["cpu-eigen"].flags)
         kinds = {"eigen": "network", "folded_eigen": "folded", "cached_eigen": "cached"}
         return arms | {
-            f"ours_float32_{name}": {"teacher": kind, "flags": flags}
+            f"ours_float32_{name}": {"teacher": kind, "flags": EIGEN}
             for name, kind in kinds.items()
         }
     chunked = {"precision": "bfloat16", "steps_per_call": chunk}

@@ -229,7 +229,7 @@ conv = partial(Conv, kernel_init=he_normal_fan_out)
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0) and, as `flax.linen.relu`, gradient 0 at 0; NaN stays NaN.
+    """max(x, 0), shape and float type kept; gradient 0 at 0 as `flax.linen.relu`; NaN stays NaN.
 
     On a CPU as a selection: XLA computes an elementwise operation again for each of its readers
     if it reads one array (a maximum with 0), but not if it reads two (the selection: a condition
