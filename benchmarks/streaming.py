@@ -61,6 +61,7 @@ def trained(
     config = config_lib.default()
     config.data.update({"name": f"folder:{folder / 'images'}", "streaming": dataset is None})
     config.data.image_size = options.image_size
+    config.data.crop_padding *= dataset is not None  # streamed images get random resized crops
     config.batch_size, config.epochs = options.batch, options.epochs
     config.precision, config.optimizer.learning_rate = options.precision, 1e-4
     config.teacher.name, config.model.name = options.pair.split(",")

@@ -18,4 +18,6 @@ def get_config(arg: str = "resnet32x4"):
     config = default()
     config.teacher.name = arg
     config.teacher.optimizer.learning_rate = cifar_learning_rate(arg)
-    return teacher_config(config)
+    teacher = teacher_config(config)
+    teacher.name = f"cifar100_{arg}"
+    return teacher

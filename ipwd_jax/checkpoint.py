@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from ipwd_jax import parallel
 from ipwd_jax.errors import UserError
-from ipwd_jax.state import TrainState
+from ipwd_jax.state import TrainState, not_finite
 
 _FOLDER = "checkpoints"
 
@@ -46,6 +46,10 @@ class Position:
     best_epoch: int = 0
     best_top1: float = -1.0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def epochs_of(self, stage: str) -> int:
+        """Finished epochs of the stage of this name."""
+        return sum(row["stage"] == stage for row in self.history)
 
 
 @dataclasses.dataclass
@@ -121,24 +125,19 @@ class Checkpoints:
                 "Make space and run the same command again; it goes on from there."
             ) from error
 
-    def restore(
-        self, template: Callable[[Position], TrainState], newest: int | None = None
-    ) -> Snapshot | None:
+    def restore(self, template: Callable[[Position], TrainState]) -> Snapshot | None:
         """The newest checkpoint that can be read, or None where there is none.
 
         Newer ones that cannot be read are set aside under another name, with a warning.
 
         Args:
             template: a state of the stage that a position is in, of which only shapes are read.
-            newest: number beyond which checkpoints are not considered.
 
         Raises:
             UserError: there are checkpoints but none can be read.
         """
         damaged = {}
         for number in reversed(self.steps()):
-            if newest is not None and number > newest:
-                continue
             try:
                 restored = self._restore(number, template)
             except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -206,7 +205,8 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
         template: shapes of the expected network's variables.
 
     Raises:
-        UserError: no checkpoint is there, it cannot be read, or it is of another network.
+        UserError: no checkpoint is there, it cannot be read, it is of another network, or the
+            network's numbers are not finite.
     """
     folder = workdir.resolve() / _FOLDER
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
@@ -236,9 +236,14 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
         meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(meta)
         position, checksums = _read_meta(meta_of_run)
         _verify(which, variables, checksums)
-        return variables, position
     except Exception as error:
         raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+    if bad := not_finite(variables):
+        raise UserError(
+            f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or near "
+            f"to it, among them {', '.join(bad[:3])}. Train it again with a lower learning rate."
+        )
+    return variables, position
 
 
 def save_network(workdir: pathlib.Path, variables: Any) -> None:
@@ -264,7 +269,7 @@ def save_network(workdir: pathlib.Path, variables: Any) -> None:
 def _meta(position: Position, items: dict[str, Any]) -> dict[str, Any]:
     """The JSON of a checkpoint: the position, and checksums of it and of the items."""
     plain = dataclasses.asdict(position)
-    checksums = {name: _checksum(item) for name, item in items.items()}
+    checksums = {name: checksum(item) for name, item in items.items()}
     return {**plain, "checksums": {"position": _checksum_of_json(plain), **checksums}}
 
 
@@ -277,11 +282,11 @@ def _read_meta(meta: dict[str, Any]) -> tuple[Position, dict[str, str]]:
 
 
 def _verify(name: str, item: Any, checksums: dict[str, str]) -> None:
-    if _checksum(item) != checksums[name]:
+    if checksum(item) != checksums[name]:
         raise ValueError(f"the numbers of {name!r} have changed since they were saved")
 
 
-def _checksum(tree: Any) -> str:
+def checksum(tree: Any) -> str:
     """CRC-32 over all leaves of a pytree, in order: 8 hexadecimal digits."""
     crc = 0
     for leaf in jax.tree.leaves(tree):

@@ -1,16 +1,16 @@
-"""Every setting of a run with its default, and the checks that need no data.
+"""Every setting of a run with its default; `ipwd_jax.validate` says which values it may have.
 
 A file in `configs/` starts from `default()` and changes what differs; the command line changes
 single values (`--config.optimizer.learning_rate=0.1`).
 """
 
 import difflib
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from ipwd_jax import losses, models
-from ipwd_jax.errors import UserError, unknown_name
-from ipwd_jax.precision import PRECISIONS
+from ipwd_jax import losses
+from ipwd_jax.errors import UserError
 
 WEIGHTINGS = ("uniform", "constant", "wsld", "ipwd")
 SCHEDULES = ("step", "cosine")
@@ -124,8 +124,12 @@ def teacher_and_student(arg: str, teacher: str, student: str) -> list[str]:
 
 
 def cifar_learning_rate(network: str) -> float:
-    """First learning rate on CIFAR by Tian et al., 2020: 0.05, or 0.01 for three light networks."""
-    return 0.01 if network in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
+    """First learning rate on CIFAR by Tian et al., 2020: 0.05, or 0.01 for three light networks.
+
+    These are MobileNetV2, ShuffleV1 and ShuffleV2, of any width (`ShuffleV2_0.5`).
+    """
+    family = network.partition("_")[0]
+    return 0.01 if family in ("MobileNetV2", "ShuffleV1", "ShuffleV2") else 0.05
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
@@ -137,24 +141,29 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     teacher = default()
     teacher.data = config.data
     teacher.model.name = config.teacher.name
-    data_name = config.data.name.rpartition("/")[2].replace(":", "_")  # without a path
     smoothing = config.teacher.label_smoothing
-    suffix = f"_smoothing{smoothing:g}" if smoothing else ""
-    teacher.name = f"{data_name}_{config.teacher.name}{suffix}"
+    teacher.name = config.teacher.name + (f"_smoothing{smoothing:g}" if smoothing else "")
     for key in ("seed", "epochs", "batch_size", "optimizer"):
         teacher[key] = config.teacher[key]
     teacher.terms.ce.label_smoothing = config.teacher.label_smoothing
-    for key in ("sync_batch_norm", "eval_every_epochs", "eval_batch_size", "log_every_steps"):
+    for key in ("sync_batch_norm", "eval_batch_size", "log_every_steps"):
         teacher[key] = config[key]
     teacher.checkpoint = config.checkpoint
     return teacher
 
 
 def stages(config: ConfigDict) -> list[ConfigDict]:
-    """The stages of a run in order: `name`, `epochs`, `loss`, `optimizer`, `trainable` of each."""
+    """The stages of a run in order: `name`, `epochs`, `loss`, `optimizer`, `trainable` of each.
+
+    `pretrains` says whether it is a first stage, which trains what terms prepare for the main one.
+    `weighted` says whether `config.weighting` multiplies its terms: those of the main one alone, so
+    that a first stage is the same whatever the weighting.
+    """
     keys = ("epochs", "loss", "optimizer", "trainable")
     main = ConfigDict({"name": "main", **{key: config[key] for key in keys}})
     first = ConfigDict({"name": "first", **{key: config.first_stage[key] for key in keys}})
+    main.update({"pretrains": False, "weighted": config.weighting.name != "uniform"})
+    first.update({"pretrains": True, "weighted": False})
     return [first, main] if first.epochs else [main]
 
 
@@ -170,14 +179,24 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return lines
 
 
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Path ("optimizer.momentum") -> value of every setting of `config`, and of every section."""
+    paths = {}
+    for key, value in config.items():
+        paths[key] = value
+        if isinstance(value, ConfigDict):
+            paths |= {f"{key}.{path}": inner for path, inner in flat(value).items()}
+    return paths
+
+
 def has_key(config: ConfigDict, path: str) -> bool:
     """Whether `path` ("optimizer.momentum") is a setting of `config`."""
-    return path in set(_flat(config))
+    return path in flat(config)
 
 
 def unknown_key(path: str, config: ConfigDict) -> UserError:
     """The error for a `path` that is not a setting of `config`, with the nearest that is."""
-    known = sorted(_flat(config), key=len)
+    known = sorted(flat(config), key=len)
     parent, _, name = path.rpartition(".")
     section = [k for k in known if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(name, [_name(k) for k in section], n=1)
@@ -194,150 +213,3 @@ def unknown_key(path: str, config: ConfigDict) -> UserError:
 
 def _name(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _flat(config: ConfigDict, prefix: str = ""):
-    for key, value in config.items():
-        yield prefix + key
-        if isinstance(value, ConfigDict):
-            yield from _flat(value, f"{prefix}{key}.")
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises `UserError` for everything about a config that is wrong whatever the data is."""
-    reference = default()
-    known = set(_flat(reference))
-    for path in _flat(config):
-        if path not in known and path.rpartition(".")[0] in known | {""}:
-            parent, _, name = path.rpartition(".")
-            if parent in ("loss", "first_stage.loss", "terms"):
-                raise unknown_name("loss term", name, losses.TERMS)
-            raise unknown_key(path, reference)
-    for path in known - set(_flat(config)):
-        if path.partition(".")[0] not in ("loss", "terms", "first_stage"):
-            raise UserError(f"config.{path} is missing; start from ipwd_jax.config.default()")
-
-    models.create(config.model.name, classes=1)
-    if config.teacher.name:
-        models.create(config.teacher.name, classes=1)
-    _positive(config, "epochs", "batch_size", "eval_every_epochs", "eval_batch_size")
-    _positive(config, "log_every_steps", "checkpoint.keep")
-    _positive(config.teacher, "epochs", "batch_size", prefix="teacher.")
-    _not_negative(config, "data.threads")
-    _not_negative(config, "seed", "teacher.seed", "data.crop_padding", "data.image_size")
-    _not_negative(config, "first_stage.epochs", "checkpoint.every_seconds", "weighting.clip")
-    _not_negative(config, "weighting.start_epoch", "weighting.constant")
-    if config.teacher.view_cache not in VIEW_CACHES:
-        raise unknown_name("config.teacher.view_cache", config.teacher.view_cache, VIEW_CACHES)
-    if len(set(config.seeds)) != len(config.seeds):
-        raise UserError(f"config.seeds has a seed twice: {tuple(config.seeds)}")
-    if config.share_order and len(config.seeds) < 2:
-        raise UserError("config.share_order needs several config.seeds")
-    if config.precision not in PRECISIONS:
-        raise unknown_name("config.precision", config.precision, PRECISIONS)
-    _not_negative(config, "steps_per_call", "teacher.look_ahead")
-    if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
-        raise UserError(
-            "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
-            "not depend on the batch; leave it out"
-        )
-    source = config.terms.cls.source
-    if source not in HEAD_SOURCES:
-        raise unknown_name("config.terms.cls.source", source, HEAD_SOURCES)
-    if config.terms.kd_head.source not in HEAD_SOURCES[:2]:
-        source = config.terms.kd_head.source
-        raise unknown_name("config.terms.kd_head.source", source, HEAD_SOURCES[:2])
-    if config.teacher.which not in ("last", "best"):
-        raise unknown_name("config.teacher.which", config.teacher.which, ("last", "best"))
-    for prefix in ("", "teacher.", "first_stage."):
-        _validate_optimizer(f"{prefix}optimizer", _get(config, f"{prefix}optimizer"))
-    for stage in stages(config):
-        _validate_loss(config, stage)
-    _validate_weighting(config)
-
-
-def _get(config: ConfigDict, path: str):
-    for key in path.split("."):
-        config = config[key]
-    return config
-
-
-def _positive(config: ConfigDict, *paths: str, prefix: str = "") -> None:
-    for path in paths:
-        if _get(config, path) < 1:
-            raise UserError(f"config.{prefix}{path} must be at least 1, found {_get(config, path)}")
-
-
-def _not_negative(config: ConfigDict, *paths: str) -> None:
-    for path in paths:
-        if _get(config, path) < 0:
-            raise UserError(f"config.{path} must not be negative, found {_get(config, path)}")
-
-
-def _validate_optimizer(path: str, optimizer: ConfigDict) -> None:
-    if optimizer.schedule not in SCHEDULES:
-        raise unknown_name("learning-rate schedule", optimizer.schedule, SCHEDULES)
-    if optimizer.learning_rate <= 0:
-        raise UserError(
-            f"config.{path}.learning_rate must be positive, found {optimizer.learning_rate}"
-        )
-    if not 0 <= optimizer.momentum < 1:
-        raise UserError(f"config.{path}.momentum must be in [0, 1), found {optimizer.momentum}")
-    if list(optimizer.milestones) != sorted(set(optimizer.milestones)):
-        raise UserError(f"config.{path}.milestones must rise, found {tuple(optimizer.milestones)}")
-
-
-def _validate_loss(config: ConfigDict, stage: ConfigDict) -> None:
-    where = "config.loss" if stage.name == "main" else "config.first_stage.loss"
-    active = [name for name, weight in stage.loss.items() if weight]
-    if not active:
-        raise UserError(f"{where} has no term with a weight; set for example --{where}.ce=1")
-    for name in active:
-        if losses.TERMS[name].teacher_taps and not config.teacher.name:
-            raise UserError(
-                f"{where}.{name} needs a teacher; set --config.teacher.name to a network"
-            )
-
-
-def _validate_weighting(config: ConfigDict) -> None:
-    weighting = config.weighting
-    if weighting.name not in WEIGHTINGS:
-        raise unknown_name("weighting", weighting.name, WEIGHTINGS)
-    if weighting.ratio not in ("A", "B"):
-        raise unknown_name("config.weighting.ratio", weighting.ratio, ("A", "B"))
-    if not 0 <= weighting.average < 1:
-        raise UserError(f"config.weighting.average must be in [0, 1), found {weighting.average}")
-    if weighting.kd_source not in ("student", "head"):
-        raise unknown_name("config.weighting.kd_source", weighting.kd_source, ("student", "head"))
-    for name in weighting.terms:
-        if name not in losses.TERMS:
-            raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
-        if not losses.TERMS[name].per_sample and weighting.name != "uniform":
-            raise UserError(
-                f"config.weighting.terms names {name}, which compares samples with each other and "
-                "has no loss of a single sample to weigh; name others, or set "
-                "--config.weighting.name=uniform"
-            )
-    if weighting.name == "uniform":
-        return
-    if not any(config.loss.get(name, 0) for name in weighting.terms):
-        raise UserError(
-            f"config.weighting.name={weighting.name} weighs {tuple(weighting.terms)}, none of "
-            "which has a weight in config.loss; name the terms with --config.weighting.terms"
-        )
-    if weighting.name == "ipwd" and not config.loss.get("cls", 0):
-        raise UserError(
-            "config.weighting.name=ipwd compares with the label-only head, which nothing trains; "
-            "set --config.loss.cls=1"
-        )
-    if (
-        weighting.name == "ipwd"
-        and weighting.kd_source == "head"
-        and not config.loss.get("kd_head", 0)
-    ):
-        raise UserError(
-            "config.weighting.kd_source=head compares the distilled head, which nothing trains; "
-            "set for example --config.loss.kd_head=0.9"
-        )
-    if weighting.name == "wsld" and not config.teacher.name:
-        raise UserError("config.weighting.name=wsld needs a teacher; set --config.teacher.name")

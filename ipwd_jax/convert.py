@@ -27,6 +27,7 @@ from ipwd_jax import checkpoint, torch_files, writers
 from ipwd_jax import config as config_lib
 from ipwd_jax.errors import UserError
 from ipwd_jax.models.torch_names import from_torch, to_torch, torch_shapes
+from ipwd_jax.state import not_finite
 from ipwd_jax.torch_networks import Fit, guess, renamed, template_of
 
 # Where training scripts keep the network's tensors in what they save.
@@ -49,8 +50,9 @@ def import_file(
         What `result.json` holds.
 
     Raises:
-        UserError: the file cannot be read, is of no known network or of several, or the work
-            directory exists. Then nothing is written.
+        UserError: the file cannot be read, is of no known network or of several, or has weights
+            that are NaN, infinite or near to it; or the work directory exists. Then nothing is
+            written.
     """
     workdir = workdir or pathlib.Path("runs") / path.stem
     if workdir.exists():
@@ -59,7 +61,13 @@ def import_file(
     fit = guess({name: x.shape for name, x in tensors.items()}, network)
     template = template_of(fit)
     tensors = renamed(tensors, torch_shapes(template))
+    if (claimed := sum(x.nbytes for x in tensors.values())) > path.stat().st_size:
+        raise UserError(
+            f"the tensors of {path} share their numbers: they would take {claimed:,} bytes, the "
+            f"file has {path.stat().st_size:,}. In PyTorch, save a tensor.clone() of each."
+        )
     variables = _float32(from_torch(tensors, template))
+    _check_finite(path, variables)
     result = {
         "name": path.stem,
         "network": fit.name,
@@ -151,9 +159,10 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"the file holds a {type(tree).__name__} instead of a state dict")
-    metadata = {str(k): v for k, x in tree.items() if (v := _scalar(x)) is not None}
+    tree = _named(tree)
+    metadata = {k: v for k, x in tree.items() if (v := _scalar(x)) is not None}
     place = _place(tree, key)
-    tree = tree[place] if place else tree
+    tree = _named(tree[place]) if place else tree
     tensors = {k.removeprefix("module."): np.asarray(x) for k, x in tree.items() if _is_tensor(x)}
     tensors = {k: x for k, x in tensors.items() if not k.endswith(_COUNTER)}
     if any(name.startswith("backbone.") for name in tensors):
@@ -164,25 +173,32 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     return tensors, {k: v for k, v in metadata.items() if k not in tree}
 
 
+def _named(tree: Mapping) -> dict[str, Any]:
+    """The entries of `tree` that have names: those under numbers are no layer's."""
+    return {name: value for name, value in tree.items() if isinstance(name, str)}
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, np.ndarray)
 
 
 def _is_state_dict(value: Any) -> bool:
     """Whether it is a dictionary with the kernel of a layer among its values."""
-    return isinstance(value, Mapping) and any(_is_tensor(x) and x.ndim > 1 for x in value.values())
+    return isinstance(value, Mapping) and any(
+        _is_tensor(x) and x.ndim > 1 for x in _named(value).values()
+    )
 
 
 def _place(tree: Mapping, key: str) -> str:
     """The entry of `tree` that is the state dict; empty: `tree` itself."""
-    found = [str(name) for name, value in tree.items() if _is_state_dict(value)]
+    found = [name for name, value in tree.items() if _is_state_dict(value)]
     places = [name for name in ([key] if key else _WRAPPERS) if name in found]
     if len(places) == 1:
         return places[0]
     if not key and not places and _is_state_dict(tree):
         return ""
     if not found:
-        entries = ", ".join(map(str, list(tree)[:20])) or "none"
+        entries = ", ".join(list(tree)[:20]) or "none"
         raise UserError(
             f"the file holds no state dict; its entries: {entries}. Save model.state_dict()."
         )
@@ -209,7 +225,18 @@ def _float32(variables: Any) -> Any:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"the file has weights of type {dtype}; save them as float32")
         print(f"converted from {dtype} to float32", flush=True)
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+    with np.errstate(over="ignore"):  # found by `_check_finite`
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+
+
+def _check_finite(path: pathlib.Path, variables: Any) -> None:
+    """Raises `UserError` with the names of tensors that are NaN, infinite or near to it."""
+    if names := not_finite(to_torch(variables)):
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise UserError(
+            f"{path} has weights that are not finite in float32, or near to it, in "
+            f"{', '.join(names[:20])}{more}. Use a checkpoint from before the training diverged."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,17 +10,21 @@ with their meaning. The same command goes on where a run was stopped. A run leav
 directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, result.json.
 """
 
+import itertools
 import logging as python_logging
 import pathlib
+import re
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from ipwd_jax.config import default, has_key, unknown_key
 from ipwd_jax.errors import Interrupted, UserError
 
+# Imports that take seconds are made within functions: `main` reports an interrupt of them.
+_CONFIG_MODULE = "config_config"  # what ml_collections calls the file of the flag "config"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the run's settings, for example configs/digits_ipwd.py."
 )
@@ -47,19 +51,67 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them, the config or its overrides becomes one line."""
     try:
         rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
+        if _CONFIG.present:
             _CONFIG.value.keys()  # a file that could not be loaded says so here
         return rest
-    except (KeyError, AttributeError) as error:  # an override of what the config does not have
-        for argument in argv:
-            path = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-            if argument.lstrip("-").startswith("config.") and not has_key(default(), path):
-                _exit(unknown_key(path, default()))
-        _exit(UserError(f"the config cannot be read: {error}"))
-    except flags.Error as error:
-        _exit(UserError(str(error).strip().splitlines()[-1]))
-    except OSError:
-        _exit(UserError(f"the config file {flags.FLAGS['config'].config_filename} does not exist"))
+    except SystemExit as stop:  # --help and its like leave with 1
+        helped = any(re.fullmatch(r"--?(help\w*|\?)", argument) for argument in argv)
+        sys.exit(0 if helped else stop.code)
+    except Exception as error:
+        _exit(_explained(error, argv))
+
+
+def _explained(error: Exception, argv: list[str]) -> UserError:
+    """What is wrong with the flags, the config file or its overrides."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for cause in chain:
+        if found := _in_config_file(cause):
+            return found
+    path = _config_path(argv)
+    if isinstance(error, OSError) and not pathlib.Path(path).exists():
+        return UserError(f"the config file {path} does not exist")
+    if isinstance(error, OSError):
+        return UserError(f"the config file {path} cannot be read: {chain[-1]}")
+    if isinstance(error, flags.Error):
+        return UserError(str(error).strip().splitlines()[-1])
+    from ipwd_jax.config import default, has_key, unknown_key
+
+    for argument in argv:  # an override of what the config does not have
+        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if argument.lstrip("-").startswith("config.") and not has_key(default(), name):
+            return unknown_key(name, default())
+    if _CONFIG.present and not isinstance(_CONFIG.value, ConfigDict):
+        return UserError(f"get_config() of {path} returns {_CONFIG.value}, not the config")
+    return UserError(f"the config {path} cannot be read: {error}")
+
+
+def _in_config_file(error: BaseException) -> UserError | None:
+    """What Python says of the config file and where in it; None: it has not raised the error."""
+    lines = [
+        (frame.f_code.co_filename, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == _CONFIG_MODULE
+    ]
+    words = " ".join(str(error).split())
+    if isinstance(error, SyntaxError) and error.filename:
+        lines, words = [(error.filename, error.lineno)], error.msg
+    if not lines:
+        return None
+    if isinstance(error, UserError):
+        return error
+    path, number = lines[-1]
+    return UserError(f"{path}, line {number}: {type(error).__name__}: {words}")
+
+
+def _config_path(argv: list[str]) -> str:
+    """The file that --config names, without the argument after its colon."""
+    for argument, following in itertools.pairwise([*argv, ""]):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return (value if equals else following).partition(":")[0]
+    return ""
 
 
 def _exit(error: UserError) -> NoReturn:
@@ -69,18 +121,20 @@ def _exit(error: UserError) -> NoReturn:
 
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE")
+        words = f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE"
+        raise app.UsageError(words, exitcode=2)
     if _CONFIG.value is None:
         found = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("*.py")))
-        raise app.UsageError(f"--config=FILE is missing{f'; here: {found}' if found else ''}")
-    from ipwd_jax import report, train, xla  # the slow imports, once the flags are right
+        words = f"--config=FILE is missing{f'; here: {found}' if found else ''}"
+        raise app.UsageError(words, exitcode=2)
+    from ipwd_jax import report, train, xla
 
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
     xla.apply(_XLA_PROFILE.value, _COMPILATION_CACHE.value)
     config = _CONFIG.value
-    suffix = "" if config.seeds else f"_seed{config.seed}"
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name or 'run'}{suffix}")
+    suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:

@@ -43,6 +43,19 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
     )
 
 
+def only(trainable: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimiser of the leaves that are trained; the others have no state and stay as they are.
+
+    Args:
+        trainable: bools like the parameters.
+        optimizer: of the leaves where it is True.
+    """
+    if all(jax.tree.leaves(trainable)):
+        return optimizer
+    labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", trainable)
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
 def trainable_mask(
     params: Any,
     prefixes: Sequence[str],

@@ -1,5 +1,6 @@
 """What a person reads of a run's results."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,9 +43,11 @@ def summary(result: Mapping[str, Any]) -> str:
         "".join([f"{'test set':<15}", *(f"{name:>20}" for name in columns)]),
     ]
     for metric, unit in _UNITS.items():
-        values = [column.get(metric) for column in columns.values()]
-        if any(value is not None for value in values):
-            cells = (f"{'' if v is None else format(v, '.3f'):>20}" for v in values)
+        if any(metric in column for column in columns.values()):
+            cells = (
+                f"{_number(column[metric]) if metric in column else '':>20}"
+                for column in columns.values()
+            )
             lines.append("".join([f"{metric:<15}", *cells, f"  {unit}".rstrip()]))
     rounding = result.get("teacher") or {}
     if "logits_error" in rounding:
@@ -64,12 +67,10 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     if weights and "mass_correlation_A" in weights:
         cells = (
-            f"{ratio} {'undefined' if value is None or value != value else format(value, '+.3f')}"
-            for ratio in "AB"
-            for value in [weights[f"mass_correlation_{ratio}"]]
+            f"{ratio} {_number(weights[f'mass_correlation_{ratio}'], '+.3f')}" for ratio in "AB"
         )
         lines.append(f"rank correlation of class weight and teacher mass: {', '.join(cells)}")
-    if "images_per_second" in result:
+    if result.get("images_per_second"):
         lines.append(
             f"{result['images_per_second']:,.0f} training images/s on {result['devices']} x "
             f"{result['device']}"
@@ -96,6 +97,15 @@ def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+def _number(value: float | None, form: str = ".3f") -> str:
+    """A number, or `undefined`: JSON's null, and the mean of nothing."""
+    return "undefined" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _mean_and_deviation(values: Sequence[float | None]) -> str:
+    """`mean +- deviation` of one value a seed; undefined where that of one seed is."""
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if len(numbers) < len(values):
+        return "undefined"
+    deviation = f" +- {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.3f}{deviation}"

@@ -45,6 +45,29 @@ class TrainState:
         return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
 
 
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the leaves of a pytree that hold a nan, an infinity, or a number near to one.
+
+    A parameter whose square overflows (1e19 in float32) is finite, but what it multiplies is not.
+    """
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves]))
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), good in zip(leaves, finite, strict=True)
+        if not good
+    ]
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(jnp.square(leaf)).all() for leaf in leaves]
+
+
 def order_key(key: jax.Array) -> jax.Array:
     """The key from which the order of the samples is drawn."""
     return jax.random.fold_in(key, 1)
@@ -62,7 +85,9 @@ def terms_key(key: jax.Array) -> jax.Array:
 
 def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
     """Shapes and dtypes of the variables of a network for images of shape (H, W, channels)."""
-    return jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
 def init_state(
@@ -138,7 +163,7 @@ def init_state(
             "terms": collection("params"),
         },
         batch_stats={
-            "student": variables["batch_stats"],
+            "student": variables.get("batch_stats", {}),
             "heads": of_heads.get("batch_stats", {}),
             "terms": collection("batch_stats"),
         },

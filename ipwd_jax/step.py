@@ -1,7 +1,14 @@
-"""The train step, written for the rows of one device with collectives over `parallel.AXIS`."""
+"""The train step, in the order of its computation.
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+`train_step` takes a state through the steps of one call. Each step loads a batch (`load_batch`),
+asks the teacher about it (`ask_teacher`), runs the student and its heads (`forward`), applies the
+loss terms (`apply_terms`), differentiates their weighted sum (`loss_and_updates`) and updates the
+state (`update`). All functions see the rows of one device and meet the other devices in
+collectives over `parallel.AXIS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,277 +22,323 @@ from ml_collections import ConfigDict
 from ipwd_jax import precision
 from ipwd_jax.data import augment
 from ipwd_jax.data.resident import Resident
+from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Batch, Term
-from ipwd_jax.losses.weighting import weigh
-from ipwd_jax.models.base import BatchNorm, Outputs
+from ipwd_jax.models.base import Outputs, frozen_norms
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.parallel import AXIS
 from ipwd_jax.state import TrainState, augment_key, terms_key
+from ipwd_jax.typing import Answer, PyTree
 
 # Fields of a `Batch` that have a row for each sample.
 _ROWS = ("image", "label", "index", "view", "mask")
 
 
-def metric_names(terms: Mapping[str, Term]) -> list[str]:
-    """What the train step averages over an epoch: `loss`, each term, and `top1` (a share)."""
-    return ["loss", *sorted(terms), "top1"]
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Everything static about the steps of one stage; `assemble.Experiment.step_spec` makes it.
 
-
-def teacher_taps(config: ConfigDict, terms: Mapping[str, Term]) -> frozenset[str]:
-    """Fields of the teacher's `Outputs` that a stage with these terms reads."""
-    taps = {tap for term in terms.values() for tap in term.teacher_taps}
-    return frozenset(taps | ({"logits"} if config.weighting.name == "wsld" else set()))
-
-
-def make_train_step(
-    config: ConfigDict,
-    stage: ConfigDict,
-    network: nn.Module,
-    heads: Heads,
-    terms: Mapping[str, Term],
-    teacher: Callable[..., Outputs] | None,
-    optimizer: optax.GradientTransformation,
-    trainable: Any,
-    steps_per_epoch: int,
-) -> Callable:
-    """Builds the step of one stage.
-
-    The loss is the sum over terms of `stage.loss[name]` times the mean over the global batch of
+    The loss is the sum over terms of `loss_weights[name]` times the mean over the global batch of
     the term's per-sample loss, multiplied by the weighting for the terms that it names.
 
-    Args:
-        config: of the run.
-        stage: of `config.stages`.
+    Attributes:
+        crop_padding: of the random crops; see `data.augment`.
+        flip: whether views are mirrored at random.
+        precision: of convolutions and products; see `ipwd_jax.precision`.
+        sync_batch_norm: whether batch statistics are those of the global batch already.
+        look_ahead: whether the teacher is asked about all steps of a call at once.
+        steps_per_epoch: steps of one epoch.
         network: the student.
         heads: its extra heads.
-        terms: the active terms of this stage.
-        teacher: `teacher(inputs, images, batch) -> Outputs`, as `teacher.Teacher.answer`; None:
-            there is none.
-        optimizer: of `optim.sgd`.
-        trainable: bools like `TrainState.params`; other leaves stay as they are, and the
-            BatchNorm layers among them keep their running statistics and normalise by these.
-        steps_per_epoch: steps of one epoch.
+        terms: the active terms, by name.
+        loss_weights: weight of each.
+        pretrains: whether terms that have a `pretrain` are applied by it.
+        weighting: `config.weighting`; None: the terms of this stage are not weighted.
+        answer: how the teacher is asked; None: there is none.
+        optimizer: of the whole `TrainState.params`, frozen parts included.
+        trainable: bools like `TrainState.params`; where no parameter of a module is trained, its
+            BatchNorm keeps the running statistics and normalises by them.
+    """
+
+    crop_padding: int
+    flip: bool
+    precision: str
+    sync_batch_norm: bool
+    look_ahead: bool
+    steps_per_epoch: int
+    network: nn.Module
+    heads: Heads
+    terms: Mapping[str, Term]
+    loss_weights: Mapping[str, float]
+    pretrains: bool
+    weighting: ConfigDict | None
+    answer: Answer | None
+    optimizer: optax.GradientTransformation
+    trainable: PyTree
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the networks see every image in four rotations."""
+        return any(term.rotations for term in self.terms.values())
+
+    @property
+    def teacher_taps(self) -> frozenset[str]:
+        """Fields of the teacher's `Outputs` that the terms or the weighting read."""
+        taps = {tap for term in self.terms.values() for tap in term.teacher_taps}
+        return frozenset(taps) | (
+            weighting.teacher_taps(self.weighting) if self.weighting else frozenset()
+        )
+
+
+def train_step(
+    spec: StepSpec,
+    state: TrainState,
+    data: Resident,
+    teacher_inputs: PyTree,
+    index: jax.Array,
+    mask: jax.Array,
+    streamed: jax.Array | None = None,
+) -> TrainState:
+    """The state after the K steps of one call, all of one epoch.
+
+    Args:
+        spec: of the stage.
+        state: before the call.
+        data: the training split.
+        teacher_inputs: what `spec.answer` reads.
+        index: (K, B) int32 into `data`, of one device's rows.
+        mask: (K, B) float32, 0 for rows that only pad.
+        streamed: (K, B, H, W, channels) uint8 where the images are not in `data`.
+    """
+
+    def one(state: TrainState, rows: Any) -> tuple[TrainState, None]:
+        batch, images = load_batch(spec, state, data, *rows)
+        answers = ask_teacher(spec, teacher_inputs, images, batch)
+        return update(spec, state, batch, images, answers), None
+
+    def ahead(state: TrainState) -> tuple[Callable, Any]:
+        """The teacher's answers about all rows of the call at once, cut into steps."""
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
+        batch, images = load_batch(spec, state, data, *flat)
+        answers = ask_teacher(spec, teacher_inputs, images, batch)
+        rows = {name: getattr(batch, name) for name in _ROWS}
+        cut = jax.tree.map(
+            lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, answers)
+        )
+        return lambda state, xs: (update(spec, state, batch.replace(**xs[0]), *xs[1:]), None), cut
+
+    with precision.of_products(spec.precision):
+        if len(index) == 1:
+            return one(state, jax.tree.map(lambda x: x[0], (index, mask, streamed)))[0]
+        looks_ahead = spec.look_ahead and spec.teacher_taps
+        body, rows = ahead(state) if looks_ahead else (one, (index, mask, streamed))
+        # A convolution's weight gradient inside a loop is many times slower on a CPU.
+        unroll = len(index) if jax.default_backend() == "cpu" else 1
+        return lax.scan(body, state, rows, unroll=unroll)[0]
+
+
+def load_batch(
+    spec: StepSpec,
+    state: TrainState,
+    data: Resident,
+    index: jax.Array,
+    mask: jax.Array,
+    streamed: jax.Array | None,
+) -> tuple[Batch, jax.Array]:
+    """The augmented batch (B, ...), and the images that the networks see: (4 B, ...) if rotated."""
+    epoch, padding, flip = state.step // spec.steps_per_epoch, spec.crop_padding, spec.flip
+    key = augment_key(state.key)
+    if streamed is not None:  # cropped and mirrored by the host
+        view, images = jnp.zeros_like(index), streamed
+    elif spec.rotated:
+        views = augment.draw_rotated_views(key, epoch, index, padding, flip)
+        view = views[:, 0]
+        images = augment.apply_rotated_views(data.images[index], views, padding, flip)
+    else:
+        view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
+        images = augment.apply_views(data.images[index], view, padding, flip)
+    images = augment.normalize(images, data.mean, data.std)
+    batch = Batch(
+        image=_upright(images) if spec.rotated else images,
+        label=data.labels[index],
+        index=index,
+        view=view,
+        mask=mask,
+        epoch=epoch,
+        train_labels=data.labels,
+        key=jax.random.fold_in(terms_key(state.key), epoch),
+    )
+    return batch, images
+
+
+def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs | None:
+    """What the teacher says of the images, in float32 or better; None where nothing reads it."""
+    if not spec.teacher_taps:
+        return None
+    answers = spec.answer(inputs, images, batch)
+    # What no term reads is not kept, so that it is never computed.
+    unread = {"features", "preact"} - spec.teacher_taps
+    return precision.at_least_float32(answers.replace(**dict.fromkeys(unread, ())))
+
+
+def forward(
+    spec: StepSpec, params: PyTree, batch_stats: PyTree, batch: Batch, images: jax.Array
+) -> tuple[Outputs, dict[str, jax.Array], PyTree]:
+    """The student in training mode: its outputs, the logits of its heads, the new statistics."""
+    mask = jnp.repeat(batch.mask, 4) if spec.rotated else batch.mask
+    cast = lambda tree: precision.cast(spec.precision, tree)  # noqa: E731
+    student, updated = spec.network.apply(
+        {
+            "params": cast(params["student"]),
+            "batch_stats": batch_stats["student"],
+            "frozen": frozen_norms(spec.trainable["student"]),
+        },
+        cast(images),
+        train=True,
+        mask=mask,
+        mutable=["batch_stats"],
+    )
+    student = precision.at_least_float32(student)
+    of_heads, image = params["heads"], batch.image
+    if spec.heads.network is not None:  # computes as the student does; a linear head does not
+        of_heads = {**of_heads, "network": cast(of_heads["network"])}
+        image = cast(image)
+    extra, updated_heads = spec.heads.apply(
+        {
+            "params": of_heads,
+            "batch_stats": batch_stats["heads"],
+            "frozen": frozen_norms(spec.trainable["heads"]),
+        },
+        _upright(student.embedding) if spec.rotated else student.embedding,
+        image,
+        True,
+        batch.mask,
+        mutable=["batch_stats"],
+    )
+    stats = {
+        "student": updated.get("batch_stats", {}),
+        "heads": updated_heads.get("batch_stats", {}),
+    }
+    return student, precision.at_least_float32(extra), stats
+
+
+def apply_terms(
+    spec: StepSpec,
+    state: TrainState,
+    params: PyTree,
+    rotated: tuple[Outputs, Outputs | None],
+    upright: tuple[Outputs, Outputs | None],
+    batch: Batch,
+) -> tuple[dict[str, jax.Array], PyTree, PyTree]:
+    """The unweighted loss of each term, and the new statistics and memories of the terms.
+
+    Args:
+        spec: of the stage.
+        state: before the step.
+        params: of `TrainState`, at which the loss is taken.
+        rotated: outputs of student and teacher for all images that they saw.
+        upright: those for the upright ones alone.
+        batch: of the step.
+    """
+    losses, batch_stats, memory = {}, {}, {}
+    for name, term in spec.terms.items():
+        variables = {
+            "params": params["terms"],
+            "batch_stats": state.batch_stats["terms"],
+            "memory": state.memory["terms"],
+        }
+        variables = {k: v[name] for k, v in variables.items() if name in v}
+        frozen = frozen_norms(spec.trainable["terms"].get(name, {}))
+        losses[name], updated = term.apply(
+            {**variables, "frozen": frozen},
+            *(rotated if term.rotations else upright),
+            batch,
+            mutable=["batch_stats", "memory"],
+            method="pretrain" if spec.pretrains and term.first_stage_params else None,
+        )
+        batch_stats |= {name: updated["batch_stats"]} if "batch_stats" in updated else {}
+        memory |= {name: updated["memory"]} if "memory" in updated else {}
+    return losses, state.batch_stats["terms"] | batch_stats, state.memory["terms"] | memory
+
+
+def loss_and_updates(
+    spec: StepSpec,
+    state: TrainState,
+    params: PyTree,
+    batch: Batch,
+    images: jax.Array,
+    answers: Outputs | None,
+) -> tuple[jax.Array, tuple[PyTree, PyTree, dict[str, Average]]]:
+    """This device's share of the mean loss over the global batch, and what changes beside it.
 
     Returns:
-        `step(state, data, teacher_inputs, index, mask, streamed=None) -> state` for one device's
-        rows of K steps of one epoch: `index` (K, B) int32 into `data`, `mask` (K, B) float32,
-        `streamed` (K, B, H, W, channels) uint8 where the images are not in `data`.
+        The share, whose sum over the devices is the loss; and the new `batch_stats`, the new
+        `memory`, and the averages of this step by name.
     """
-    padding, flip = config.data.crop_padding, config.data.flip
-    rotated = any(term.rotations for term in terms.values())
-    taps = teacher_taps(config, terms)
-    weighted = config.weighting.terms if config.weighting.name != "uniform" else ()
-    frozen_norms = _frozen_modules(trainable["student"])
-
-    def load(
-        state: TrainState,
-        data: Resident,
-        index: jax.Array,
-        mask: jax.Array,
-        streamed: jax.Array | None,
-    ):
-        """The batch, and the images that the networks see: (B, ...), or (4 B, ...) if rotated."""
-        epoch = state.step // steps_per_epoch
-        key = augment_key(state.key)
-        if streamed is not None:  # cropped and mirrored by the host
-            view, images = jnp.zeros_like(index), streamed
-        elif rotated:
-            views = augment.draw_rotated_views(key, epoch, index, padding, flip)
-            view = views[:, 0]
-            images = augment.apply_rotated_views(data.images[index], views, padding, flip)
-        else:
-            view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
-            images = augment.apply_views(data.images[index], view, padding, flip)
-        images = augment.normalize(images, data.mean, data.std)
-        batch = Batch(
-            image=_upright(images) if rotated else images,
-            label=data.labels[index],
-            index=index,
-            view=view,
-            mask=mask,
-            epoch=epoch,
-            train_labels=data.labels,
-            key=jax.random.fold_in(terms_key(state.key), epoch),
+    outputs, extra, stats = forward(spec, params, state.batch_stats, batch, images)
+    student = (_upright(outputs) if spec.rotated else outputs).replace(extra_logits=extra)
+    teacher = _upright(answers) if spec.rotated else answers
+    weights, of_weighting = None, state.memory["weighting"]
+    if spec.weighting:
+        weights, of_weighting = weighting.weigh(
+            spec.weighting, student, teacher, batch, of_weighting, AXIS
         )
-        return batch, images
+    losses, of_terms, memory = apply_terms(
+        spec, state, params, (outputs, answers), (student, teacher), batch
+    )
+    for name, term in spec.terms.items():
+        if spec.weighting and name in spec.weighting.terms:
+            losses[name] = losses[name] * weights
+        if (of_labels := term.label_loss(student, batch)) is not None:
+            losses[name] = of_labels + losses[name]
+    loss = sum(spec.loss_weights[name] * value for name, value in losses.items())
+    correct = (student.logits.argmax(axis=1) == batch.label).astype(jnp.float32)
+    mask = batch.mask
+    averages = {
+        name: Average.from_model_output(jnp.broadcast_to(value, mask.shape), mask=mask)
+        for name, value in {"loss": loss, **losses, "top1": correct}.items()
+    }
+    share = (jnp.broadcast_to(loss, mask.shape) * mask).sum() / lax.psum(mask.sum(), AXIS)
+    new_memory = {"terms": memory, "weighting": of_weighting}
+    return share, ({**stats, "terms": of_terms}, new_memory, averages)
 
-    def ask(inputs: Any, images: jax.Array, batch: Batch) -> Outputs | None:
-        if not taps:
-            return None
-        answers = teacher(inputs, images, batch)
-        # What no term reads is not kept, so that it is never computed.
-        unread = {"features", "preact"} - taps
-        return precision.at_least_float32(answers.replace(**dict.fromkeys(unread, ())))
 
-    def forward(params: Any, batch_stats: Any, batch: Batch, images: jax.Array):
-        mask = jnp.repeat(batch.mask, 4) if rotated else batch.mask
-        low = precision.cast(config.precision, (params["student"], images))
-        with _without_training(frozen_norms):
-            student, updated = network.apply(
-                {"params": low[0], "batch_stats": batch_stats["student"]},
-                low[1],
-                train=True,
-                mask=mask,
-                mutable=["batch_stats"],
+def update(
+    spec: StepSpec, state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None
+) -> TrainState:
+    """The state after one step of the optimiser."""
+
+    def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
+        return loss_and_updates(spec, state, params, batch, images, answers)
+
+    grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(state.params)
+    # Each device differentiated its share of the global mean; their sum is the gradient.
+    grads, averages = lax.psum((grads, averages), AXIS)
+    if not spec.sync_batch_norm:
+        # Every row counts alike, however the rows are spread over the devices.
+        share = batch.mask.sum() / lax.psum(batch.mask.sum(), AXIS)
+        batch_stats = lax.psum(jax.tree.map(lambda x: share * x, batch_stats), AXIS)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    new_epoch = state.step % spec.steps_per_epoch == 0
+    return state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        memory=memory,
+        opt_state=opt_state,
+        metrics={
+            name: jax.tree.map(
+                lambda old, new: jnp.where(new_epoch, new, old + new), state.metrics[name], average
             )
-        student = precision.at_least_float32(student)
-        embedding = _upright(student.embedding) if rotated else student.embedding
-        extra, of_heads = heads.apply(
-            {"params": params["heads"], "batch_stats": batch_stats["heads"]},
-            embedding,
-            batch.image,
-            True,
-            batch.mask,
-            mutable=["batch_stats"],
-        )
-        stats = {"student": updated["batch_stats"], "heads": of_heads.get("batch_stats", {})}
-        return student, extra, stats
-
-    def apply_terms(state: TrainState, params: Any, seen: Callable, batch: Batch):
-        values, batch_stats, memory = {}, {}, {}
-        for name, term in terms.items():
-            variables = {
-                "params": params["terms"],
-                "batch_stats": state.batch_stats["terms"],
-                "memory": state.memory["terms"],
-            }
-            variables = {k: v[name] for k, v in variables.items() if name in v}
-            pretrains = stage.name == "first" and term.first_stage_params
-            values[name], updated = term.apply(
-                variables,
-                *seen(term),
-                batch,
-                mutable=["batch_stats", "memory"],
-                method="pretrain" if pretrains else None,
-            )
-            batch_stats |= {name: updated["batch_stats"]} if "batch_stats" in updated else {}
-            memory |= {name: updated["memory"]} if "memory" in updated else {}
-        return values, state.batch_stats["terms"] | batch_stats, state.memory["terms"] | memory
-
-    def update(state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None):
-        mask = batch.mask
-        count = lax.psum(mask.sum(), AXIS)
-
-        def loss_fn(params):
-            outputs, extra, stats = forward(params, state.batch_stats, batch, images)
-            student = (_upright(outputs) if rotated else outputs).replace(extra_logits=extra)
-            teacher_outputs = _upright(answers) if rotated else answers
-            weights, weighting_memory = weigh(
-                config.weighting, student, teacher_outputs, batch, state.memory["weighting"], AXIS
-            )
-
-            def seen(term: Term) -> tuple[Outputs, Outputs | None]:
-                return (outputs, answers) if term.rotations else (student, teacher_outputs)
-
-            values, term_stats, term_memory = apply_terms(state, params, seen, batch)
-            values = {n: _weigh(v, weights if n in weighted else None) for n, v in values.items()}
-            loss = sum(stage.loss[name] * value for name, value in values.items())
-            correct = student.logits.argmax(axis=1) == batch.label
-            averages = {"loss": loss, **values, "top1": correct.astype(jnp.float32)}
-            return (jnp.broadcast_to(loss, mask.shape) * mask).sum() / count, (
-                {**stats, "terms": term_stats},
-                {"terms": term_memory, "weighting": weighting_memory},
-                {
-                    name: Average.from_model_output(jnp.broadcast_to(v, mask.shape), mask=mask)
-                    for name, v in averages.items()
-                },
-            )
-
-        grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(state.params)
-        # Each device differentiated its share of the global mean; their sum is the gradient.
-        grads, averages = lax.psum((grads, averages), AXIS)
-        if not config.sync_batch_norm:
-            batch_stats = lax.pmean(batch_stats, AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda u, t: u if t else jnp.zeros_like(u), updates, trainable)
-        new_epoch = state.step % steps_per_epoch == 0
-        return state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            memory=memory,
-            opt_state=opt_state,
-            metrics={
-                name: jax.tree.map(
-                    lambda old, new: jnp.where(new_epoch, new, old + new),
-                    state.metrics[name],
-                    average,
-                )
-                for name, average in averages.items()
-            },
-            nonfinite={
-                name: jnp.where(
-                    (first < 0) & ~jnp.isfinite(averages[name].total), state.step, first
-                )
-                for name, first in state.nonfinite.items()
-            },
-        )
-
-    def step(
-        state: TrainState,
-        data: Resident,
-        teacher_inputs: Any,
-        index: jax.Array,
-        mask: jax.Array,
-        streamed: jax.Array | None = None,
-    ) -> TrainState:
-        def take(state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None):
-            return update(state, batch, images, answers), None
-
-        def one(state: TrainState, rows: tuple[jax.Array, jax.Array, jax.Array | None]):
-            batch, images = load(state, data, *rows)
-            return take(state, batch, images, ask(teacher_inputs, images, batch))
-
-        def ahead(state: TrainState):
-            """All rows of the call at once, cut into steps."""
-            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
-            batch, images = load(state, data, *flat)
-            answers = ask(teacher_inputs, images, batch)
-            rows = {name: getattr(batch, name) for name in _ROWS}
-            cut = jax.tree.map(
-                lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, answers)
-            )
-            return lambda state, xs: take(state, batch.replace(**xs[0]), *xs[1:]), cut
-
-        with precision.of_products(config.precision):
-            if len(index) == 1:
-                return one(state, jax.tree.map(lambda x: x[0], (index, mask, streamed)))[0]
-            look_ahead = taps and config.teacher.look_ahead > 1
-            body, rows = ahead(state) if look_ahead else (one, (index, mask, streamed))
-            # A convolution's weight gradient inside a loop is many times slower on a CPU.
-            unroll = len(index) if jax.default_backend() == "cpu" else 1
-            return lax.scan(body, state, rows, unroll=unroll)[0]
-
-    return step
+            for name, average in averages.items()
+        },
+        nonfinite={
+            name: jnp.where((first < 0) & ~jnp.isfinite(averages[name].total), state.step, first)
+            for name, first in state.nonfinite.items()
+        },
+    )
 
 
-def _weigh(value: Any, weights: jax.Array | None) -> jax.Array:
-    """A term's loss times weights, which leave alone the labels' part of one that has two parts."""
-    of_labels, of_teacher = value if isinstance(value, tuple) else (0.0, value)
-    return of_labels + (of_teacher if weights is None else of_teacher * weights)
-
-
-def _upright(tree: Any) -> Any:
+def _upright(tree: PyTree) -> PyTree:
     """Of four rotations the first: (4 B, ...) -> (B, ...) in every leaf."""
     return jax.tree.map(lambda x: x[::4], tree)
-
-
-def _frozen_modules(trainable: Any) -> frozenset[tuple[str, ...]]:
-    """Paths of the modules of which no parameter is trained."""
-    leaves = jax.tree_util.tree_leaves_with_path(trainable)
-    paths = [(tuple(entry.key for entry in path[:-1]), trained) for path, trained in leaves]
-    return frozenset(p for p, _ in paths) - {p for p, trained in paths if trained}
-
-
-@contextlib.contextmanager
-def _without_training(modules: frozenset[tuple[str, ...]]) -> Iterator[None]:
-    """Within it the BatchNorm layers among `modules` are in inference mode."""
-
-    def freeze(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        layer = context.module
-        if isinstance(layer, BatchNorm) and context.method_name == "__call__":
-            kwargs = {**kwargs, "frozen": layer.path in modules}
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(freeze) if modules else contextlib.nullcontext():
-        yield

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,8 @@ import scipy.special
 from ml_collections import ConfigDict
 
 from ipwd_jax import evaluate, models, parallel, precision
-from ipwd_jax.checkpoint import load_network
+from ipwd_jax import workdir as workdir_lib
+from ipwd_jax.checkpoint import checksum, load_network
 from ipwd_jax.config import teacher_config
 from ipwd_jax.data.base import Dataset, Split
 from ipwd_jax.data.resident import resident
@@ -35,7 +35,9 @@ class Teacher:
         workdir: of its run.
         network: its module.
         variables: its parameters and running statistics, on all devices.
-        answer: `answer(inputs, images, batch) -> Outputs` within the compiled step.
+        ask: `ask(inputs, images, mask=None) -> Outputs` of the network, within a compiled program;
+            `mask` leaves padding out where the answer depends on the batch (`train_mode`).
+        answer: `answer(inputs, images, batch) -> Outputs` within the step, by `ask` or looked up.
         inputs: what `answer` reads, on all devices.
         checksum: of `variables`.
         train_logits: (N, C), of the unaugmented training set; of streamed images at most 50,000.
@@ -48,6 +50,7 @@ class Teacher:
     workdir: pathlib.Path
     network: nn.Module
     variables: Any
+    ask: Callable[..., Outputs]
     answer: Callable[[Any, jax.Array, Batch], Outputs]
     inputs: Any
     checksum: str
@@ -83,11 +86,52 @@ class Teacher:
         return tuple((leaf(path, "scale"), leaf(path, "bias")) for path in paths)
 
 
-def find_workdir(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-    """Where the teacher's run is: `config.teacher.workdir`, or else beside the student's."""
+def check_named(config: ConfigDict, may_train: bool) -> None:
+    """Raises `UserError` where `config.teacher.workdir` names no finished run.
+
+    Args:
+        config: of the student's run.
+        may_train: whether a teacher that is missing there is trained on purpose.
+    """
+    workdir = pathlib.Path(config.teacher.workdir)
+    if not (config.teacher.name and config.teacher.workdir) or may_train:
+        return
+    if not (workdir / "result.json").exists():
+        found = "an unfinished run" if (workdir / "config.json").exists() else "no run"
+        raise UserError(
+            f"config.teacher.workdir names {workdir}, where there is {found}. Train the teacher "
+            "there on purpose with the same command and --mode=teacher, or leave the setting out "
+            "to have it trained beside the student."
+        )
+
+
+def find_workdir(
+    config: ConfigDict, workdir: pathlib.Path, data_name: str, checksums: Mapping[str, str]
+) -> pathlib.Path:
+    """Where the teacher's run is, or is to be.
+
+    `config.teacher.workdir` if it is set. Otherwise beside the student: a finished run of the same
+    recipe on the same data, whatever its name, or else the folder `DATA_NETWORK_CHECKSUM_seedSEED`,
+    whose checksum is of data and recipe, so that teachers of different data or recipes are side by
+    side.
+
+    Args:
+        config: of the student's run.
+        workdir: of the student's run.
+        data_name: of the data set.
+        checksums: of the `data`.
+    """
     if config.teacher.workdir:
         return pathlib.Path(config.teacher.workdir)
-    return workdir.parent / f"{teacher_config(config).name}_seed{config.teacher.seed}"
+    recipe = teacher_config(config)
+    identity = workdir_lib.identity(recipe, checksums)
+    name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")
+    own = workdir.parent / name.replace(":", "-")
+    if own.exists():
+        return own
+    beside = sorted(path.parent for path in workdir.parent.glob("*/result.json"))
+    found = (run for run in beside if workdir_lib.holds(run, recipe, checksums))
+    return next(found, own)
 
 
 def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher:
@@ -99,41 +143,64 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
         dataset: of both.
 
     Raises:
-        UserError: the checkpoint is missing, unreadable or of another network.
+        UserError: the checkpoint is missing, unreadable or of another network, or the network has
+            diverged.
     """
-    network = models.create(config.teacher.name, len(dataset.class_names))
+    network = _network(config, dataset)
     template = network_shapes(network, dataset.train.images.shape[1:])
     variables, _ = load_network(workdir, config.teacher.which, template)
+    teacher = from_variables(config, variables, dataset, workdir)
     predict = evaluate.make_predict(network.apply)
 
-    def ask(split: Split, predict: Callable = predict, inputs: Any = variables) -> np.ndarray:
+    def logits(split: Split, predict: Callable = predict, inputs: Any = variables) -> np.ndarray:
         data = parallel.replicate(resident(dataset, split))
         return evaluate.predict_all(predict, inputs, data, split, config.eval_batch_size)
 
-    answer, inputs = _make_answer(config, network, variables, dataset.train.images.shape[1:])
-
     def as_in_the_step(inputs: Any, images: jax.Array) -> Outputs:
         with precision.of_products(config.precision):
-            return precision.at_least_float32(answer(inputs, images, None))
+            return precision.at_least_float32(teacher.ask(inputs, images))
 
-    train, test_logits, rounding = dataset.train, ask(dataset.test), {}
+    train, of_test, rounding = dataset.train, logits(dataset.test), {}
     if (config.teacher.fold or config.precision != "float32") and not config.teacher.train_mode:
         keep = _evenly(dataset.test, _MOST_COMPARED)
-        found = ask(_take(dataset.test, keep), evaluate.make_predict(as_in_the_step), inputs)
-        rounding = compare(found, test_logits[keep])
+        rounded = evaluate.make_predict(as_in_the_step)
+        found = logits(_take(dataset.test, keep), rounded, teacher.inputs)
+        rounding = compare(found, of_test[keep])
     if train.streamed:
         train = _take(train, _evenly(train, _MOST_STREAMED))
-    return Teacher(
-        workdir,
-        network,
-        variables,
-        answer,
-        inputs,
-        checksum(variables),
-        train_logits=ask(train),
-        test_logits=test_logits,
-        rounding=rounding,
+    return dataclasses.replace(
+        teacher, train_logits=logits(train), test_logits=of_test, rounding=rounding
     )
+
+
+def from_variables(
+    config: ConfigDict, variables: Any, dataset: Dataset, workdir: pathlib.Path = pathlib.Path()
+) -> Teacher:
+    """A teacher that a step can ask, of whose answers on the data set nothing is known yet.
+
+    Args:
+        config: of the student's run.
+        variables: of the network `config.teacher.name`.
+        dataset: of the run.
+        workdir: of the teacher's run, beside which its cached answers are kept.
+    """
+    network = _network(config, dataset)
+    variables = parallel.replicate(variables)
+    ask, inputs = _make_ask(config, network, variables, dataset.train.images.shape[1:])
+
+    def answer(inputs: Any, images: jax.Array, batch: Batch) -> Outputs:
+        return ask(inputs, images, batch.mask)
+
+    unknown = np.empty((0, len(dataset.class_names)), np.float32)
+    crc = checksum(variables)
+    return Teacher(workdir, network, variables, ask, answer, inputs, crc, unknown, unknown, {})
+
+
+def _network(config: ConfigDict, dataset: Dataset) -> nn.Module:
+    # In training mode its statistics are of the same rows as the student's.
+    together = config.teacher.train_mode and config.sync_batch_norm
+    axis_name = parallel.AXIS if together else None
+    return models.create(config.teacher.name, len(dataset.class_names), axis_name)
 
 
 def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
@@ -143,20 +210,20 @@ def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     return {"logits_error": float(error), "same_class": float(same.mean())}
 
 
-def _make_answer(
+def _make_ask(
     config: ConfigDict, network: nn.Module, variables: Any, image_shape: tuple[int, ...]
 ) -> tuple[Callable, Any]:
-    """How the step asks the network, and what it is given for that."""
+    """How the network is asked within a compiled program, and what it is given for that."""
 
-    def by_network(variables: Any, images: jax.Array, batch: Batch) -> Outputs:
+    def by_network(variables: Any, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
         low, images = precision.cast(config.precision, (variables, images))
         if not config.teacher.train_mode:
             return network.apply(low, images)
-        mask = jnp.repeat(batch.mask, len(images) // len(batch.mask))
+        rows = None if mask is None else jnp.repeat(mask, len(images) // len(mask))
         # Nothing is mutable, so the running statistics stay as they are.
-        return network.apply(low, images, train=True, mask=mask)
+        return network.apply(low, images, train=True, mask=rows)
 
-    def by_folded(folded: Any, images: jax.Array, batch: Batch) -> Outputs:
+    def by_folded(folded: Any, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
         return apply_folded(network, *precision.cast(config.precision, (folded, images)))
 
     if not config.teacher.fold:
@@ -173,11 +240,3 @@ def _take(split: Split, keep: np.ndarray) -> Split:
     """The images at the positions (M,)."""
     images = split.images.take(keep) if split.streamed else split.images[keep]
     return Split(images, split.labels[keep])
-
-
-def checksum(variables: Any) -> str:
-    """CRC-32 over all leaves of a pytree, in order: 8 hexadecimal digits."""
-    crc = 0
-    for leaf in jax.tree.leaves(jax.device_get(variables)):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
-    return f"{crc:08x}"

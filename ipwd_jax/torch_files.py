@@ -16,7 +16,8 @@ import numpy as np
 
 from ipwd_jax import writers
 from ipwd_jax.errors import UserError
-from ipwd_jax.torch_pickle import STORAGES, Unpickler, plain
+from ipwd_jax.torch_pickle import Unpickler, plain
+from ipwd_jax.torch_records import STORAGES
 
 SAFETENSORS = ".safetensors"
 _MAGIC = 0x1950A86A20F9469CFC6C  # first object of a legacy file
@@ -118,19 +119,23 @@ def _load_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _load_zip(file: BinaryIO) -> Any:
+    size = file.seek(0, io.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UserError("it is a zip archive, but not one of torch.save")
         folder = pickles[0].removesuffix("data.pkl")
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise UserError("it is compressed, which torch.save never does; unpack it first")
+        sizes = [max(entry.file_size, entry.compress_size) for entry in entries]
+        if sum(sizes) > size:
+            raise ValueError(f"parts of {sum(sizes)} bytes in a file of {size}")
         order = f"{folder}byteorder"
         if order in names and archive.read(order) != b"little":
             raise UserError("it is of a big-endian machine; save it again on another")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise UserError("it is compressed, which torch.save never does; unpack it first")
-        limit = sum(entry.file_size for entry in archive.infolist())
-        reader = Unpickler(io.BytesIO(archive.read(pickles[0])), limit)
+        reader = Unpickler(io.BytesIO(archive.read(pickles[0])))
         tree = reader.load()
         for key, storage in reader.storages.items():
             storage.fill(archive.read(f"{folder}data/{key}"))
@@ -138,21 +143,23 @@ def _load_zip(file: BinaryIO) -> Any:
 
 
 def _load_legacy(file: BinaryIO) -> Any:
-    limit = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if Unpickler(file, 0).load() != _MAGIC:
+    file = io.BytesIO(file.read())
+    if Unpickler(file).load() != _MAGIC:
         raise UserError("it is a pickle, but not one of torch.save")
-    Unpickler(file, 0).load()  # the version of the format, which never changed
-    if not Unpickler(file, 0).load()["little_endian"]:
+    Unpickler(file).load()  # the version of the format, which never changed
+    if not Unpickler(file).load()["little_endian"]:
         raise UserError("it is of a big-endian machine; save it again on another")
-    reader = Unpickler(file, limit)
+    reader = Unpickler(file)
     tree = reader.load()
-    for key in Unpickler(file, 0).load():
+    keys = Unpickler(file).load()
+    if not all(isinstance(key, str) for key in keys):
+        raise ValueError("storages without names")
+    for key in keys:
         (numel,) = struct.unpack("<q", file.read(8))
         storage = reader.storages[key]
-        if numel != storage.array.size:
-            raise ValueError(f"a storage has {numel} numbers instead of {storage.array.size}")
-        storage.fill(file.read(storage.array.nbytes))
+        if numel != storage.numel:
+            raise ValueError(f"a storage has {numel} numbers instead of {storage.numel}")
+        storage.fill(file.read(storage.nbytes))
     return plain(tree)
 
 

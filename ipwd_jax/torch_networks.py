@@ -4,11 +4,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.torch_names import from_torch, torch_shapes
+from ipwd_jax.models.torch_names import check_shapes, torch_shapes
 from ipwd_jax.state import network_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -17,6 +15,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ALIASES = {f"classifier.{leaf}": f"classifier.0.{leaf}" for leaf in ("weight", "bias")}
 # Stand for the numbers of classes and of image channels where a file will tell them.
 _CLASSES, _CHANNELS = 104_729, 7_919
+# Of a group of a wide ResNet whose name is found by the tensors: each costs time to try.
+_MOST_BLOCKS = 100
 
 
 class Fit(NamedTuple):
@@ -49,11 +49,9 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
         return fits[equal[0]][0]
     nearest = min(names, key=lambda name: fits[name][1])
     fit = fits[nearest][0]
-    template = template_of(fit)
-    wanted = torch_shapes(template)
-    given = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    wanted = torch_shapes(template_of(fit))
     try:
-        from_torch(renamed(given, wanted), template)  # raises, with the table
+        check_shapes(renamed(shapes, wanted), wanted)
     except UserError as error:
         hint = "" if network else "no network has these tensors; the nearest is "
         raise UserError(f"{hint}{nearest}, {fit.classes} classes: {error}") from None
@@ -63,9 +61,10 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
 def _patterned(shapes: Shapes) -> list[str]:
     """Names of networks that are not listed but made by a pattern, as far as shapes tell."""
     names = []
+    shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
     stem, last = shapes.get("block1.layer.0.conv1.weight"), shapes.get("blocks.6.0.conv.6.weight")
-    if stem:
-        blocks = len([n for n in shapes if n.startswith("block1.") and n.endswith(".conv1.weight")])
+    blocks = len([n for n in shapes if n.startswith("block1.") and n.endswith(".conv1.weight")])
+    if stem and blocks <= _MOST_BLOCKS:
         names.append(f"wrn_{6 * blocks + 4}_{max(1, stem[0] // 16)}")
     if last and last[0] >= 20:  # below, a stage would have no channel
         names.append(f"MobileNetV2_{last[0] / 320}")
@@ -85,8 +84,8 @@ def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
     numbers = {_CLASSES: 10, _CHANNELS: 3}
     for tensor, shape in wanted.items():
         found = shapes.get(tensor, ())
-        if len(found) == len(shape):
-            numbers |= {a: b for a, b in zip(shape, found, strict=True) if a in numbers and b}
+        if len(found) == len(shape) and 0 not in found:  # one without numbers can claim any size
+            numbers |= {a: b for a, b in zip(shape, found, strict=True) if a in numbers}
     wanted = {k: tuple(numbers.get(axis, axis) for axis in shape) for k, shape in wanted.items()}
     wrong = sum(wanted.get(k) != shapes.get(k) for k in {*wanted, *shapes})
     return Fit(name, *numbers.values()), wrong

@@ -1,179 +1,160 @@
 """Pickles of PyTorch objects, read as plain data.
 
-A pickle is a program that names functions to call. Here every name stands for an inert function
-or record of this module, and a name that is not listed ends the reading: no file can run anything.
+A pickle is a program that names functions to call. Here its instructions are carried out one by
+one, and every name stands for an inert function or record of `ipwd_jax.torch_records`; one that is
+not listed there ends the reading: no file can run anything. Nor can a small file take much memory:
+a size that it announces is believed once the bytes are there, and what it copies is counted.
 """
 
-import pickle
-from collections.abc import Callable
+import pickletools
 from typing import Any, BinaryIO
 
-import jax.numpy as jnp
-import numpy as np
-
 from ipwd_jax.errors import UserError
+from ipwd_jax.torch_records import (
+    STORAGES,
+    Dict,
+    Function,
+    NumpyArray,
+    NumpyType,
+    Storage,
+    Tensor,
+    as_set,
+    hashable,
+    names,
+)
 
-STORAGES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-    "UntypedStorage": np.dtype("u1"),
-    "TypedStorage": np.dtype("u1"),
+# Far above any checkpoint's: a state dict has about 40 per tensor.
+_MOST_INSTRUCTIONS = 1_000_000
+_DEEPEST = 100
+_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING"}
+_VALUES |= {"BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
+_VALUES |= {"BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_NEW_VALUES = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
 }
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
-_DTYPES += ("uint8", "bool")
 
 
-class _Global:
-    """A callable in a pickle. It takes no state, so that no file can change it for the next."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("a function with a state")
-
-
-class _Dict(dict):
-    """A dictionary whose further attributes, such as the `_metadata` of a state dict, are lost."""
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _Namespace(_Dict):
-    """The attributes of an `argparse.Namespace`, as a dictionary."""
-
-    def __setstate__(self, state: dict) -> None:
-        self.update(state)
-
-
-class _Storage:
-    """The numbers that tensors are views of; they are filled in when the pickle is read."""
-
-    def __init__(self, dtype: np.dtype, numel: int, limit: int):
-        if not 0 <= numel * dtype.itemsize <= limit:
-            raise ValueError(f"a storage of {numel} x {dtype} in a file of {limit} bytes")
-        self.array = np.zeros(numel, dtype)
-
-    def __setstate__(self, state: Any) -> None:
-        raise ValueError("a storage with a state")
-
-    def fill(self, data: bytes) -> None:
-        if len(data) != self.array.nbytes:
-            raise ValueError(f"a storage has {len(data)} bytes instead of {self.array.nbytes}")
-        self.array[:] = np.frombuffer(data, self.array.dtype)
-
-
-class _Tensor:
-    """A view of a storage. Not an array yet: those would obey a pickle's instructions."""
-
-    def __init__(self, storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
-        self.view = (storage, offset, tuple(size), tuple(stride))
-
-    def __setstate__(self, state: Any) -> None:
-        pass  # attributes of a Parameter
-
-    def array(self) -> np.ndarray:
-        storage, offset, size, stride = self.view
-        steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
-        last = offset + sum(steps) if 0 not in size else offset - 1
-        if min((offset, *size, *stride)) < 0 or last >= len(storage.array):
-            raise ValueError(f"a tensor of shape {size} leaves its storage")
-        strides = [step * storage.array.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage.array[offset:], size, strides)
-
-
-class _NumpyType:
-    """A `numpy.dtype` of plain numbers."""
-
-    def __init__(self, name: str, *_: Any):
-        self.dtype = np.dtype(str(name))
-        if self.dtype.kind not in "biufc":
-            raise ValueError(f"NumPy data of type {self.dtype}")
-
-    def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _NumpyArray:
-    """A `numpy.ndarray`, whose contents follow its creation."""
-
-    def __init__(self, *_: Any):
-        self.state: tuple = ()
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def array(self) -> np.ndarray:
-        _, shape, numpy_type, by_column, data = self.state
-        flat = np.frombuffer(_encode(data), numpy_type.dtype)
-        return flat.reshape(shape, order="F" if by_column else "C").copy()
-
-
-def _encode(text: str | bytes, _: str = "latin1") -> bytes:
-    return text if isinstance(text, bytes) else text.encode("latin1")
-
-
-def _numpy_scalar(numpy_type: _NumpyType, data: str | bytes) -> Any:
-    return np.frombuffer(_encode(data), numpy_type.dtype, count=1)[0].item()
-
-
-def _globals() -> dict[str, Any]:
-    """What the names in a pickle stand for."""
-    tensor, first = _Global(_Tensor), _Global(lambda value, *_: value)
-    table = {
-        "torch._utils._rebuild_tensor": tensor,
-        "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_parameter": first,
-        "torch.nn.parameter.Parameter": first,
-        "torch.Size": _Global(tuple),
-        "torch.device": _Global(lambda *parts: ":".join(map(str, parts))),
-        "collections.OrderedDict": _Global(_Dict),
-        "collections.Counter": _Global(_Dict),
-        "collections.defaultdict": _Global(lambda *_: _Dict()),
-        "argparse.Namespace": _Namespace,
-        "_codecs.encode": _Global(_encode),
-        "numpy.dtype": _Global(_NumpyType),
-        "numpy.ndarray": "numpy.ndarray",
-    }
-    for module in ("builtins", "__builtin__"):
-        table |= {f"{module}.set": _Global(set), f"{module}.bytes": _Global(lambda: b"")}
-    for module in ("numpy.core", "numpy._core"):
-        table[f"{module}.multiarray._reconstruct"] = _Global(_NumpyArray)
-        table[f"{module}.multiarray.scalar"] = _Global(_numpy_scalar)
-    for module in ("torch", "torch.cuda", "torch.storage"):
-        table |= {f"{module}.{name}": name for name in STORAGES}
-    return table | {f"torch.{name}": f"torch.{name}" for name in _DTYPES}
-
-
-class Unpickler(pickle.Unpickler):
+class Unpickler:
     """Reads one pickle; `storages` then has those it names, still to be filled.
 
     Args:
-        file: to read from.
-        limit: largest storage in bytes.
+        file: to read from, up to the end of the pickle. Its `read` must not set memory aside for
+            more than the file has, as that of `io.BytesIO`.
     """
 
-    def __init__(self, file: BinaryIO, limit: int):
-        super().__init__(file, encoding="latin1")
-        self.storages: dict[str, _Storage] = {}
-        self._limit = limit
-        self._globals = _globals()
+    def __init__(self, file: BinaryIO):
+        self.storages: dict[str, Storage] = {}
+        self._file = file
+        self._globals = names()
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        self._work = 0
 
-    def find_class(self, module: str, name: str) -> Any:
+    def load(self) -> Any:
+        """The object, in which tensors and arrays are records; `plain` makes arrays of them.
+
+        Raises:
+            UserError: it needs what is not plain data, or is far too large.
+            ValueError: and others for what no program writes.
+        """
+        for instruction, argument, _ in pickletools.genops(self._file):
+            if instruction.name == "STOP":
+                return self._stack.pop()
+            self._count(1)
+            self._step(instruction.name, argument)
+        raise ValueError("a pickle without an end")
+
+    def _count(self, steps: int) -> None:
+        self._work += steps
+        if self._work > _MOST_INSTRUCTIONS:
+            raise UserError(
+                f"its pickle takes more than {_MOST_INSTRUCTIONS:,} steps, far more than weights "
+                "need. In PyTorch, save model.state_dict() without other objects."
+            )
+
+    def _step(self, name: str, argument: Any) -> None:
+        """Carries out an instruction; see the module `pickletools` for what each does."""
+        stack = self._stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                self._marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self._marked()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "GLOBAL":
+                stack.append(self._global(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                function, module = stack.pop(), stack.pop()
+                stack.append(self._global(module, function))
+            case "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(self._call(function, arguments))
+            case "BUILD":
+                state = stack.pop()
+                self._build(stack[-1], state)
+            case _:
+                self._collect(name, argument)
+
+    def _collect(self, name: str, argument: Any) -> None:
+        """The instructions of values and of their collections."""
+        stack = self._stack
+        match name:
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "TUPLE":
+                stack.append(tuple(self._marked()))
+            case "LIST":
+                stack.append(self._marked())
+            case "DICT":
+                stack.append(dict(_pairs(self._marked())))
+            case "FROZENSET":
+                stack.append(frozenset(as_set(self._marked())))
+            case "APPEND" | "SETITEM":
+                size = 1 if name == "APPEND" else 2
+                items = stack[-size:]
+                del stack[-size:]
+                _extend(stack[-1], items)
+            case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                items = self._marked()
+                _extend(stack[-1], items)
+            case _ if name in _NEW_VALUES:
+                stack.append(_NEW_VALUES[name]())
+            case _ if name in _VALUES:
+                stack.append(argument)
+            case _:
+                raise ValueError(f"an instruction {name}, which plain data does not need")
+
+    def _marked(self) -> list[Any]:
+        """Takes what lies above the last mark off the stack, and the mark."""
+        mark = self._marks.pop()
+        items = self._stack[mark:]
+        del self._stack[mark:]
+        return items
+
+    def _global(self, module: Any, name: Any) -> Any:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a function without a name")
         try:
             return self._globals[f"{module}.{name}"]
         except KeyError:
@@ -182,37 +163,86 @@ class Unpickler(pickle.Unpickler):
                 "PyTorch, save model.state_dict() instead of the whole model or of other objects."
             ) from None
 
-    def persistent_load(self, pid: tuple) -> _Storage:
-        kind, storage_type, key, _, numel, *view = pid
-        if kind != "storage" or (view and view[0]):
-            raise ValueError(f"an unknown kind of reference, {pid!r}")
+    def _storage(self, reference: Any) -> Storage:
+        """The storage that a persistent identifier stands for."""
+        if not isinstance(reference, tuple) or len(reference) not in (5, 6):
+            raise ValueError("an unknown kind of reference")
+        kind, storage_type, key, _, numel, *view = reference
+        named = all(isinstance(x, str) for x in (kind, storage_type, key))
+        if not named or not isinstance(numel, int) or kind != "storage" or any(view):
+            raise ValueError("an unknown kind of reference")
         if key not in self.storages:
-            self.storages[key] = _Storage(STORAGES[storage_type], numel, self._limit)
+            self.storages[key] = Storage(STORAGES[storage_type], numel)
         return self.storages[key]
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(function, Function) or not isinstance(arguments, tuple):
+            raise ValueError("a call of what is no function")
+        self._count(sum(map(_length, arguments)))
+        return function.call(*arguments)
+
+    def _build(self, record: Any, state: Any) -> None:
+        if not isinstance(record, Dict | Tensor | NumpyType | NumpyArray):
+            raise ValueError(f"a {type(record).__name__} with a state")
+        self._count(_length(state))
+        record.build(state)
+
+
+def _length(value: Any) -> int:
+    """How many items a function can copy out of an argument."""
+    return len(value) if isinstance(value, list | tuple | dict | set | frozenset) else 0
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    """Keys and values, which alternate in `items`."""
+    return [(hashable(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
+
+
+def _extend(collection: Any, items: list[Any]) -> None:
+    if isinstance(collection, list):
+        collection.extend(items)
+    elif isinstance(collection, dict):
+        collection.update(_pairs(items))
+    elif isinstance(collection, set):
+        collection.update(as_set(items))
+    else:
+        raise ValueError(f"a {type(collection).__name__} with items")
 
 
 def plain(tree: Any) -> Any:
     """What an `Unpickler` loaded, with NumPy arrays, views of filled storages, for its records.
 
+    The arrays cannot be written to.
+
     Raises:
-        ValueError: a tensor leaves its storage; and others for what no program writes.
+        UserError: a tensor has more numbers than its storage.
+        ValueError: a tensor leaves its storage, or `tree` is nested too deeply; and others for
+            what no program writes.
     """
     return _plain(tree, {})
 
 
-def _plain(value: Any, done: dict[int, Any]) -> Any:
-    """`value` with arrays in place of records; `done` by id, as one object may be in two places."""
+def _plain(value: Any, done: dict[int, Any], name: str = "", depth: int = 0) -> Any:
+    """`value` with arrays in place of records; `done` by id, as one object may be in two places.
+
+    `name` is the nearest key on the way to `value`.
+    """
     if id(value) in done:
         return done[id(value)]
-    if isinstance(value, _Tensor | _NumpyArray):
-        done[id(value)] = value.array()
-    elif isinstance(value, _Storage):
+    if depth > _DEEPEST:
+        raise ValueError(f"lists or dictionaries nested more than {_DEEPEST} deep")
+    if isinstance(value, Tensor | NumpyArray):
+        done[id(value)] = value.array(name)
+    elif isinstance(value, Storage):
         done[id(value)] = value.array
     elif isinstance(value, dict):
         done[id(value)] = plain = {}
-        plain.update((key, _plain(item, done)) for key, item in value.items())
+        for key, item in value.items():
+            inner = key if isinstance(key, str) else name
+            plain[key] = _plain(item, done, inner, depth + 1)
     elif isinstance(value, list | tuple):
-        done[id(value)] = type(value)(_plain(item, done) for item in value)
+        items = (_plain(item, done, name, depth + 1) for item in value)
+        done[id(value)] = type(value)(items)
     else:
         return value
     return done[id(value)]

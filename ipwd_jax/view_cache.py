@@ -4,7 +4,8 @@ A random crop with a border of p pixels and a flip has (2 p + 1)^2 * 2 views: 16
 4 pixels, fewer than the epochs of a run. Which view a sample has in which epoch is known before
 the run starts. So what a frozen teacher will be asked is known too, and can be asked in large
 batches, kept in a file beside its checkpoint, and shared by all students, seeds and terms that
-read nothing but its logits or its embedding. The answers are those that it would give in the step.
+read nothing but its logits or its embedding. The answers are those that it would give in the step,
+up to rounding: a compiled program may add the numbers of a batch of another shape in another order.
 """
 
 import json
@@ -23,8 +24,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax import parallel, precision, workdir, writers
+from ipwd_jax.assemble import Experiment
 from ipwd_jax.data import augment
-from ipwd_jax.data.base import Dataset
+from ipwd_jax.data.base import fingerprint
 from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
@@ -33,6 +35,7 @@ from ipwd_jax.state import augment_key
 
 _FORMAT = 1
 _FLUSH_SECONDS = 60.0
+_DRAWN_TABLES = 3  # of drawn views that are kept beside a teacher, the latest used
 
 
 @flax.struct.dataclass
@@ -43,7 +46,7 @@ class ViewCache:
         logits: (M, C) float32.
         embedding: (M, D) float32, or None.
         row: (N, V) int32, the row of each view of each image, where only those are kept that a run
-            draws; None: all are, image by image.
+            draws, and M for all others; None: all are, image by image.
         views: V.
     """
 
@@ -54,31 +57,35 @@ class ViewCache:
 
 
 def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
-    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps."""
+    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps.
+
+    What was never asked is nan, which ends the run.
+    """
     if cache.row is None:
         rows = batch.index * cache.views + batch.view
     else:
         rows = cache.row[batch.index, batch.view]
-    embedding = None if cache.embedding is None else cache.embedding[rows]
-    return Outputs(cache.logits[rows], embedding, (), ())
+
+    def take(table: jax.Array) -> jax.Array:
+        return table.at[rows].get(mode="fill", fill_value=jnp.nan)
+
+    embedding = None if cache.embedding is None else take(cache.embedding)
+    return Outputs(take(cache.logits), embedding, (), ())
 
 
-def reason_against(config: ConfigDict, taps: frozenset[str], rotated: bool) -> str:
-    """Why the cache cannot serve a run; empty where it can.
-
-    Args:
-        config: of the run.
-        taps: fields of the teacher's `Outputs` that its terms read.
-        rotated: whether a term turns images.
-    """
+def reason_against(experiment: Experiment) -> str:
+    """Why the cache cannot serve a run; empty where it can."""
+    taps = experiment.teacher_taps
     if not taps:
         return "no term reads the teacher"
     if maps := taps & {"features", "preact"}:
         return f"a term reads the teacher's maps ({', '.join(sorted(maps))})"
-    if rotated:
+    if experiment.rotated:
         return "a term turns the images"
-    if config.teacher.train_mode:
+    if experiment.config.teacher.train_mode:
         return "with config.teacher.train_mode an answer depends on the batch"
+    if experiment.dataset.train.streamed:
+        return "streamed images have more views than a run draws"
     return ""
 
 
@@ -95,40 +102,31 @@ def drawn_views(config: ConfigDict, seeds: Sequence[int], epochs: int, size: int
     return used
 
 
-def load_or_build(
-    config: ConfigDict,
-    folder: pathlib.Path,
-    dataset: Dataset,
-    teacher_answer: Callable,
-    teacher_inputs: Any,
-    checksums: Mapping[str, str],
-    epochs: int,
-    with_embedding: bool,
-) -> ViewCache | None:
-    """The cache that a run of `config` can use, from `folder` or made there; on all devices.
+def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
+    """The cache that a run can use, from the folder of its teacher or made there; on all devices.
 
     Args:
-        config: of the run; with `config.teacher.view_cache` other than "off".
-        folder: of the teacher's files.
-        dataset: of the run.
-        teacher_answer: of `Teacher`, by network.
-        teacher_inputs: of `Teacher`.
-        checksums: of the `teacher` and of the `data`.
-        epochs: of the longest stage.
-        with_embedding: keep the embedding too.
+        experiment: against which there is no reason, with `config.teacher.view_cache` other than
+            "off".
+        required: whether the run cannot do without it.
 
     Returns:
-        None where mode "auto" finds no space for it, with a printed line.
+        None where there is no space for it and it is not required, with a printed line.
 
     Raises:
-        UserError: there is no space, and the mode asks for it.
+        UserError: it is required, and there is no space for it.
     """
+    config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
+    folder, teacher_inputs = teacher.workdir / "views", teacher.inputs
+    epochs = max(stage.epochs for stage in experiment.stages)
+    with_embedding = "embedding" in experiment.teacher_taps
     size, seeds = len(dataset.train.labels), config.seeds or (config.seed,)
     seeds = seeds[:1] if config.share_order else seeds
     views = augment.num_views(config.data.crop_padding, config.data.flip)
     identity = {
         "format": _FORMAT,
-        **checksums,
+        "teacher": teacher.checksum,
+        "data": fingerprint(dataset),
         "precision": config.precision,
         "fold": config.teacher.fold,
         "platform": jax.default_backend(),
@@ -157,7 +155,7 @@ def load_or_build(
             data.images[index], view, config.data.crop_padding, config.data.flip
         )
         with precision.of_products(config.precision):
-            outputs = teacher_answer(inputs, augment.normalize(images, data.mean, data.std), None)
+            outputs = teacher.ask(inputs, augment.normalize(images, data.mean, data.std))
         columns = [outputs.logits, *([outputs.embedding] if with_embedding else [])]
         return jnp.concatenate(precision.at_least_float32(columns), axis=1)
 
@@ -166,19 +164,22 @@ def load_or_build(
     shapes = jax.eval_shape(ask, teacher_inputs, data, *(x[:1] for x in pairs))
     needed = len(index) * shapes.shape[1] * 4
     if shortage := _shortage(folder, needed, on_disk=not files.complete()):
-        if config.teacher.view_cache == "auto":
+        if not required:
             print(f"Without a cache of the teacher's views: {shortage}", flush=True)
             return None
         raise UserError(f"the cache of the teacher's views does not fit: {shortage}")
     table = files.load() if files.complete() else None
     if table is None:
-        batch = max(config.eval_batch_size, 500 if jax.default_backend() == "cpu" else 2048)
-        with workdir.locked(folder):  # of all students that want this table one makes it
-            asker = _asker(ask, teacher_inputs, data, batch)
-            table = files.build(shapes.shape[1], pairs, asker, batch)
+        batch = 500 if jax.default_backend() == "cpu" else 2048
+        with workdir.locked(folder, wait=True):  # of all students that want a table one makes it
+            table = files.load() if files.complete() else None
+            if table is None:
+                _remove_old_tables(folder, whole)
+                asker = _asker(ask, teacher_inputs, data, batch)
+                table = files.build(shapes.shape[1], pairs, asker, batch)
     row = None
     if used is not None:
-        row = np.full(used.shape, -1, np.int32)
+        row = np.full(used.shape, len(index), np.int32)
         row[used] = np.arange(len(index), dtype=np.int32)
     embedding = np.asarray(table[:, classes:]) if with_embedding else None
     cache = ViewCache(np.asarray(table[:, :classes]), embedding, row, views)
@@ -221,6 +222,25 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
+def _remove_old_tables(folder: pathlib.Path, whole: "_Files") -> None:
+    """Removes tables of drawn views that were not used lately, or that a whole table replaces.
+
+    A run that needs one again makes it again.
+    """
+    notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    drawn = [
+        path for path in notes if path != whole.note and '"views": "all"' not in path.read_text()
+    ]
+    for note in drawn[_DRAWN_TABLES - 1 :]:
+        table = note.with_suffix(".npy")
+        if table.exists():
+            print(
+                f"Removing {table}, {_mib(table.stat().st_size)} that can be made again", flush=True
+            )
+        note.unlink()
+        table.unlink(missing_ok=True)
+
+
 class _Files:
     """A table on disk: the numbers, and beside them what they are of."""
 
@@ -248,6 +268,7 @@ class _Files:
         table = np.load(self.table, mmap_mode="r")
         if _checksum(table) == self._read(self.note)["checksum"]:
             print(f"Teacher's views from {self.table}", flush=True)
+            self.note.touch()  # used lately
             return table
         print(f"warning: {self.table} is damaged and is made again", flush=True)
         return None

@@ -3,9 +3,12 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
@@ -31,25 +34,52 @@ _FREE = (
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
     """Makes the directory and keeps other processes out of it.
+
+    A directory that is made here and in which a refused run has left nothing but its settings is
+    removed again.
+
+    Args:
+        workdir: the directory.
+        wait: until another process has finished with it, instead of refusing.
 
     Raises:
         UserError: it cannot be written, or another process is using it.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
+    made = not workdir.exists()
+    lock = _lock(workdir, wait)
     with lock:
+        try:
+            yield
+        except UserError:
+            if made and {path.name for path in workdir.iterdir()} <= {".lock", "config.json"}:
+                shutil.rmtree(workdir)
+            raise
+
+
+def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
+    path = workdir / ".lock"
+    while True:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as error:
+            raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"another process is using {workdir}; wait for it or choose another --workdir"
-            ) from None
-        yield
+            if not wait:
+                lock.close()
+                raise UserError(
+                    f"another process is using {workdir}; wait for it or choose another --workdir"
+                ) from None
+            print(f"Waiting for another process that is using {workdir}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # The other process may have removed the directory, and with it the file that we hold.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            return lock
+        lock.close()
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str]) -> None:
@@ -66,7 +96,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
     """
     path = workdir / "config.json"
     plain = json.loads(config.to_json_best_effort())
-    noted = {}
+    noted, chosen = {}, {}
     if path.exists():
         try:
             there = json.loads(path.read_text())
@@ -85,12 +115,50 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
                 + "\n  ".join(lines)
                 + "\nChoose another --workdir, or delete this one if it is not needed."
             )
+        chosen = there.get("chosen", {})
     elif any(workdir.glob("checkpoints/*")):
         raise UserError(
             f"{workdir} holds checkpoints but no {path.name}, so it is not known what they are of; "
             "choose another --workdir"
         )
-    writers.write_json(path, {"config": plain, "checksums": {**noted, **checksums}})
+    note = {"config": plain, "checksums": {**noted, **checksums}}
+    writers.write_json(path, note | ({"chosen": chosen} if chosen else {}))
+
+
+def chosen(workdir: pathlib.Path, setting: str) -> Any:
+    """What an automatic setting of this run was resolved to when it began; None: not yet."""
+    return json.loads((workdir / "config.json").read_text()).get("chosen", {}).get(setting)
+
+
+def choose(workdir: pathlib.Path, setting: str, value: Any) -> None:
+    """Notes in `config.json` what an automatic setting is resolved to, for when the run resumes."""
+    path = workdir / "config.json"
+    there = json.loads(path.read_text())
+    writers.write_json(path, {**there, "chosen": {**there.get("chosen", {}), setting: value}})
+
+
+def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
+    """Checksum of what decides the numbers of a run, but for its seed: 6 hexadecimal digits."""
+    binding = _numbers(json.loads(config.to_json_best_effort()))
+    binding.pop("seed")
+    text = json.dumps([binding, dict(checksums)], sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"[:6]
+
+
+def holds(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str]) -> bool:
+    """Whether a finished run of this config and these inputs is there, whatever it is called."""
+    try:
+        there = json.loads((workdir / "config.json").read_text())
+        same = all(there["checksums"].get(name) == value for name, value in checksums.items())
+        wanted = _numbers(json.loads(config.to_json_best_effort()))
+        return same and _numbers(there["config"]) == wanted and (workdir / "result.json").exists()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # no run of ours, or a damaged one
+
+
+def _numbers(config: dict) -> dict:
+    """The settings that decide the numbers of a run: the binding ones but for the name."""
+    return {key: value for key, value in _binding(config).items() if key != "name"}
 
 
 def _binding(config: dict) -> dict:
@@ -99,10 +167,12 @@ def _binding(config: dict) -> dict:
     Settings that it lacks, of terms added since it was written, for example, have their defaults.
     """
     config = _filled(config, json.loads(default().to_json()))
+    # The order of the samples and their views are those of the first seed.
+    shared = list(config["seeds"])[:1] if config["share_order"] else []
     for path in _FREE:
         parent, _, key = path.rpartition(".")
         (config[parent] if parent else config).pop(key, None)
-    return config
+    return {**config, **({"seeds[0]": shared[0]} if shared else {})}
 
 
 def _filled(config: dict, defaults: dict) -> dict:

@@ -27,15 +27,16 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON; numbers that JSON lacks (nan, infinities) become null."""
-    write_atomically(path, (json.dumps(_plain(value), indent=2) + "\n").encode())
+    """Writes JSON; numbers that JSON lacks (nan, infinities) become null, as in `plain`."""
+    write_atomically(path, (json.dumps(plain(value), indent=2) + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: Python's own types; None for what is undefined (nan, inf)."""
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value

@@ -44,3 +44,9 @@ def recipe() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def teacher_folder(runs: Path, network: str, data: str = "*") -> Path:
+    """The one folder beside the students in `runs` in which their teacher was trained."""
+    (found,) = runs.glob(f"{data}_{network}_*_seed0")
+    return found

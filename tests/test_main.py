@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipwd_jax import config as config_lib
+from ipwd_jax import validate
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "--config=configs/digits_ipwd.py"
@@ -25,10 +26,13 @@ def command(*arguments):
     )
 
 
-def test_help_explains_the_command():
-    text = command("--help").stdout
+@pytest.mark.parametrize("flag", ["--help", "-?", "--helpfull"])
+def test_help_explains_the_command(flag):
+    done = command(flag)
+    assert done.returncode == 0 and not done.stderr
     for word in (DIGITS, "--workdir", "--mode", "<train|teacher|eval>", "--config.data.download"):
-        assert word in text
+        assert (word in done.stdout) or flag == "--helpfull"
+    assert "--workdir" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -45,13 +49,66 @@ def test_help_explains_the_command():
         ([DIGITS, "--mode=trian"], "<train|teacher|eval>"),
         ([DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "no checkpoint in /nonexistent"),
         ([DIGITS, "extra"], "unexpected argument 'extra'"),
+        (["--config=nope.py", "--config.epochs=3"], "nope.py does not exist"),
+        (["--config=configs"], "configs cannot be read"),
+        ([DIGITS, "--config.seeds=(0.5,1)"], "config.seeds must be a tuple of whole numbers"),
+        ([DIGITS, "--config.optimizer.milestones=abc"], "config.optimizer.milestones must be"),
+        ([DIGITS, "--config.optimizer.learning_rate=nan"], "learning_rate must be finite, found"),
     ],
 )
 def test_mistakes_end_with_one_line_and_a_status(arguments, words):
     done = command(*arguments)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     assert words in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def get_config(:", "FILE, line 1: SyntaxError: "),
+        ("import ipwd_jaxx", "FILE, line 1: ModuleNotFoundError: No module named 'ipwd_jaxx'"),
+        ("def get_config():\n    return ten", "FILE, line 2: NameError: name 'ten' is not defined"),
+        ("def get_config():\n    return 1 + 'a'", "FILE, line 2: TypeError: unsupported operand"),
+        ("def get_config():\n    return {}['a']", "FILE, line 2: KeyError: 'a'"),
+        ("def get_config():\n    open('/nonexistent')", "FILE, line 2: FileNotFoundError: "),
+        ("def get_config():\n    pass", "get_config() of FILE returns None, not the config"),
+        ("def got_config():\n    pass", "get_config"),
+        (
+            "from ml_collections import ConfigDict as get_config",
+            "is missing; start from ipwd_jax.config",
+        ),
+    ],
+)
+def test_mistakes_in_a_config_file_are_named_with_their_line(body, words, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(body + "\n")
+    done = command(f"--config={path}", *(["--config.seed=3"] if "line 2" in words else []))
+    line = done.stderr.splitlines()[-1]
+    assert (
+        "Traceback" not in done.stderr
+        and line.startswith("error: ")
+        and words.replace("FILE", str(path)) in line
+    )
+    assert done.returncode == 2
+
+
+def test_a_config_file_that_leaves_keeps_its_status(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("raise SystemExit(7)\n")
+    assert command(f"--config={path}").returncode == 7
+
+
+def test_an_interrupt_before_the_run_is_no_traceback(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("raise KeyboardInterrupt\n")
+    done = command(f"--config={path}")
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "stopped" in done.stderr
+
+
+def test_slow_imports_are_made_where_an_interrupt_is_caught():
+    code = "import sys, ipwd_jax.main; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
@@ -59,7 +116,7 @@ def test_every_config_is_valid(path):
     scope = {}
     exec(compile(path.read_text(), path, "exec"), scope)
     config = scope["get_config"]()
-    config_lib.validate(config)
+    validate.validate(config)
     assert config.name and f"--config=configs/{path.name}" in scope["__doc__"]
 
 
@@ -88,7 +145,8 @@ def test_cifar_config_has_the_settings_of_the_paper():
 def test_cifar_teacher_is_the_one_that_students_look_for():
     student = get_config("cifar_ipwd.py", "resnet110,resnet32")
     teacher = get_config("cifar_teacher.py", "resnet110")
-    assert teacher.to_dict() == config_lib.teacher_config(student).to_dict()
+    expected = config_lib.teacher_config(student).to_dict()
+    assert teacher.to_dict() == {**expected, "name": "cifar100_resnet110"}  # found by its settings
 
 
 class TestDocumentation:

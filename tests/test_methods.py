@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ipwd_jax import checkpoint, data, models, train
+from ipwd_jax import checkpoint, data, models, train, validate
 from ipwd_jax import config as config_lib
 from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.loop import Loop
@@ -68,7 +68,10 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
 )
 def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, monkeypatch):
     config = method_config(method)
-    config.teacher.workdir = str(tmp_path_factory.getbasetemp() / "teacher")
+    if config.teacher.name:
+        teacher = tmp_path_factory.getbasetemp() / "teacher"
+        config.teacher.workdir = str(teacher)
+        train.run(config, tmp_path / "unused", digits, teacher_only=True)
     result = train.run(config, tmp_path / "whole", digits)
     assert np.isfinite(result["last"]["nll"])
 
@@ -170,7 +173,7 @@ def test_a_weighting_of_a_relational_term_is_refused(term):
     config.loss[term] = 1.0
     config.weighting.terms = ("kd", term)
     with pytest.raises(UserError, match=f"names {term}, which compares samples with each other"):
-        config_lib.validate(config)
+        validate.validate(config)
 
 
 def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits, tmp_path):
@@ -215,7 +218,7 @@ def test_a_first_stage_trains_what_it_names_and_no_other_norm(digits, tmp_path):
     stopped = []
 
     def stop_at_main(self):
-        now = self.members[0].now
+        now = self.runs[0].now
         if now.position.stage == 0 and now.position.step == 3:
             stopped.append(jax.device_get(now.state.replace(key=0)))
         return False

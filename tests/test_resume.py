@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import teacher_folder
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import models, workdir
@@ -69,14 +70,11 @@ def reference(tmp_path_factory, environment):
     return runs
 
 
-TEACHER = "digits_resnet8_seed0"
-
-
 def networks(runs):
     template = network_shapes(models.create("resnet8", 10), (8, 8, 1))
     return [
-        jax.device_get(load_network(runs / run, which, template)[0])
-        for run in (TEACHER, "student")
+        jax.device_get(load_network(run, which, template)[0])
+        for run in (teacher_folder(runs, "resnet8"), runs / "student")
         for which in ("last", "best")
     ]
 
@@ -97,7 +95,7 @@ def result(run):
 def assert_same(runs, reference):
     same = jax.tree.map(np.array_equal, networks(runs), networks(reference))
     assert all(jax.tree.leaves(same))
-    for run in (TEACHER, "student"):
+    for run in (teacher_folder(reference, "resnet8").name, "student"):
         assert history(runs / run) == history(reference / run)
         assert result(runs / run) == result(reference / run)
 
@@ -129,7 +127,8 @@ def stop(runs, environment, signum):
 def stopped_once(reference, environment, tmp_path_factory):
     """A student that was stopped in the middle by SIGTERM, beside the finished teacher."""
     runs = tmp_path_factory.mktemp("stopped")
-    shutil.copytree(reference / TEACHER, runs / TEACHER)
+    teacher = teacher_folder(reference, "resnet8")
+    shutil.copytree(teacher, runs / teacher.name)
     stop(runs, environment, signal.SIGTERM)
     return runs
 

@@ -75,6 +75,8 @@ class TestArrays:
         [
             ({"train_images": np.zeros((12, 6, 6, 3))}, ["uint8", "float64", "255 * x"]),
             ({"train_images": np.zeros((0, 6, 6, 3), np.uint8)}, ["(0, 6, 6, 3)"]),
+            ({"train_images": np.zeros((12, 3, 6, 6), np.uint8)}, ["transpose(0, 2, 3, 1)"]),
+            ({"test_images": np.zeros((12, 1, 6, 9), np.uint8)}, ["test", "(12, 1, 6, 9)"]),
             ({"train_labels": np.zeros(12)}, ["12 integers", "float64"]),
             ({"train_labels": np.zeros(3, int)}, ["12 integers", "(3,)"]),
             ({"train_labels": np.arange(12) - 1}, ["start at 0", "-1"]),
@@ -100,6 +102,16 @@ class TestArrays:
             data.from_arrays(**{**good, **change})
         for word in words:
             assert word in str(error.value), str(error.value)
+
+    @pytest.mark.parametrize("shape", [(6, 6, 2), (6, 6, 7), (4, 4, 2), (3, 9, 1), (1, 6, 4)])
+    def test_channels_may_be_any_number(self, shape):
+        assert data.from_arrays(*arrays(shape=shape)).train.images.shape[1:] == shape
+
+    def test_statistics_of_many_images_are_those_of_all(self, monkeypatch):
+        images, labels = arrays(60)
+        whole = data.from_arrays(images, labels)
+        monkeypatch.setattr(data.base, "_PIXELS_AT_ONCE", 100)
+        assert data.fingerprint(data.from_arrays(images, labels)) == data.fingerprint(whole)
 
     def test_fingerprint_sees_every_part(self):
         images, labels = arrays()
@@ -150,6 +162,11 @@ class TestNumpyFile:
             tmp_path / "half.npz", train_images=images, train_labels=labels, test_images=images
         )
         fails(["test_images and test_labels"], f"numpy:{tmp_path}/half.npz")
+        np.savez(
+            tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=images,
+            test_labels=labels,
+        )  # fmt: skip
+        fails(["test_fraction is 0.3", "own.npz"], f"numpy:{tmp_path}/own.npz", test_fraction=0.3)
         np.savez(tmp_path / "pickle.npz", train_images=images, train_labels=np.array([{}, None]))
         fails(["pickle.npz", "allow_pickle"], f"numpy:{tmp_path}/pickle.npz")
 
@@ -350,23 +367,33 @@ class TestFolder:
         self.write(tmp_path / "train/a/1.png")
         (tmp_path / "train/b").mkdir()
         fails(["train/b", "no image files"], f"folder:{tmp_path}")
+        self.write(tmp_path / "train/a/2.png")  # so that one can be held out
         (tmp_path / "train/b/broken.jpg").write_bytes(b"\xff\xd8 not a picture")
         fails(["broken.jpg", "cannot be read"], f"folder:{tmp_path}")
         self.write(tmp_path / "train/b/broken.jpg")
         self.write(tmp_path / "val/a/1.png")
         self.write(tmp_path / "val/c/1.png")
         fails(["only", "['b', 'c']"], f"folder:{tmp_path}")
-        fails(["no folder exam", "['train', 'val']"], f"folder:{tmp_path}", test_split="exam")
+        fails(["no folder 'exam'", "['train', 'val']"], f"folder:{tmp_path}", test_split="exam")
 
+    def test_hidden_folders_are_left_out_at_any_depth(self, tmp_path):
+        for place in ("a/1.png", "a/x/2.png", "b/1.png", "b/2.png"):
+            self.write(tmp_path / place)
+        wanted = load(f"folder:{tmp_path}", test_fraction=0.5)
+        for place in (".ipynb_checkpoints/a/1.png", "a/.ipynb_checkpoints/1-checkpoint.png",
+                      "a/x/.trash/y/3.png"):  # fmt: skip
+            self.write(tmp_path / place)
+        assert same(load(f"folder:{tmp_path}", test_fraction=0.5), wanted)
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("cifar", "cifar10"), ("Digits", "digits"), ("tfds", "tfds:NAME")]
-)
-def test_unknown_source(name, hint):
-    fails([f"data set {name!r}", f"Did you mean '{hint}"], name)
-
-
-def test_settings_that_a_source_does_not_use_are_refused():
-    fails(["config.data.image_size is 32", "digits does not use"], "digits", image_size=32)
-    fails(["train_split", "numpy does not use"], "numpy:x.npz", train_split="train")
-    fails(["download", "tfds does not use"], "tfds:tiny", download=True)
+    def test_links_that_lead_nowhere_are_told(self, tmp_path, capsys):
+        for place in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+            self.write(tmp_path / place)
+        (tmp_path / "b/2.png").rename(tmp_path / "b/3.png")
+        (tmp_path / "b/2.png").symlink_to("3.png")
+        load(f"folder:{tmp_path}")
+        assert capsys.readouterr().err == ""
+        (tmp_path / "b/3.png").unlink()
+        (tmp_path / "c").symlink_to("gone")
+        load(f"folder:{tmp_path}")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: links") and f"left out: 2, {tmp_path}" in line

@@ -28,6 +28,7 @@ def root(tmp_path_factory):
 def streamed(root, **changes):
     config = settings(teacher__view_cache="auto", **changes)
     config.data.update({"name": f"folder:{root}", "streaming": True, "image_size": 8})
+    config.data.crop_padding = 0
     return config
 
 
@@ -76,7 +77,7 @@ def test_equal_to_the_same_images_in_memory(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(streaming, "batches", plain)
     config = streamed(root)
-    config.data.update({"crop_padding": 0, "flip": False})
+    config.data.flip = False
     train.run(config, tmp_path / "streamed" / "run")
     dataset = data.load(config.data)
     arrays = [
@@ -100,6 +101,10 @@ def test_equal_to_the_same_images_in_memory(root, tmp_path, monkeypatch):
         ({"image_size": 0}, "needs config.data.image_size"),
         ({"name": "cifar100"}, "reads folder:PATH and tfds:NAME, found 'cifar100'"),
         ({"test_split": "testing"}, "no folder 'testing'"),
+        ({"crop_padding": 4}, "crop_padding is 4, but .* set --config.data.crop_padding=0"),
+        ({"download": True}, "download is True, which data from folder does not use"),
+        ({"dir": "/data"}, "dir is '/data', which data from folder does not use"),
+        ({"test_fraction": 0.3}, "test_fraction is 0.3, but nothing is held out"),
     ],
 )
 def test_wrong_settings(changes, hint, root):
@@ -107,6 +112,23 @@ def test_wrong_settings(changes, hint, root):
     config.data.update(changes)
     with pytest.raises(UserError, match=hint):
         data.load(config.data)
+
+
+def test_what_a_run_cannot_use_is_refused_at_once(root, tmp_path):
+    config = streamed(root)
+    config.data.image_size = 200_000
+    with pytest.raises(UserError, match="decoded images of 200000x200000 pixels"):
+        train.run(config, tmp_path / "run")
+    config = streamed(root)
+    dataset = data.load(config.data)
+    config.data.flip = False
+    with pytest.raises(UserError, match="flip is False, but the streamed images were opened"):
+        train.run(config, tmp_path / "run", dataset)
+    config = streamed(root)
+    config.data.crop_padding = 1
+    with pytest.raises(UserError, match="random resized crops"):
+        train.run(config, tmp_path / "run", dataset)
+    assert not (tmp_path / "run").exists()
 
 
 def test_terms_that_need_views_are_refused(root, tmp_path):

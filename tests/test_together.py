@@ -1,4 +1,4 @@
-"""Several steps in one call, a teacher that looks ahead, several seeds: the same numbers."""
+"""Several steps in one call, a teacher that looks ahead, a shared order: the same numbers."""
 
 import json
 
@@ -8,8 +8,7 @@ import pytest
 from test_view_cache import settings, squares  # noqa: F401
 
 from ipwd_jax import report, train
-from ipwd_jax.errors import Interrupted, UserError
-from ipwd_jax.loop import Loop
+from ipwd_jax.errors import UserError
 from ipwd_jax.teacher import compare
 
 
@@ -55,38 +54,6 @@ def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch
     monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
     actual = run("scanned", squares, folder, steps_per_call=3)
     np.testing.assert_allclose(actual, alone[0], atol=2e-5)
-
-
-@pytest.mark.parametrize("cache", ["drawn", pytest.param("off", marks=pytest.mark.slow)])
-def test_seeds_together_are_the_seeds_alone(cache, alone, squares, folder):  # noqa: F811
-    config = settings(seeds=(0, 1), teacher__view_cache=cache)
-    result = train.run(config, folder / f"both_{cache}", squares)
-    assert [r["seed"] for r in result["seeds"]] == [0, 1]
-    for seed in (0, 1):
-        np.testing.assert_array_equal(logits(folder / f"both_{cache}_seed{seed}"), alone[seed])
-
-
-def test_seeds_resume_together(alone, squares, folder, monkeypatch):  # noqa: F811
-    config = settings(seeds=(0, 1), teacher__view_cache="off", checkpoint__every_seconds=0.0)
-    save, calls = Loop._save, []
-
-    def save_and_stop(self):
-        save(self)
-        calls.append(1)
-        if len(calls) == 3:  # the teacher is there; one seed is a checkpoint ahead
-            member = self.members[0]
-            member.now.position.step += 1
-            member.checkpoints.save(member._number(), member.now)
-            member.checkpoints.wait()
-            raise Interrupted(15)
-
-    monkeypatch.setattr(Loop, "_save", save_and_stop)
-    with pytest.raises(Interrupted):
-        train.run(config, folder / "resumed", squares)
-    monkeypatch.setattr(Loop, "_save", save)
-    train.run(config, folder / "resumed", squares)
-    for seed in (0, 1):
-        np.testing.assert_array_equal(logits(folder / f"resumed_seed{seed}"), alone[seed])
 
 
 @pytest.mark.slow

@@ -2,21 +2,27 @@
 
 import csv
 import json
+import math
+import time
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers import teacher_folder
 from tensorboardX.proto.event_pb2 import Event
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import data, losses, models, train
+from ipwd_jax import data, losses, models, parallel, train
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.evaluate import make_predict, predict_all
 from ipwd_jax.metrics import evaluate, weight_summary
+from ipwd_jax.models.base import Conv, Linear, Outputs, relu
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.parallel import replicate
+from ipwd_jax.recorder import Recorder
 from ipwd_jax.state import init_state, network_shapes
 
 
@@ -160,7 +166,7 @@ class TestResult:
 class TestTeacher:
     def test_it_is_trained_beside_the_student_and_reused(self, done, dataset):
         workdir, result = done
-        teacher = workdir.parent / "squares_resnet8_seed0"
+        teacher = teacher_folder(workdir.parent, "resnet8")
         assert (teacher / "result.json").exists()
         before = (teacher / "result.json").stat().st_mtime_ns
         other = train.run(settings(seed=1, epochs=1), workdir.parent / "other", dataset)
@@ -171,6 +177,9 @@ class TestTeacher:
     def test_only_the_teacher(self, done, dataset, tmp_path):
         workdir, _ = done
         config = settings(**{"teacher.workdir": str(tmp_path / "teacher"), "teacher.epochs": 1})
+        with pytest.raises(UserError, match=r"where there is no run.*mode=teacher"):
+            train.run(config, tmp_path / "student", dataset)
+        assert not list(tmp_path.iterdir())
         result = train.run(config, tmp_path / "student", dataset, teacher_only=True)
         assert result["last"]["epoch"] == 1 and not (tmp_path / "student").exists()
         # A finished teacher that is named is taken, however long it was trained.
@@ -178,21 +187,39 @@ class TestTeacher:
         train.run(config, tmp_path / "student", dataset)
         # It may not be swapped for another under a run that began with it.
         config = settings(
-            **{"teacher.workdir": str(workdir.parent / "squares_resnet8_seed0"), "epochs": 1}
+            **{"teacher.workdir": str(teacher_folder(workdir.parent, "resnet8")), "epochs": 1}
         )
         with pytest.raises(UserError, match="checksum of the teacher"):
             train.run(config, tmp_path / "student", dataset)
 
-    def test_another_recipe_does_not_replace_it(self, done, dataset, tmp_path):
-        workdir, _ = done
-        with pytest.raises(
-            UserError, match=r"squares_resnet8_seed0 holds.*\n  config.epochs: 3 there, 2"
-        ):
-            train.run(settings(**{"teacher.epochs": 2}), workdir.parent / "third", dataset)
+    def test_teachers_of_other_recipes_and_data_are_side_by_side(self, dataset, tmp_path):
+        shifted = data.from_arrays(
+            dataset.train.images // 2, dataset.train.labels, dataset.test.images,
+            dataset.test.labels, name="squares",
+        )  # fmt: skip
+        config = settings(**{"teacher.epochs": 1, "epochs": 1})
+        first = train.run(config, tmp_path / "a", dataset)
+        for name, given, changes in (("b", dataset, {"teacher.epochs": 2}), ("c", shifted, {})):
+            config.update_from_flattened_dict(changes)
+            assert train.run(config, tmp_path / name, given)["teacher"] != first["teacher"]
+        teachers = list(tmp_path.glob("squares_resnet8_*_seed0"))
+        assert len(teachers) == 3
+        recipes = [
+            json.loads((t / "config.json").read_text())["config"]["epochs"] for t in teachers
+        ]
+        assert sorted(recipes) == [1, 2, 2]
+
+    def test_one_that_was_trained_as_a_run_of_its_own_is_found(self, dataset, tmp_path):
+        config = settings(**{"teacher.epochs": 1, "epochs": 1})
+        own = config_lib.teacher_config(config)
+        own.name = "mine"
+        train.run(own, tmp_path / "mine", dataset)
+        train.run(config, tmp_path / "student", dataset)
+        assert {path.name for path in tmp_path.iterdir()} == {"mine", "student"}
 
     def test_another_network_or_class_count_is_refused(self, done, tmp_path):
         workdir, _ = done
-        teacher = workdir.parent / "squares_resnet8_seed0"
+        teacher = teacher_folder(workdir.parent, "resnet8")
         for name, classes in (("resnet14", 4), ("resnet8", 5)):
             template = network_shapes(models.create(name, classes), (8, 8, 1))
             with pytest.raises(UserError, match="another network or number of classes"):
@@ -312,3 +339,59 @@ def test_a_new_term_is_one_class_and_one_line(dataset, done, monkeypatch):
     train.run(config, workdir, dataset)
     table = rows(workdir)
     assert float(table[1]["train_toy"]) < float(table[0]["train_toy"])
+
+
+class Plain(nn.Module):
+    """A network without BatchNorm."""
+
+    classes: int
+    axis_name: str | None = None
+    smallest_image = 1
+    head_modules = ("fc",)
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        x = relu(Conv(4, 3, 2, name="conv")(x))
+        embedding = x.mean(axis=(1, 2))
+        return Outputs(Linear(self.classes, name="fc")(embedding), embedding, (x,), (x,))
+
+
+def test_a_network_without_batch_norm(dataset, tmp_path, monkeypatch):
+    """As teacher, folded too, and as student; with a head that is a network."""
+    monkeypatch.setitem(models.NETWORKS, "plain", Plain)
+    config = settings(**{"epochs": 1, "teacher.epochs": 1, "terms.cls.source": "network"})
+    config.model.name = config.teacher.name = "plain"
+    result = train.run(config, tmp_path / "student", dataset)
+    config.teacher.fold = True
+    folded = train.run(config, tmp_path / "folded", dataset)
+    assert result["last"]["nll"] == pytest.approx(folded["last"]["nll"], rel=1e-4)
+    scores = train.evaluate_run(config, tmp_path / "student", dataset)
+    assert scores["last"]["nll"] == pytest.approx(result["last"]["nll"], rel=1e-4)
+
+
+def test_the_clock_waits_for_the_device(dataset, tmp_path, monkeypatch):
+    """A device that is slower than the loop that feeds it decides the images a second."""
+    compiled = parallel.compile_train_step
+
+    def slow_device(step):
+        step, ends = compiled(step), []
+
+        def dispatch(*arguments):
+            ends.append(max([*ends[-1:], time.monotonic()]) + 0.05)
+            return step(*arguments)
+
+        def wait(tree):
+            time.sleep(max(0.0, ends[-1] - time.monotonic()) if ends else 0.0)
+            return block(tree)
+
+        monkeypatch.setattr(jax, "block_until_ready", wait)
+        return dispatch
+
+    block, shown = jax.block_until_ready, []
+    monkeypatch.setattr(parallel, "compile_train_step", slow_device)
+    monkeypatch.setattr(Recorder, "show", lambda self, speed, *_: shown.append(speed))
+    config = settings(**{"teacher.name": "", "loss.kd": 0.0, "weighting.name": "uniform"})
+    config.update({"epochs": 1, "log_every_steps": 1})
+    train.run(config, tmp_path, dataset)
+    speeds = [speed for speed in shown if not math.isnan(speed)]
+    assert len(speeds) >= 5 and max(speeds) < 24 / 0.05 * 1.01

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import teacher_folder
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, train, view_cache
@@ -61,7 +62,7 @@ def test_same_training_bit_for_bit(mode, online, squares, folder):
 
 
 def views(folder):
-    return folder / "squares_wrn_16_1_seed0" / "views"
+    return teacher_folder(folder, "wrn_16_1") / "views"
 
 
 def test_only_drawn_views_are_asked_for(online, squares, folder):

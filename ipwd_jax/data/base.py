@@ -9,6 +9,9 @@ import numpy as np
 
 from ipwd_jax.errors import UserError
 
+TEST_FRACTION = 0.2  # default of `config.data.test_fraction`
+_PIXELS_AT_ONCE = 2**24  # of the statistics, which need eight bytes for each
+
 # Mean and deviation of the training pixels in 0..1, as the published recipes print them.
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -22,6 +25,7 @@ class Streamed(Protocol):
 
     shape: tuple[int, int, int, int]  # (N, H, W, channels)
     fingerprint: str
+    flip: bool  # whether training mirrors half of the images
 
     def batches(
         self, index: np.ndarray, seed: int, epoch: int, train: bool
@@ -76,7 +80,7 @@ def from_arrays(
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
-    test_fraction: float = 0.2,
+    test_fraction: float = TEST_FRACTION,
 ) -> Dataset:
     """Make a data set of NumPy arrays, with checks.
 
@@ -105,19 +109,34 @@ def from_arrays(
             f"test images {test.images.shape[1:]}"
         )
     classes = len(class_names) if class_names else int(train.labels.max()) + 1
-    if classes < 2:
-        raise UserError(f"{name} has {classes} classes; at least 2 are needed")
-    if missing := sorted(set(range(classes)) - set(train.labels.tolist())):
-        raise UserError(f"{name} has {classes} classes, without a training image: {missing[:10]}")
-    used = {*train.labels.tolist(), *test.labels.tolist()}
-    if beyond := sorted(used - set(range(classes))):
-        raise UserError(
-            f"{name} has {classes} classes, but labels that are none of them: {beyond[:10]}"
-        )
+    check_classes(name, classes, train.labels, test.labels)
     if not (len(mean) and len(std)):
         computed = _statistics(train.images)
         mean, std = (mean if len(mean) else computed[0]), (std if len(std) else computed[1])
-    channels = train.images.shape[-1]
+    mean, std = checked_statistics(name, train.images.shape[-1], mean, std)
+    class_names = tuple(class_names or map(str, range(classes)))
+    return Dataset(name, train, test, class_names, mean, std)
+
+
+def check_classes(
+    name: str, classes: int, train_labels: np.ndarray, test_labels: np.ndarray
+) -> None:
+    """Raises `UserError` for one class, a class without training images, or a label of no class."""
+    if classes < 2:
+        raise UserError(f"{name} has {classes} classes; at least 2 are needed")
+    trained = set(train_labels.tolist())
+    if missing := sorted(set(range(classes)) - trained):
+        raise UserError(f"{name} has {classes} classes, without a training image: {missing[:10]}")
+    if beyond := sorted((trained | set(test_labels.tolist())) - set(range(classes))):
+        raise UserError(
+            f"{name} has {classes} classes, but labels that are none of them: {beyond[:10]}"
+        )
+
+
+def checked_statistics(
+    name: str, channels: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation (channels,) as float32; `UserError` where they are not fit for it."""
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if (
         mean.shape != (channels,)
@@ -128,18 +147,23 @@ def from_arrays(
             f"{name} has {channels} channels; mean and std need as many values, std above 0, "
             f"found mean {mean.tolist()} and std {std.tolist()}"
         )
-    class_names = tuple(class_names or map(str, range(classes)))
-    return Dataset(name, train, test, class_names, mean, std)
+    return mean, std
 
 
 def _split(what: str, images: np.ndarray, labels: np.ndarray) -> Split:
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+    if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
         raise UserError(
             f"{what} images must be (N, H, W, channels) uint8 with pixels in 0..255, found "
             f"{images.shape} {images.dtype}; floats in 0..1 become so by (255 * x).astype('uint8')"
+        )
+    first, *others = images.shape[1:]
+    if first in (1, 3, 4) and first < min(others) and others[-1] not in (1, 3, 4):
+        raise UserError(
+            f"{what} images have the shape {images.shape}, which looks like (N, channels, H, W); "
+            "(N, H, W, channels) is needed: images.transpose(0, 2, 3, 1)"
         )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
@@ -182,11 +206,11 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation per channel of pixels in 0..1; 1 for a channel that is constant."""
     # Exact sums of integers, from how often each of the 256 values occurs.
-    counts = [
-        np.bincount(images[..., channel].ravel(), minlength=256)
-        for channel in range(images.shape[-1])
-    ]
-    share = np.array(counts) / (images.size / images.shape[-1])
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for part in np.array_split(images, -(-images.size // _PIXELS_AT_ONCE)):
+        for channel in range(images.shape[-1]):
+            counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
+    share = counts / (images.size / images.shape[-1])
     values = np.arange(256) / 255
     mean = share @ values
     std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(axis=1))

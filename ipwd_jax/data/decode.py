@@ -1,4 +1,7 @@
-"""Encoded images to training crops and centre crops, by the fastest decoder that is installed."""
+"""Encoded images to training crops and centre crops, by the fastest decoder that is installed.
+
+Pillow resizes, whichever decodes JPEG: it averages what it scales down, as in evaluation.
+"""
 
 import contextlib
 import functools
@@ -21,9 +24,8 @@ _LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
 
 
 def decoder_name() -> str:
-    """What decodes JPEG and what resizes training crops here, as "simplejpeg, resized by cv2"."""
-    decoder = next((name for name in ("simplejpeg", "cv2") if _optional(name)), "PIL")
-    return f"{decoder}, resized by {'cv2' if _optional('cv2') else 'PIL'}"
+    """What decodes JPEG here: "simplejpeg", "cv2" or "PIL"."""
+    return next((name for name in ("simplejpeg", "cv2") if _optional(name)), "PIL")
 
 
 @functools.cache
@@ -82,9 +84,13 @@ def _errors() -> Iterator[None]:
 
 @_errors()
 def decode_train(
-    encoded: bytes, rng_key: tuple[int, int, int], size: int, out: np.ndarray | None = None
+    encoded: bytes,
+    rng_key: tuple[int, int, int],
+    size: int,
+    out: np.ndarray | None = None,
+    flip: bool = True,
 ) -> np.ndarray:
-    """Decode a random crop of an image, resized (bilinear), and mirrored half of the time.
+    """Decode a random crop of an image, resized, and mirrored half of the time.
 
     Only the rows down to the crop's last one are decoded where the format allows it. Of a JPEG
     whose crop has twice (four, eight times) the pixels needed, the decoder gives half (a quarter,
@@ -95,14 +101,18 @@ def decode_train(
         rng_key: seed, epoch and index; of them alone depend crop and mirroring. Epoch and index
             are below 2^32.
         size: of the result.
-        out: where the result goes, (size, size, 3) uint8 and contiguous; default: a new array.
+        out: where the result goes, (size, size, 3) uint8; default: a new array.
+        flip: whether it may be mirrored; the crop is the same either way.
 
     Returns:
-        (size, size, 3) uint8, RGB. The crop agrees with torchvision's `RandomResizedCrop(size)`.
+        (size, size, 3) uint8, RGB, as torchvision's `RandomResizedCrop(size)` (bilinear,
+        antialiased) gives for a Pillow image. Decoders of JPEG may differ in the last bits.
 
     Raises:
         UserError: it is no image, or a damaged one.
     """
+    from PIL import Image
+
     draws = _draw(rng_key)
     image = _open(encoded)
     top, left, height, width = crop_box(image.height, image.width, draws)
@@ -111,8 +121,11 @@ def decode_train(
     top, bottom, left, right = (
         round(edge / reduce) for edge in (top, top + height, left, left + width)
     )
+    # Not with the box of `resize`, whose filter would see beyond the crop.
+    crop = Image.fromarray(pixels[top:bottom, left:right])
+    resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
-    _resize(pixels[top:bottom, left:right], out, mirrored=draws[-1] < 0.5)
+    out[:] = resized[:, ::-1] if flip and draws[-1] < 0.5 else resized
     return out
 
 
@@ -148,18 +161,6 @@ def decode_eval(encoded: bytes, size: int, out: np.ndarray | None = None) -> np.
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     out[:] = np.asarray(pixels)
     return out
-
-
-def _resize(pixels: np.ndarray, out: np.ndarray, mirrored: bool) -> None:
-    if cv2 := _optional("cv2"):
-        resized = cv2.resize(pixels, out.shape[:2], None if mirrored else out)
-        if mirrored:
-            cv2.flip(resized, 1, out)
-        return
-    from PIL import Image
-
-    resized = np.asarray(Image.fromarray(pixels).resize(out.shape[:2], Image.Resampling.BILINEAR))
-    out[:] = resized[:, ::-1] if mirrored else resized
 
 
 class _Jpeg(NamedTuple):

@@ -1,12 +1,23 @@
 """Folders of image files, one folder per class."""
 
+import os
 import pathlib
-from typing import TYPE_CHECKING, BinaryIO
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from ipwd_jax.data.base import Dataset, from_arrays
+from ipwd_jax.data import memory
+from ipwd_jax.data.base import (
+    TEST_FRACTION,
+    Dataset,
+    Split,
+    check_classes,
+    from_arrays,
+    hold_out,
+)
 from ipwd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,11 +29,20 @@ _SUFFIXES = {
 }
 
 
+class Files(NamedTuple):
+    """The image files of a split below `root`, and their labels (N,) int32."""
+
+    root: pathlib.Path
+    paths: Sequence[pathlib.Path]
+    labels: np.ndarray
+
+
 def folder(config: ConfigDict, path: str) -> Dataset:
     """Read `PATH/train/CLASS/*.jpg` and `PATH/test|val|validation/CLASS/*.jpg`, or `PATH/CLASS/*`.
 
-    Classes are the folder names in alphabetic order, files are read in alphabetic order. Any
-    format that Pillow knows becomes RGB: the first frame of an animation, turned as its EXIF says.
+    Classes are the folder names in alphabetic order, files are read in alphabetic order. Hidden
+    files and folders are left out. Any format that Pillow knows becomes RGB: the first frame of an
+    animation, turned as its EXIF says.
 
     Args:
         config: `image_size` > 0 resizes the shorter side (bilinear, antialiased) and cuts the
@@ -31,42 +51,84 @@ def folder(config: ConfigDict, path: str) -> Dataset:
         path: as above.
 
     Raises:
-        UserError: nothing there, unreadable files, classes or sizes that do not agree.
+        UserError: nothing there, unreadable files, classes or sizes that do not agree, or more
+            than fits into memory.
+    """
+    name, class_names, train, test = find(config, path)
+    images = _decode_all(train.root, [*train.paths, *test.paths], config.image_size)
+    count = len(train.paths)
+    return from_arrays(
+        images[:count],
+        train.labels,
+        images[count:],
+        test.labels,
+        name=name,
+        class_names=class_names,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def find(config: ConfigDict, path: str) -> tuple[str, list[str], Files, Files]:
+    """Find the images of a data set without opening them.
+
+    Args:
+        config: as in `folder`.
+        path: as in `folder`.
+
+    Returns:
+        Its name, the names of its classes, and its training and test files.
+
+    Raises:
+        UserError: nothing there, or classes that do not agree or are fewer than two.
     """
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(
             f"no folder {root}; config.data.name=folder:PATH names one of class folders"
         )
-    train_root = root / (config.train_split or "train")
-    if not train_root.is_dir():
-        if config.train_split:
-            raise UserError(
-                f"{root} has no folder {config.train_split}; it has {class_folders(root)}"
-            )
-        train_root, test_root = root, None
-    else:
-        candidates = [config.test_split] if config.test_split else ["test", "val", "validation"]
-        test_root = next((root / c for c in candidates if (root / c).is_dir()), None)
-        if config.test_split and test_root is None:
-            raise UserError(
-                f"{root} has no folder {config.test_split}; it has {class_folders(root)}"
-            )
+    name = root.resolve().name
+    train_root, test_root = _split_folders(config, root)
     names = class_folders(train_root)
     if test_root is not None and class_folders(test_root) != names:
         differ = sorted(set(names) ^ set(class_folders(test_root)))
         raise UserError(f"classes in one of {train_root} and {test_root} only: {differ[:10]}")
-    train = _read(train_root, names, config.image_size)
-    test = _read(test_root, names, config.image_size) if test_root else (None, None)
-    return from_arrays(
-        *train,
-        *test,
-        name=root.resolve().name,
-        class_names=names,
-        mean=config.mean,
-        std=config.std,
-        test_fraction=config.test_fraction,
-    )
+    train = Files(train_root, *image_files(train_root, names))
+    if test_root is not None:
+        test = Files(test_root, *image_files(test_root, names))
+    else:
+        numbered = Split(np.arange(len(train.paths)), train.labels)
+        train, test = (
+            Files(train_root, [train.paths[i] for i in part.images], part.labels)
+            for part in hold_out(numbered, config.test_fraction)
+        )
+    check_classes(name, len(names), train.labels, test.labels)
+    return name, names, train, test
+
+
+def _split_folders(
+    config: ConfigDict, root: pathlib.Path
+) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folders of the training and of the test split; None: test images are held out."""
+    for split in (config.train_split, config.test_split):
+        if split and not (root / split).is_dir():
+            raise UserError(f"{root} has no folder {split!r}; it has {class_folders(root)}")
+    train = root / (config.train_split or "train")
+    if not train.is_dir():
+        if config.test_split:
+            raise UserError(
+                f"config.data.test_split is {config.test_split!r}, but {root} has no folder "
+                "'train' beside it; name one with --config.data.train_split"
+            )
+        return root, None
+    candidates = [config.test_split] if config.test_split else ["test", "val", "validation"]
+    test = next((root / name for name in candidates if (root / name).is_dir()), None)
+    if test is not None and config.test_fraction != TEST_FRACTION:
+        raise UserError(
+            f"config.data.test_fraction is {config.test_fraction}, but nothing is held out, since "
+            f"there is a test split, {test}; leave the setting out"
+        )
+    return train, test
 
 
 def class_folders(root: pathlib.Path) -> list[str]:
@@ -77,35 +139,66 @@ def class_folders(root: pathlib.Path) -> list[str]:
 def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path], np.ndarray]:
     """The image files of the classes `names` below `root`, and their labels (N,) int32.
 
+    Hidden files and what is in hidden folders are left out. So are links that lead nowhere, with a
+    warning.
+
     Raises:
         UserError: there are no classes, or one has no image files.
     """
     labels, files = [], []
+    dangling = [p for p in root.glob("[!.]*") if p.is_symlink() and not p.exists()]
+    empty = None
     for label, name in enumerate(names):
-        found = sorted(
-            p
-            for p in (root / name).rglob("[!.]*")  # macOS leaves ._NAME beside NAME
-            if p.suffix.lower() in _SUFFIXES and p.is_file()
-        )
-        if not found:
-            raise UserError(f"the class folder {root / name} has no image files")
-        files += found
+        found, start = [], below(root / name)
+        for path in (root / name).rglob("[!.]*"):  # macOS leaves ._NAME beside NAME
+            if path.suffix.lower() not in _SUFFIXES or f"{os.sep}." in os.sep + str(path)[start:]:
+                continue
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink() and not path.exists():
+                dangling.append(path)
+        empty = empty or (None if found else root / name)
+        files += sorted(found)
         labels += [label] * len(found)
+    if dangling:
+        print(
+            f"warning: links in {root} that lead nowhere are left out: {len(dangling)}, "
+            f"{min(dangling)} among them",
+            file=sys.stderr,
+        )
+    if empty:
+        raise UserError(f"the class folder {empty} has no image files")
     if not files:
         raise UserError(f"{root} has no class folders")
     return files, np.array(labels, np.int32)
 
 
-def _read(root: pathlib.Path, names: list[str], image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    files, labels = image_files(root, names)
-    images = [_decode(file, image_size) for file in files]
-    sizes = sorted({image.shape[:2] for image in images})
+def below(root: pathlib.Path) -> int:
+    """Where the part below `root` starts in the name of a file below it."""
+    return len(str(root / "_")) - 1
+
+
+def _decode_all(root: pathlib.Path, files: Sequence[pathlib.Path], image_size: int) -> np.ndarray:
+    """The images (N, H, W, 3) uint8 of files, of one size or resized to it."""
+    height, width = (image_size,) * 2 if image_size else _decode(files[0], 0).shape[:2]
+    memory.check(
+        f"the {len(files)} images of {height}x{width} pixels in {root}",
+        len(files) * height * width * 3,
+        "choose a smaller --config.data.image_size, or have images decoded while training, "
+        "with --config.data.streaming",
+    )
+    images, sizes = np.empty((len(files), height, width, 3), np.uint8), set()
+    for row, file in zip(images, files, strict=True):
+        image = _decode(file, image_size)
+        sizes.add(image.shape[:2])
+        if len(sizes) == 1:
+            row[:] = image
     if len(sizes) > 1:
         raise UserError(
-            f"images in {root} are of {len(sizes)} sizes, from {sizes[0]} to {sizes[-1]} pixels; "
-            "bring them to one with, for example, --config.data.image_size=64"
+            f"images in {root} are of {len(sizes)} sizes, from {min(sizes)} to {max(sizes)} "
+            "pixels; bring them to one with, for example, --config.data.image_size=64"
         )
-    return np.stack(images), labels
+    return images
 
 
 def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import pathlib
@@ -16,15 +15,21 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from ipwd_jax.data import folder, tfds
-from ipwd_jax.data.base import STATISTICS, Dataset, Split
+from ipwd_jax.data import folder, memory, tfds
+from ipwd_jax.data.base import (
+    STATISTICS,
+    Dataset,
+    Split,
+    check_classes,
+    checked_statistics,
+)
 from ipwd_jax.data.decode import decode_eval, decode_train, decoder_name
-from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.errors import UserError
 
 __all__ = [
     "Records",
@@ -37,6 +42,9 @@ __all__ = [
     "load",
     "tfds_records",
 ]
+
+SOURCES = ("folder", "tfds")
+AHEAD = 4  # batches that are decoded, or being decoded, beside the one given last
 
 _READ_AT_ONCE = 256
 _ROWS_OF_A_TASK = 8
@@ -73,11 +81,13 @@ class StreamedImages:
         records: the encoded images.
         size: height and width after decoding.
         threads: of decoding; 0: as many as there are CPUs for this process.
+        flip: whether training mirrors half of the images.
     """
 
     records: Records
     size: int
     threads: int = 0
+    flip: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -86,8 +96,8 @@ class StreamedImages:
 
     @property
     def fingerprint(self) -> str:
-        """Of the records, the size, and the decoder, which decides the last bits."""
-        return f"{self.records.fingerprint} {self.size} {decoder_name()}"
+        """Of the records and the size, whatever decodes them."""
+        return f"{self.records.fingerprint} {self.size}"
 
     def batches(
         self, index: np.ndarray, seed: int = 0, epoch: int = 0, train: bool = False
@@ -101,6 +111,7 @@ class StreamedImages:
             size=self.size,
             train=train,
             threads=self.threads,
+            flip=self.flip,
         )
 
     def take(self, index: np.ndarray) -> "StreamedImages":
@@ -118,45 +129,58 @@ class StreamedImages:
 def load(config: ConfigDict) -> Dataset:
     """Open `folder:PATH` or `tfds:NAME` without decoding an image.
 
+    The splits, their order and what is held out for testing are those of the sources in memory.
+
     Args:
         config: `config.data` of a run, with `image_size`.
 
     Raises:
-        UserError: another source, no image size, or the data is missing or unfit.
+        UserError: another source, no image size, a crop of borders, or the data is missing or
+            unfit.
     """
     kind, _, argument = config.name.partition(":")
-    if kind not in ("folder", "tfds") or not argument:
+    if kind not in SOURCES or not argument:
         raise UserError(
             f"config.data.streaming reads folder:PATH and tfds:NAME, found {config.name!r}"
         )
     if not config.image_size:
         raise UserError("config.data.streaming needs config.data.image_size, for example 224")
+    check_padding(config.crop_padding)
+    mean, std = STATISTICS["imagenet2012"]
     if kind == "folder":
-        splits = {path.name for path in pathlib.Path(argument).expanduser().glob("*")}
-        read = functools.partial(folder_records, argument)
+        name, class_names, *splits = folder.find(config, argument)
+        train, test = (_file_records(files, class_names) for files in splits)
     else:
-        splits = set(tfds.open_prepared(argument, config.dir)[0].info.splits)
-        read = functools.partial(tfds_records, argument, config.dir)
-    held_out = [name for name in ("test", "validation", "val") if name in splits]
-    test_split = config.test_split or next(iter(held_out), "")
-    if not test_split:
-        raise UserError(f"{config.name} has no split to test on; set config.data.test_split")
-    train, test = read(config.train_split or "train"), read(test_split)
-    if train.class_names != test.class_names:
-        differ = sorted(set(train.class_names) ^ set(test.class_names))
-        raise UserError(f"{config.name} has classes in one split only: {differ[:10]}")
-    mean, std = STATISTICS.get(argument, STATISTICS["imagenet2012"])
+        name = config.name.rpartition("/")[2]
+        train, test = _tfds_splits(config, argument)
+        check_classes(name, len(train.class_names), train.labels, test.labels)
+        known = tfds.statistics(argument)
+        mean, std = known if len(known[0]) == 3 else (mean, std)
+    mean, std = checked_statistics(name, 3, config.mean or mean, config.std or std)
 
     def split(records: Records) -> Split:
-        return Split(StreamedImages(records, config.image_size, config.threads), records.labels)
+        images = StreamedImages(records, config.image_size, config.threads, config.flip)
+        return Split(images, records.labels)
 
-    return Dataset(
-        name=config.name.rpartition("/")[2],
-        train=split(train),
-        test=split(test),
-        class_names=train.class_names,
-        mean=np.asarray(config.mean or mean, np.float32),
-        std=np.asarray(config.std or std, np.float32),
+    return Dataset(name, split(train), split(test), train.class_names, mean, std)
+
+
+def check_padding(padding: int) -> None:
+    """Raises `UserError` where streamed images should be cropped out of a border."""
+    if padding:
+        raise UserError(
+            f"config.data.crop_padding is {padding}, but streamed images get random resized crops; "
+            "set --config.data.crop_padding=0"
+        )
+
+
+def check_memory(images: int, size: int) -> None:
+    """Raises `UserError` where so many decoded images do not fit into memory at once."""
+    memory.check(
+        f"{images} decoded images of {size}x{size} pixels, which some batches hold,",
+        images * size * size * 3,
+        "choose a smaller --config.data.image_size, --config.batch_size or "
+        "--config.eval_batch_size",
     )
 
 
@@ -179,18 +203,30 @@ def folder_records(root: str | os.PathLike, split: str) -> Records:
         raise UserError(f"{top} has no folder {split!r} of class folders; {found}")
     top /= split
     names = folder.class_folders(top)
-    paths, labels = folder.image_files(top, names)
-    files = [str(path) for path in paths]  # a path object takes several times the memory
-    checksum, start = 0, len(str(top))
+    return _file_records(folder.Files(top, *folder.image_files(top, names)), names)
+
+
+def _file_records(found: folder.Files, class_names: Sequence[str]) -> Records:
+    files = [str(path) for path in found.paths]  # a path object takes several times the memory
+    checksum, start = 0, folder.below(found.root)
     for file in files:
-        checksum = zlib.crc32(f"{file[start:]}\0{os.path.getsize(file)}\n".encode(), checksum)
+        identity = f"/{file[start:]}\0{os.path.getsize(file)}\n"
+        checksum = zlib.crc32(identity.encode(), checksum)
 
     def read(index: int) -> bytes:
         with open(files[index], "rb", buffering=0) as opened:
             return opened.read()
 
-    name = top.resolve().name
-    return Records(name, labels, tuple(names), read, f"{checksum:08x}", files.__getitem__)
+    name = found.root.resolve().name
+    return Records(
+        name, found.labels, tuple(class_names), read, f"{checksum:08x}", files.__getitem__
+    )
+
+
+def _tfds_splits(config: ConfigDict, name: str) -> list[Records]:
+    builder, _ = tfds.open_prepared(name, config.dir)
+    splits = config.train_split or "train", tfds.choose_test_split(builder, config.test_split)
+    return [tfds_records(name, config.dir, split) for split in splits]
 
 
 def tfds_records(name: str, data_dir: str, split: str) -> Records:
@@ -213,18 +249,13 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
     from tensorflow_datasets.core.decode import SkipDecoding
 
     builder, (image, label) = tfds.open_prepared(name, data_dir)
-    parts = [part.strip().partition("[")[0] for part in split.split("+")]
-    if unknown := [part for part in parts if part not in builder.info.splits]:
-        raise unknown_name(f"split of {name}", unknown[0], builder.info.splits)
-    try:
+    with tfds.reading(builder, split):
         skip = {image: SkipDecoding()}
         source = builder.as_data_source(split, decoders=skip)
         identity = f"{builder.info.full_name} {split} {len(source)}"
         fingerprint = f"{zlib.crc32(identity.encode()):08x}"
         kept = pathlib.Path(builder.data_path) / f"ipwd_jax_labels_{fingerprint}.npz"
         labels, order = _labels(source, label, kept)
-    except Exception as error:  # of TFDS, of the record files
-        raise UserError(f"the split {split!r} of {name} cannot be read: {error}") from error
     return Records(
         name=f"tfds:{name} {split}",
         labels=labels[order],
@@ -275,7 +306,8 @@ def batches(
     size: int,
     train: bool,
     threads: int = 0,
-    prefetch: int = 4,
+    prefetch: int = AHEAD,
+    flip: bool = True,
 ) -> Generator[np.ndarray]:
     """Decode the batches of an epoch with threads, several batches ahead.
 
@@ -288,13 +320,16 @@ def batches(
         train: `decode_train`, else `decode_eval`.
         threads: of decoding; 0: as many as there are CPUs for this process.
         prefetch: batches that are decoded, or being decoded, beside the one given last.
+        flip: of `decode_train`.
 
     Yields:
         (B, size, size, 3) uint8, a new array for each step. Closing the iterator ends the threads.
 
     Raises:
-        UserError: a sample cannot be read or decoded; the message names it.
+        UserError: a sample cannot be read or decoded; the message names it. Or the batches do
+            not fit into memory.
     """
+    check_memory((prefetch + 1) * index.shape[1], size)
     threads = threads or cpus()
     stop = threading.Event()
 
@@ -305,7 +340,7 @@ def batches(
             try:
                 encoded = records.read(sample)
                 if train:
-                    decode_train(encoded, (seed, epoch, sample), size, image)
+                    decode_train(encoded, (seed, epoch, sample), size, image, flip)
                 else:
                     decode_eval(encoded, size, image)
             except (UserError, OSError) as error:

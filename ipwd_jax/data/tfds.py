@@ -1,12 +1,15 @@
 """TensorFlow Datasets that are prepared on disk, read without TensorFlow."""
 
+import contextlib
+import math
 import os
-import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from ipwd_jax.data import memory
 from ipwd_jax.data.base import STATISTICS, Dataset, from_arrays
 from ipwd_jax.errors import UserError, unknown_name
 
@@ -67,13 +70,19 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
         UserError: no such set or split, not prepared, or not of labelled images of one size.
     """
     builder, keys = open_prepared(name, config.dir)
-    splits = list(builder.info.splits)
-    test = config.test_split or ("test" if "test" in splits else "validation")
-    base = name.partition("/")[0].partition(":")[0]
-    mean, std = STATISTICS.get(base, ((), ()))
+    splits = config.train_split or "train", choose_test_split(builder, config.test_split)
+    sources = []
+    for split in splits:
+        with reading(builder, split):
+            sources.append(builder.as_data_source(split))
+    arrays, left = [], sum(map(len, sources))
+    for split, source in zip(splits, sources, strict=True):
+        with reading(builder, split):
+            arrays += _decode(builder, source, *keys, left)
+        left -= len(source)
+    mean, std = statistics(name)
     return from_arrays(
-        *_read(builder, config.train_split or "train", *keys),
-        *_read(builder, test, *keys),
+        *arrays,
         name=f"tfds:{name}",
         class_names=builder.info.features[keys[1]].names,
         mean=config.mean or mean,
@@ -81,26 +90,47 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
     )
 
 
-def _read(builder, split: str, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+def choose_test_split(builder, wanted: str) -> str:
+    """The split `wanted`, or the first of test, validation and val that there is."""
+    found = [name for name in ("test", "validation", "val") if name in builder.info.splits]
+    if not (wanted or found):
+        raise UserError(
+            f"{builder.name} has no split to test on, but {sorted(builder.info.splits)}; set "
+            "config.data.test_split, to a part of one, for example, and train_split to the others: "
+            "train[80%:] and train[:80%]"
+        )
+    return wanted or found[0]
+
+
+def statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """The published mean and deviation of a set's pixels; empty: there are none."""
+    return STATISTICS.get(name.partition("/")[0].partition(":")[0], ((), ()))
+
+
+@contextlib.contextmanager
+def reading(builder, split: str) -> Iterator[None]:
+    """Turns what goes wrong when a split is read into a `UserError`."""
     splits = list(builder.info.splits)
     for part in split.split("+"):
-        base = re.split(r"[\[]", part.strip())[0]
+        base = part.strip().partition("[")[0]
         if base not in splits:
             raise unknown_name(f"split of {builder.name}", base, splits)
     try:
-        return _decode(builder, builder.as_data_source(split), image, label)
+        yield
     except UserError:
         raise
     except Exception as error:  # of TFDS, of the record files, of the image decoder
         raise UserError(f"the split {split!r} of {builder.name} cannot be read: {error}") from error
 
 
-def _decode(builder, source, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode(builder, source, image: str, label: str, left: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a split, where `left` images are still to be read, these among them."""
     images, labels, ids = None, np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
         for row, example in zip(rows, source.__getitems__(list(rows)), strict=True):
             if images is None:
+                _check_memory(builder.name, left, example[image].shape)
                 images = np.empty((len(source), *example[image].shape), np.uint8)
             if example[image].shape != images.shape[1:]:
                 raise UserError(
@@ -117,3 +147,12 @@ def _decode(builder, source, image: str, label: str) -> tuple[np.ndarray, np.nda
     # the same as from the official archive.
     order = np.argsort(np.array(ids))
     return images[order], labels[order]
+
+
+def _check_memory(name: str, count: int, shape: tuple[int, ...]) -> None:
+    memory.check(
+        f"the {count} images of tfds:{name}",
+        2 * count * math.prod(shape),  # they are copied into their order
+        "have them decoded while training with --config.data.streaming, "
+        "--config.data.image_size=224 (for example) and --config.data.crop_padding=0",
+    )

@@ -11,7 +11,7 @@ device: whoever compares rows calls `gather_rows` first, and leaves out those th
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -19,6 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from ipwd_jax.models.base import Outputs
+
+if TYPE_CHECKING:
+    from ipwd_jax.data.base import Dataset
+    from ipwd_jax.teacher import Teacher
 
 RUN_FIELDS = {
     "axis_name": "mapped axis over which the global batch is spread; None: one device",
@@ -50,6 +56,32 @@ class Term(nn.Module):
     heads: ClassVar[Mapping[str, str]] = {}
     rotations: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
+
+    @nn.nowrap
+    def check(self, dataset: "Dataset") -> None:
+        """Raises `UserError` where the term cannot be applied to this data. The default: never."""
+
+    @nn.nowrap
+    def of_teacher(self, teacher: "Teacher") -> "Term":
+        """The term with what it needs to know of a trained teacher; by default itself."""
+        return self
+
+    @nn.nowrap
+    def label_loss(self, student: Outputs, batch: "Batch") -> jax.Array | None:
+        """The part of the loss that no weighting multiplies, (B,); None where there is none.
+
+        It is added to what the call returns.
+        """
+        return None
+
+    @nn.nowrap
+    def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray | None:
+        """(C,) what a term that teaches by itself gives each class in all; None for all others.
+
+        Args:
+            memory: the term's variables of that collection.
+        """
+        return None
 
 
 @flax.struct.dataclass
@@ -137,7 +169,9 @@ def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     _, rows, columns, _ = x.shape
     if (rows, columns) == (height, width):
         return x
-    return jnp.einsum("oh,bhwc,pw->bopc", windows(rows, height), x, windows(columns, width))
+    # A mean is no product to be rounded, though it is computed as one.
+    over_rows, over_columns = windows(rows, height), windows(columns, width)
+    return jnp.einsum("oh,bhwc,pw->bopc", over_rows, x, over_columns, precision="highest")
 
 
 def pool_to_smaller(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,14 +1,20 @@
 """Contrastive representation distillation (Tian et al., ICLR 2020)."""
 
 import math
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, gather_rows
 from ipwd_jax.models.base import Linear, Outputs
+
+if TYPE_CHECKING:
+    from ipwd_jax.data.base import Dataset
 
 _EPS = 1e-7
 # After r rounds a number has stayed where it was with a probability of 2^-r.
@@ -121,6 +127,17 @@ class CRD(Term):
     teacher_taps = ("embedding",)
     per_sample = False
 
+    @nn.nowrap
+    def check(self, dataset: "Dataset") -> None:
+        """Raises `UserError` where a class leaves fewer than `negatives` images of others."""
+        labels = dataset.train.labels
+        others = len(labels) - int(np.bincount(labels).max())
+        if self.negatives > others:
+            raise UserError(
+                f"config.terms.crd.negatives is {self.negatives}, but {dataset.name} has classes "
+                f"with only {others} training images of other classes"
+            )
+
     @nn.compact
     def __call__(
         self,
@@ -151,7 +168,9 @@ class CRD(Term):
             contrast_index = jnp.concatenate([batch.index[:, None], negatives], axis=1)
 
         def scores(v: jax.Array, bank: jax.Array) -> jax.Array:
-            products = v @ bank.astype(v.dtype).T / self.temperature
+            # At full precision: a division by a small number and an exponential follow.
+            products = jnp.matmul(v, bank.astype(v.dtype).T, precision="highest")
+            products = products / self.temperature
             return jnp.exp(jnp.take_along_axis(products, contrast_index, axis=1))
 
         s1, s2 = scores(v1, bank2.value), scores(v2, bank1.value)

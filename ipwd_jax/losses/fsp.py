@@ -22,7 +22,8 @@ def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
     matrices = []
     for a, b in itertools.pairwise(wide):
         a, b = pool_to_smaller(a, b)
-        matrices.append(jnp.einsum("bhwc,bhwd->bcd", a, b) / (a.shape[1] * a.shape[2]))
+        products = jnp.einsum("bhwc,bhwd->bcd", a, b, precision="highest")
+        matrices.append(products / (a.shape[1] * a.shape[2]))
     return matrices
 
 

@@ -6,13 +6,18 @@ probabilities; where it enters against the temperature is left open, hence the o
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Outputs
+
+if TYPE_CHECKING:
+    from ipwd_jax.teacher import Teacher
 
 
 def kd_la_loss(
@@ -68,6 +73,12 @@ class KDLA(Term):
 
     paper = "Menon et al., 2021: Logit adjustment"
     teacher_taps = ("logits",)
+
+    @nn.nowrap
+    def of_teacher(self, teacher: "Teacher") -> "KDLA":
+        """The term with the teacher's mean probabilities as its class prior."""
+        mass = teacher.class_mass(self.prior_temperature)
+        return self.clone(class_prior=tuple((mass / mass.sum()).tolist()))
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return kd_la_loss(

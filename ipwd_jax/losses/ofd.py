@@ -1,6 +1,7 @@
 """Heo et al., 2019 (A comprehensive overhaul of feature distillation): maps before the ReLU."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jax.scipy.stats import norm
 
 from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool
 from ipwd_jax.models.base import BatchNorm, Outputs, conv
+
+if TYPE_CHECKING:
+    from ipwd_jax.teacher import Teacher
 
 
 def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -70,6 +74,11 @@ class OFD(Term):
 
     paper = "Heo et al., 2019: A comprehensive overhaul of feature distillation"
     teacher_taps = ("preact",)
+
+    @nn.nowrap
+    def of_teacher(self, teacher: "Teacher") -> "OFD":
+        """The term with the gammas and betas of the teacher's maps."""
+        return self.clone(preact_norms=teacher.preact_norms())
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

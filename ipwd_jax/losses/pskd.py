@@ -1,8 +1,11 @@
 """Self-knowledge distillation with progressive refinement of targets (Kim et al., ICCV 2021)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ipwd_jax.losses.base import Batch, Term, cross_entropy, gather_rows
@@ -40,9 +43,8 @@ class PSKD(Term):
     paper = "Kim et al., 2021: Progressive refinement of targets"
 
     @nn.compact
-    def __call__(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
+        """`a H(P, softmax)` of each sample, (B,); remembers the softmax for the next epoch."""
         classes = student.logits.shape[1]
         table = self.variable(
             "memory", "predictions", jnp.zeros, (self.train_size, classes), jnp.float32
@@ -50,12 +52,22 @@ class PSKD(Term):
         log_p = jax.nn.log_softmax(student.logits)
         onehot = jax.nn.one_hot(batch.label, classes, dtype=log_p.dtype)
         past = jnp.where(batch.epoch == 0, onehot, table.value[batch.index].astype(log_p.dtype))
-        share = progress(batch.epoch, self.epochs, self.last_share)
         if not self.is_initializing():
             # Rows that only pad are written past the end, which drops them.
             index = jnp.where(batch.mask > 0, batch.index, self.train_size)
             now = lax.stop_gradient(jnp.exp(log_p)).astype(jnp.float32)
             index, now = gather_rows(self.axis_name, index, now)
             table.value = table.value.at[index].set(now, mode="drop")
-        labels = (1 - share) * cross_entropy(student.logits, batch.label)
-        return labels, -share * jnp.sum(past * log_p, axis=1)
+        share = progress(batch.epoch, self.epochs, self.last_share)
+        return -share * jnp.sum(past * log_p, axis=1)
+
+    @nn.nowrap
+    def label_loss(self, student: Outputs, batch: Batch) -> jax.Array:
+        """`(1 - a) CE(label)` of each sample, (B,)."""
+        share = progress(batch.epoch, self.epochs, self.last_share)
+        return (1 - share) * cross_entropy(student.logits, batch.label)
+
+    @nn.nowrap
+    def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray:
+        """(C,) the past predictions, summed over the training set."""
+        return np.asarray(memory["predictions"]).sum(axis=0)

@@ -1,13 +1,19 @@
 """Knowledge distillation meets self-supervision (Xu et al., ECCV 2020)."""
 
+from typing import TYPE_CHECKING
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Linear, Outputs, relu
+
+if TYPE_CHECKING:
+    from ipwd_jax.data.base import Dataset
 
 
 def similarity(embedding: jax.Array) -> jax.Array:
@@ -21,7 +27,8 @@ def similarity(embedding: jax.Array) -> jax.Array:
     """
     norm = safe_norm(embedding, keepdims=True)
     unit = (embedding / jnp.maximum(norm, 1e-8)).reshape(-1, 4, embedding.shape[1])
-    return unit[:, 1:].reshape(-1, embedding.shape[1]) @ unit[:, 0].T
+    rotated = unit[:, 1:].reshape(-1, embedding.shape[1])
+    return jnp.matmul(rotated, unit[:, 0].T, precision="highest")
 
 
 def best_ranked(scores: jax.Array, target: jax.Array, valid: jax.Array, share: float) -> jax.Array:
@@ -82,6 +89,19 @@ class SSKD(Term):
     per_sample = False
     rotations = True
     first_stage_params = ("teacher_head",)
+
+    @nn.nowrap
+    def check(self, dataset: "Dataset") -> None:
+        """Raises `UserError` where images cannot be turned, or are cropped by the host."""
+        _, height, width, _ = dataset.train.images.shape
+        if height != width:
+            raise UserError(
+                f"the term sskd turns images and needs square ones, found {height}x{width}"
+            )
+        if dataset.train.streamed:
+            raise UserError(
+                "the term sskd crops each rotation by itself, which streamed images cannot"
+            )
 
     def setup(self) -> None:
         self.student_head = Projection()

@@ -9,8 +9,29 @@ import jax.numpy as jnp
 from jax import lax
 from ml_collections import ConfigDict
 
-from ipwd_jax.losses.base import Batch, cross_entropy
+from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
+
+_LARGEST_RATIO = 1e26  # leaves room in float32 for its product with a loss and a sum over samples
+
+
+def surprise(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of each sample with its label, with a small relative error also near 0.
+
+    `log(1 + sum of exp(z_j - z_label) over the others)`. A log-softmax, which the losses take,
+    has an absolute error instead: in float32 it is 0 from about 1e-7 downwards. A loss does not
+    see that, but a ratio of two such numbers does.
+
+    Args:
+        logits: (B, C), C >= 2.
+        labels: (B,) integers in 0..C-1.
+
+    Returns:
+        (B,) in nats, of the dtype of `logits`; 0 only where that has no number so small.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    is_own = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=~is_own))
 
 
 def wsld_weights(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array):
@@ -27,7 +48,7 @@ def wsld_weights(student_logits: jax.Array, teacher_logits: jax.Array, labels: j
     Returns:
         (B,) weights in [0, 1], detached.
     """
-    ratio = cross_entropy(student_logits, labels) / (cross_entropy(teacher_logits, labels) + 1e-7)
+    ratio = surprise(student_logits, labels) / (surprise(teacher_logits, labels) + 1e-7)
     return lax.stop_gradient(-jnp.expm1(-jnp.maximum(ratio, 0.0)))
 
 
@@ -56,16 +77,21 @@ def ipwd_scores(
     """
     if standardize:
         kd_logits, cls_logits = standardized(kd_logits), standardized(cls_logits)
-    return lax.stop_gradient((cross_entropy(kd_logits, labels), cross_entropy(cls_logits, labels)))
+    return lax.stop_gradient((surprise(kd_logits, labels), surprise(cls_logits, labels)))
 
 
 def ipwd_weights(h_kd, h_cls, ratio: str = "A"):
-    """Inverse propensity of each sample from its two scores, always above 1.
+    """Inverse propensity of each sample from its two scores, never below 1.
 
     A: `1 + H_kd / H_cls`, the propensity being `H_cls / (H_cls + H_kd)`: samples that the
     distilled head explains badly are under-represented in the teacher's answers. B turns the
     ratio round. The paper leaves the direction open; an inverse propensity must be negatively
     correlated with the teacher's mass, which every IPWD run reports for both.
+
+    Nothing limits a weight but the float type: a score below its smallest normal number, 1e-38 in
+    float32, counts as that number, so that two heads that are both certain weigh 2, and the ratio
+    ends at 1e26. With 1,000 classes a label-only head that is certain where the distilled one is
+    wrong makes weights of up to 1e12; `weighting.clip` limits them.
 
     Args:
         h_kd: (B,) score of the distilled head, NumPy or JAX.
@@ -75,8 +101,14 @@ def ipwd_weights(h_kd, h_cls, ratio: str = "A"):
     Returns:
         (B,) weights.
     """
+    h_kd, h_cls = (h.clip(float(jnp.finfo(h.dtype).tiny)) for h in (h_kd, h_cls))
     above, below = {"A": (h_kd, h_cls), "B": (h_cls, h_kd)}[ratio]
-    return 1 + above / (below + 1e-7)
+    return 1 + above / below.clip(above / _LARGEST_RATIO)
+
+
+def teacher_taps(weighting: ConfigDict) -> frozenset[str]:
+    """Fields of the teacher's `Outputs` that a weighting reads."""
+    return frozenset({"logits"} if weighting.name == "wsld" else ())
 
 
 def init_memory(weighting: ConfigDict, size: int) -> dict[str, jax.Array]:

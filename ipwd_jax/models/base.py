@@ -6,7 +6,9 @@ of strided convolutions, the stored variance, initialisers) this module does as 
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,21 @@ def torch_uniform(fan_in: int) -> Initializer:
     )
 
 
+def frozen_norms(trainable: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection `frozen` that keeps BatchNorm layers in inference mode while others train.
+
+    Args:
+        trainable: bools like the parameters of a network.
+
+    Returns:
+        A variable `norm` for each module of whose own parameters none is trained.
+    """
+    below = {name: frozen_norms(tree) for name, tree in trainable.items() if isinstance(tree, dict)}
+    own = [leaf for leaf in trainable.values() if not isinstance(leaf, dict)]
+    marked = {name: tree for name, tree in below.items() if tree}
+    return {**marked, "norm": True} if own and not any(own) else marked
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with the semantics of PyTorch.
 
@@ -63,7 +80,8 @@ class BatchNorm(nn.Module):
     initialisation leaves them at 0 and 1.
 
     Attributes:
-        train: normalise by the statistics of the batch; otherwise by the running ones.
+        train: normalise by the statistics of the batch; otherwise, and where the collection
+            `frozen` has a variable `norm` for the layer (`frozen_norms`), by the running ones.
         axis_name: the mapped axis over which the devices share their batches: every device
             normalises by the statistics of the global batch. None: each by its own.
         eps: added to the variance.
@@ -77,7 +95,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None, frozen: bool = False
+        self, x: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
         """Normalise `x`.
 
@@ -85,8 +103,7 @@ class BatchNorm(nn.Module):
             x: (B, ..., C), any float type; statistics are taken in float32 or better.
             mask: (B,), float or bool; rows where it is 0 are padding: finite numbers of any size,
                 which are normalised too but count in no statistic. A device may hold padding
-                alone, as long as the global batch holds a valid row.
-            frozen: normalise by the running statistics whatever `train` says.
+                alone; without `axis_name` its statistics are then meaningless but finite.
 
         Returns:
             An array with the shape and type of `x`.
@@ -104,6 +121,7 @@ class BatchNorm(nn.Module):
         # is what lets a single pass over x (and a single collective) do in float32.
         d = x.astype(dtype) - lax.stop_gradient(running_mean.value).astype(dtype).reshape(row)
         var = running_var.value.astype(dtype)
+        frozen = self.has_variable("frozen", "norm")
         if self.train and not frozen and not self.is_initializing():
             count, offset, var = self._moments(d, mask)
             d = d - offset.reshape(row)
@@ -129,6 +147,7 @@ class BatchNorm(nn.Module):
         if self.axis_name is not None:
             sums = lax.psum(sums, self.axis_name)
         count, total, squares = sums
+        count = jnp.maximum(count, 1)  # a device by itself may hold padding alone
         mean = total / count
         # Rounding can take the difference below zero when a channel is constant. The gradient
         # that the clip stops is d - mean, which is zero for such a channel.
@@ -240,9 +259,13 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def avg_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:
-    """Average pooling as `torch.nn.AvgPool2d`: the padding counts as zeros."""
+    """Average pooling as `torch.nn.AvgPool2d`: the padding counts as zeros.
+
+    Sums are taken in float32 or better; the result has the type of `x`.
+    """
     border = ((padding, padding),) * 2
-    return nn.avg_pool(x, (kernel, kernel), (stride or kernel,) * 2, border)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return nn.avg_pool(wide, (kernel, kernel), (stride or kernel,) * 2, border).astype(x.dtype)
 
 
 def max_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:

@@ -38,11 +38,15 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any
     """
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
     wanted = traverse_util.flatten_dict(variables)
-    shapes, found = torch_shapes(variables), {name: x.shape for name, x in given.items()}
-    if found != shapes:
-        raise UserError(f"these weights are not of this network: {_differences(found, shapes)}")
+    check_shapes({name: x.shape for name, x in given.items()}, torch_shapes(variables))
     arrays = {path: _transpose(given[_torch_name(path)], _FROM_TORCH) for path in wanted}
     return traverse_util.unflatten_dict(arrays)
+
+
+def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
+    """Raise `UserError`, with a table of the differences, unless the named shapes are the same."""
+    if found != wanted:
+        raise UserError(f"these weights are not of this network: {_differences(found, wanted)}")
 
 
 def torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

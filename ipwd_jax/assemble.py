@@ -1,0 +1,331 @@
+"""What a run is, put together in one place from its config: start reading here.
+
+`assemble(config, dataset, teacher)` returns an `Experiment`: networks, heads, loss terms, stages,
+optimisers, and what each stage trains. It is immutable and holds no parameters. From it come
+
+* `initial_state(seed)`: the `TrainState` before the first step, a pytree that each step replaces;
+* `begin(stage, state)`: that state at the first step of a stage, with a fresh optimiser;
+* `train_step(stage)`: the compiled step of a stage, of one seed or of several in one program;
+* `batches(stage, ...)`: which samples each step of an epoch sees, a function of seed and epoch.
+
+The loop (`loop.py`), the tests, the benchmarks and notebooks all build runs through it, as in
+
+    experiment = assemble(config, dataset, teacher)
+    state = parallel.replicate(experiment.begin(0, experiment.initial_state(seed=0)))
+    step = experiment.train_step(0)
+    for index, mask, _ in experiment.batches(seed=0, epoch=0):
+        (state,) = step((state,), data, teacher_inputs, (index,), (mask,), (None,))
+
+A run has one stage, or a first one before it that trains what a term prepares (`Term.pretrain`).
+The computation of a step is in `step.py`, the terms are in `losses/`, the networks in `models/`.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import losses, models, optim, parallel, state, step
+from ipwd_jax.data import augment
+from ipwd_jax.data.base import Dataset
+from ipwd_jax.errors import UserError
+from ipwd_jax.losses.base import Term
+from ipwd_jax.models.heads import Heads
+from ipwd_jax.state import TrainState
+from ipwd_jax.teacher import Teacher
+from ipwd_jax.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: "main", or "first" for one before it.
+        epochs: how long it is.
+        pretrains: whether it comes before the main one, so that terms are applied by `pretrain`.
+        loss: weight of each active term.
+        terms: the active terms, by name.
+        weighting: `config.weighting` where it multiplies terms of this stage, else None.
+        learning_rate: of each of its steps.
+        optimizer: of everything, with what is not trained left as it is.
+        trainable: bools like `TrainState.params`.
+        first_step: steps of the stages before it.
+    """
+
+    name: str
+    epochs: int
+    pretrains: bool
+    loss: Mapping[str, float]
+    terms: Mapping[str, Term]
+    weighting: ConfigDict | None
+    learning_rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+    trainable: PyTree
+    first_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What stays the same from the first step of a run to its last, whatever the seed.
+
+    Attributes:
+        config: of the run.
+        dataset: that it trains and is measured on.
+        teacher: that it learns from; None: there is none.
+        network: the student.
+        heads: its extra heads.
+        stages: in order; the last one is the main stage.
+        steps_per_epoch: steps of an epoch, the last of which may be short.
+        steps_per_call: steps that one call of the compiled program takes.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    teacher: Teacher | None
+    network: nn.Module
+    heads: Heads
+    stages: tuple[Stage, ...]
+    steps_per_epoch: int
+    steps_per_call: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages together."""
+        return self.stages[-1].first_step + self.stages[-1].epochs * self.steps_per_epoch
+
+    @property
+    def teacher_taps(self) -> frozenset[str]:
+        """Fields of the teacher's `Outputs` that any stage reads."""
+        stages = range(len(self.stages))
+        return frozenset().union(*(self.step_spec(stage).teacher_taps for stage in stages))
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any stage sees every image in four rotations."""
+        return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
+
+    def order_seed(self, seed: int) -> int:
+        """The seed of order and views of the run of `seed`: its own, or a shared first one."""
+        return self.config.seeds[0] if self.config.share_order else seed
+
+    def initial_state(self, seed: int) -> TrainState:
+        """The state of the run of `seed` before its first step, without an optimiser's."""
+        terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
+        initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
+        return initial.replace(key=jax.random.key(self.order_seed(seed)))
+
+    def begin(self, stage: int, before: TrainState) -> TrainState:
+        """The state at the first step of a stage."""
+        names = ["loss", *self.stages[stage].terms, "top1"]
+        return state.begin_stage(before, self.stages[stage].optimizer, names)
+
+    def step_spec(self, stage: int) -> step.StepSpec:
+        """The static part of the steps of a stage."""
+        config, this = self.config, self.stages[stage]
+        return step.StepSpec(
+            crop_padding=config.data.crop_padding,
+            flip=config.data.flip,
+            precision=config.precision,
+            sync_batch_norm=config.sync_batch_norm,
+            look_ahead=config.teacher.look_ahead > 1,
+            steps_per_epoch=self.steps_per_epoch,
+            network=self.network,
+            heads=self.heads,
+            terms=this.terms,
+            loss_weights=this.loss,
+            pretrains=this.pretrains,
+            weighting=this.weighting,
+            answer=self.teacher.answer if self.teacher else None,
+            optimizer=this.optimizer,
+            trainable=this.trainable,
+        )
+
+    def train_step(self, stage: int) -> Callable:
+        """The compiled step of a stage, of as many seeds as it is given states.
+
+        Returns:
+            `step(states, data, teacher_inputs, index, mask, streamed) -> states`, with a tuple of
+            one element a seed for all but `data` and `teacher_inputs`: states as of `begin`, on all
+            devices and donated; `index`, `mask` and `streamed` as of `batches`.
+        """
+        spec = self.step_spec(stage)
+
+        # Unrolled: under vmap every convolution would become a grouped one, which is slower.
+        def together(states, data, inputs, index, mask, streamed):
+            if self.config.share_order:
+                # Equal inputs by name, so that the compiler asks the teacher once for all.
+                first = states[0]
+                states = tuple(s.replace(key=first.key, step=first.step) for s in states)
+            return tuple(
+                step.train_step(spec, now, data, inputs, *rows)
+                for now, *rows in zip(states, index, mask, streamed, strict=True)
+            )
+
+        return parallel.compile_train_step(together)
+
+    def batches(
+        self, seed: int, epoch: int, begin: int = 0, end: int | None = None
+    ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Yield index, mask and streamed images, if they are, of each call of an epoch.
+
+        Calls end at multiples of their length, also when they begin within an epoch.
+
+        Args:
+            seed: of the run.
+            epoch: from 0, within its stage.
+            begin: first step.
+            end: step before which to stop; None: the end of the epoch.
+
+        Yields:
+            `index` int32, `mask` float32 and `streamed` uint8 or None, each (steps, devices, rows,
+            ...).
+        """
+        train, order_seed = self.dataset.train, self.order_seed(seed)
+        key = state.order_key(jax.random.key(order_seed))
+        order = augment.epoch_order(key, epoch, len(train.labels))
+        index, mask = augment.epoch_batches(order, self.config.batch_size, parallel.device_count())
+        end = len(index) if end is None else end
+        flat = index[begin:end].reshape(end - begin, -1)
+        with contextlib.ExitStack() as stack:
+            if train.streamed:
+                source = train.images.batches(flat, order_seed, epoch, train=True)
+                images = stack.enter_context(contextlib.closing(source))
+            while begin < end:
+                until = min((begin // self.steps_per_call + 1) * self.steps_per_call, end)
+                streamed = None
+                if train.streamed:
+                    batch = np.stack([next(images) for _ in range(begin, until)])
+                    streamed = batch.reshape(*index[begin:until].shape, *batch.shape[2:])
+                yield index[begin:until], mask[begin:until], streamed
+                begin = until
+
+
+def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Experiment:
+    """Puts a run together; nothing is computed on a device.
+
+    Args:
+        config: of the run, as `validate.validate` accepts it.
+        dataset: that it trains and is measured on.
+        teacher: that it learns from. Without it everything is checked as with it, so that nothing
+            is trained for a run that does not fit.
+
+    Raises:
+        UserError: terms do not fit the data, the networks or each other, or `trainable` names
+            nothing.
+    """
+    classes = len(dataset.class_names)
+    axis_name = parallel.AXIS if config.sync_batch_norm else None
+    network = models.create(config.model.name, classes, axis_name)
+    parts = config_lib.stages(config)
+    terms = [_terms(config, part, dataset, teacher) for part in parts]
+    sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
+    heads = Heads(classes, sources, network.clone() if "network" in sources.values() else None)
+    params = _shapes_of_params(config, dataset, network, heads, terms)
+    steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
+    stages, first_step = [], 0
+    for part, of_stage in zip(parts, terms, strict=True):
+        rate = optim.schedule(part.optimizer, steps_per_epoch, part.epochs)
+        trainable = _trainable(part, of_stage, params, network, heads)
+        stage = Stage(
+            name=part.name,
+            epochs=part.epochs,
+            pretrains=part.pretrains,
+            loss={name: part.loss[name] for name in of_stage},
+            terms=of_stage,
+            weighting=config.weighting if part.weighted else None,
+            learning_rate=rate,
+            optimizer=optim.only(trainable, optim.sgd(part.optimizer, rate)),
+            trainable=trainable,
+            first_step=first_step,
+        )
+        stages.append(stage)
+        first_step += part.epochs * steps_per_epoch
+    one_by_one = jax.default_backend() == "cpu" or dataset.train.streamed
+    default = 1 if one_by_one else config.log_every_steps
+    return Experiment(
+        config=config,
+        dataset=dataset,
+        teacher=teacher,
+        network=network,
+        heads=heads,
+        stages=tuple(stages),
+        steps_per_epoch=steps_per_epoch,
+        steps_per_call=config.teacher.look_ahead or config.steps_per_call or default,
+    )
+
+
+def _terms(
+    config: ConfigDict, stage: ConfigDict, dataset: Dataset, teacher: Teacher | None
+) -> dict[str, Term]:
+    """The terms of a stage, once they have seen the data and the teacher."""
+    of_run = {
+        "axis_name": parallel.AXIS,
+        "train_size": len(dataset.train.labels),
+        "epochs": stage.epochs,
+    }
+    terms = losses.create(stage.loss, config.terms, of_run)
+    for term in terms.values():
+        term.check(dataset)
+    return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
+
+
+def _initial_state(
+    config: ConfigDict,
+    dataset: Dataset,
+    network: nn.Module,
+    heads: Heads,
+    terms: Mapping[str, Term],
+    seed: int,
+) -> TrainState:
+    classes, train = len(dataset.class_names), dataset.train
+    teacher = models.create(config.teacher.name, classes) if config.teacher.name else None
+    shape, size = train.images.shape[1:], len(train.labels)
+    return state.init_state(seed, network, heads, terms, teacher, config.weighting, shape, size)
+
+
+def _shapes_of_params(
+    config: ConfigDict,
+    dataset: Dataset,
+    network: nn.Module,
+    heads: Heads,
+    terms: Sequence[Mapping[str, Term]],
+) -> PyTree:
+    """Shapes of `TrainState.params`."""
+    of_all = {name: term for of_stage in terms for name, term in of_stage.items()}
+    try:
+        return jax.eval_shape(
+            lambda: _initial_state(config, dataset, network, heads, of_all, seed=0).params
+        )
+    except ValueError as error:  # a term says which shapes it cannot bring together
+        raise UserError(str(error)) from error
+
+
+def _trainable(
+    stage: ConfigDict,
+    terms: Mapping[str, Term],
+    params: PyTree,
+    network: nn.Module,
+    heads: Heads,
+) -> PyTree:
+    """Bools like `params`: what a stage trains, which is nothing that only other stages use."""
+    used = {source for term in terms.values() for source in term.heads.items()}
+    frozen = [
+        f"heads/{'network' if source == 'network' else name}"
+        for name, source in heads.sources.items()
+        if (name, source) not in used
+    ]
+    frozen += [f"terms/{name}" for name in params["terms"] if name not in terms]
+    if not stage.pretrains:
+        frozen += [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]
+    without_params = [f"terms/{name}" for name in terms]
+    return optim.trainable_mask(
+        params, stage.trainable, network.head_modules, frozen, without_params
+    )

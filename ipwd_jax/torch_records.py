@@ -1,0 +1,232 @@
+"""What stands for the names in a PyTorch pickle: inert records, and functions that make them.
+
+`ipwd_jax.torch_pickle` calls them with whatever a file says. None takes more memory, or much more
+time, than its arguments have, and none prints them: their text may be exponentially long.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ipwd_jax.errors import UserError
+
+STORAGES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+    "UntypedStorage": np.dtype("u1"),
+    "TypedStorage": np.dtype("u1"),
+}
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
+_DTYPES += ("uint8", "bool")
+_MOST_AXES = 64  # NumPy's limit
+_LONGEST_NAME = 20  # of devices and of NumPy's types
+
+
+class Function:
+    """What a pickle may call."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable):
+        self.call = call
+
+
+class Dict(dict):
+    """A dictionary whose further attributes, such as the `_metadata` of a state dict, are lost."""
+
+    def build(self, state: Any) -> None:
+        pass
+
+
+class Namespace(Dict):
+    """The attributes of an `argparse.Namespace`, as a dictionary."""
+
+    def build(self, state: dict) -> None:
+        self.update(state)
+
+
+class Storage:
+    """The numbers that tensors are views of; a file has them elsewhere than its pickle.
+
+    Raises:
+        ValueError: `fill` gets more or fewer bytes than announced; `array` is read before.
+    """
+
+    def __init__(self, dtype: np.dtype, numel: int):
+        self.dtype, self.numel = dtype, numel
+        self._array: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            raise ValueError("a storage without its numbers")
+        return self._array
+
+    def fill(self, data: bytes) -> None:
+        if len(data) != self.nbytes:
+            raise ValueError(f"a storage has {len(data)} bytes instead of {self.nbytes}")
+        self._array = np.frombuffer(data, self.dtype)
+
+
+class Tensor:
+    """A view of a storage. Not an array yet: its storage is filled later.
+
+    Raises:
+        UserError: the view has more numbers than its storage.
+        ValueError: it leaves its storage, or is no view.
+    """
+
+    def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any):
+        numbers = (offset, *size, *stride)
+        if not isinstance(storage, Storage) or not all(isinstance(n, int) for n in numbers):
+            raise ValueError("a tensor that is no view of a storage")
+        if len(size) > _MOST_AXES:
+            raise ValueError(f"a tensor of {len(size)} axes")
+        self.view = (storage, offset, tuple(size), tuple(stride))
+
+    def build(self, state: Any) -> None:
+        pass  # attributes of a Parameter
+
+    def array(self, name: str) -> np.ndarray:
+        storage, offset, size, stride = self.view
+        steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
+        last = offset + sum(steps) if 0 not in size else offset - 1
+        if min((offset, *size, *stride)) < 0 or last >= storage.numel:
+            raise ValueError(f"a tensor of shape {size} leaves its storage")
+        if math.prod(size) > storage.numel:
+            raise UserError(
+                f"the tensor {name!r} of shape {size} repeats the {storage.numel} numbers that the "
+                "file has for it. In PyTorch, save tensor.contiguous() in its place."
+            )
+        strides = [step * storage.dtype.itemsize for step in stride]
+        return np.lib.stride_tricks.as_strided(storage.array[offset:], size, strides)
+
+
+class NumpyType:
+    """A `numpy.dtype` of plain numbers."""
+
+    def __init__(self, name: str, *_: Any):
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            raise ValueError("a NumPy type without a name")
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biufc":
+            raise ValueError(f"NumPy data of type {self.dtype}")
+
+    def build(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class NumpyArray:
+    """A `numpy.ndarray`, whose contents follow its creation."""
+
+    def __init__(self, encode: Callable):
+        self._encode = encode
+        self._array: np.ndarray | None = None
+
+    def build(self, state: tuple) -> None:
+        _, shape, numpy_type, by_column, data = state
+        # No copy: arrays that share their bytes in the file share them in memory.
+        flat = np.frombuffer(self._encode(data), numpy_type.dtype)
+        self._array = flat.reshape(shape, order="F" if by_column else "C")
+
+    def array(self, _: str) -> np.ndarray:
+        if self._array is None:
+            raise ValueError("a NumPy array without its numbers")
+        return self._array
+
+
+def _encoder() -> Callable[..., bytes]:
+    """Python 2's strings as bytes. Asked again for the same text, it gives the same bytes."""
+    done: dict[str, bytes] = {}
+
+    def encode(text: str | bytes, *_: Any) -> bytes:
+        if isinstance(text, bytes):
+            return text
+        if not isinstance(text, str):
+            raise ValueError("an encoded object that is no text")
+        if text not in done:
+            done[text] = text.encode("latin1")
+        return done[text]
+
+    return encode
+
+
+def _numpy_scalar(encode: Callable, numpy_type: NumpyType, data: str | bytes) -> Any:
+    return np.frombuffer(encode(data), numpy_type.dtype, count=1)[0].item()
+
+
+def _device(kind: str, index: int | None = None) -> str:
+    if not isinstance(kind, str) or len(kind) > _LONGEST_NAME or not isinstance(index, int | None):
+        raise ValueError("a device without a name")
+    return kind if index is None else f"{kind}:{index}"
+
+
+def hashable(value: Any) -> Any:
+    """Return `value`, of which a hash will be taken, unless that could do harm.
+
+    The hash of nested tuples takes a time that is exponential in their depth where they share
+    parts, and overflows the stack where they are deep.
+
+    Raises:
+        ValueError: it is a nested or a long tuple.
+    """
+    if isinstance(value, tuple) and (len(value) > 10 or any(isinstance(x, tuple) for x in value)):
+        raise ValueError("a long or nested tuple as a key")
+    return value
+
+
+def as_set(items: Iterable = ()) -> set:
+    """A set of `items`, each of which must be `hashable`."""
+    return {hashable(item) for item in items}
+
+
+def as_dict(items: Iterable[tuple[Any, Any]] | Mapping = ()) -> Dict:
+    """A dictionary of `items`, each of whose keys must be `hashable`."""
+    pairs = items.items() if isinstance(items, Mapping) else items
+    return Dict((hashable(key), value) for key, value in pairs)
+
+
+def names() -> dict[str, Any]:
+    """Return what the names in one pickle stand for, as `module.name`: functions and strings."""
+    encode = _encoder()
+    tensor, first = Function(Tensor), Function(lambda value, *_: value)
+    table = {
+        "torch._utils._rebuild_tensor": tensor,
+        "torch._utils._rebuild_tensor_v2": tensor,
+        "torch._utils._rebuild_parameter": first,
+        "torch.nn.parameter.Parameter": first,
+        "torch.Size": Function(tuple),
+        "torch.device": Function(_device),
+        "collections.OrderedDict": Function(as_dict),
+        "collections.Counter": Function(as_dict),
+        "collections.defaultdict": Function(lambda *_: Dict()),
+        "argparse.Namespace": Function(lambda: Namespace()),
+        "_codecs.encode": Function(encode),
+        "numpy.dtype": Function(NumpyType),
+        "numpy.ndarray": "numpy.ndarray",
+    }
+    for module in ("builtins", "__builtin__"):
+        table |= {f"{module}.set": Function(as_set), f"{module}.bytes": Function(lambda: b"")}
+    for module in ("numpy.core", "numpy._core"):
+        make, scalar = (lambda *_: NumpyArray(encode)), functools.partial(_numpy_scalar, encode)
+        table[f"{module}.multiarray._reconstruct"] = Function(make)
+        table[f"{module}.multiarray.scalar"] = Function(scalar)
+    for module in ("torch", "torch.cuda", "torch.storage"):
+        table |= {f"{module}.{name}": name for name in STORAGES}
+    return table | {f"torch.{name}": f"torch.{name}" for name in _DTYPES}

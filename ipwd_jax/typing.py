@@ -1,0 +1,14 @@
+"""Names of the types that several modules share."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+
+from ipwd_jax.losses.base import Batch
+from ipwd_jax.models.base import Outputs
+
+# Nested dictionaries, tuples and dataclasses whose leaves are arrays.
+PyTree: TypeAlias = Any
+# How a step asks a teacher: `answer(inputs, images, batch) -> Outputs`.
+Answer: TypeAlias = Callable[[PyTree, jax.Array, Batch], Outputs]

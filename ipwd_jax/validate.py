@@ -1,0 +1,314 @@
+"""What is wrong with a config, said before anything else happens.
+
+Which values a setting may have stands in the tables; what settings must agree on, in the functions
+below them. A pattern of a table fits the whole path of a setting, and its `*` any part of one.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import losses, models
+from ipwd_jax.data.base import Dataset
+from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.precision import PRECISIONS
+
+
+class _Range(NamedTuple):
+    """Words that follow "must", and what they mean."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_AT_LEAST_1 = _Range("be at least 1", lambda x: x >= 1)
+_POSITIVE = _Range("be positive", lambda x: x > 0)
+_NOT_NEGATIVE = _Range("not be negative", lambda x: x >= 0)
+_SHARE = _Range("be in [0, 1]", lambda x: 0 <= x <= 1)
+_SHARE_BELOW_1 = _Range("be in [0, 1)", lambda x: 0 <= x < 1)
+_SHARE_ABOVE_0 = _Range("be in (0, 1]", lambda x: 0 < x <= 1)
+# `jax.random.key` sees 32 bits of a seed: larger ones would repeat the runs of smaller ones.
+_SEED = _Range(f"be in 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32)
+
+# Of numbers, and of each number of a tuple. Hyper-parameters of terms go by the name of the field.
+_RANGES = {
+    "*seed": _SEED,
+    "seeds": _SEED,
+    "data.threads": _NOT_NEGATIVE,
+    "data.image_size": _NOT_NEGATIVE,
+    "data.crop_padding": _NOT_NEGATIVE,
+    "data.std": _POSITIVE,
+    "epochs": _AT_LEAST_1,
+    "teacher.epochs": _AT_LEAST_1,
+    "first_stage.epochs": _NOT_NEGATIVE,
+    "*batch_size": _AT_LEAST_1,
+    "teacher.look_ahead": _NOT_NEGATIVE,
+    "steps_per_call": _NOT_NEGATIVE,
+    "eval_every_epochs": _AT_LEAST_1,
+    "log_every_steps": _AT_LEAST_1,
+    "checkpoint.keep": _AT_LEAST_1,
+    "checkpoint.every_seconds": _NOT_NEGATIVE,
+    "*optimizer.learning_rate": _POSITIVE,
+    "*optimizer.momentum": _SHARE_BELOW_1,
+    "*optimizer.weight_decay": _NOT_NEGATIVE,
+    "*optimizer.milestones": _NOT_NEGATIVE,
+    "*optimizer.decay": _SHARE_ABOVE_0,
+    "loss.*": _NOT_NEGATIVE,
+    "first_stage.loss.*": _NOT_NEGATIVE,
+    "weighting.start_epoch": _NOT_NEGATIVE,
+    "weighting.constant": _NOT_NEGATIVE,
+    "weighting.clip": _NOT_NEGATIVE,
+    "weighting.average": _SHARE_BELOW_1,
+    "*.label_smoothing": _SHARE,
+    "terms.*.temperature": _POSITIVE,
+    "terms.*_temperature": _POSITIVE,
+    "terms.*.momentum": _SHARE,
+    "terms.*_share": _SHARE,
+    "terms.*_weight": _NOT_NEGATIVE,
+    "terms.*_dim": _AT_LEAST_1,
+    "terms.*_channels": _AT_LEAST_1,
+    "terms.*.negatives": _AT_LEAST_1,
+    "terms.*.warmup": _NOT_NEGATIVE,
+    "terms.*.margin": _POSITIVE,
+    "terms.*.variance": _POSITIVE,
+    "terms.*.rate": _POSITIVE,
+}
+_CHOICES = {
+    "precision": PRECISIONS,
+    "*optimizer.schedule": config_lib.SCHEDULES,
+    "teacher.which": ("last", "best"),
+    "teacher.view_cache": config_lib.VIEW_CACHES,
+    "weighting.name": config_lib.WEIGHTINGS,
+    "weighting.kd_source": ("student", "head"),
+    "weighting.ratio": ("A", "B"),
+}
+# What a tuple consists of.
+_ELEMENTS = {
+    "seeds": int,
+    "data.mean": float,
+    "data.std": float,
+    "*trainable": str,
+    "*optimizer.milestones": int,
+    "weighting.terms": str,
+}
+# Types of settings: the class that a value must be of, and its name alone and in a tuple.
+_KINDS = {
+    bool: (bool, "True or False", ""),
+    int: (Integral, "a whole number", "whole numbers"),
+    float: (Real, "a number", "numbers"),
+    str: (str, "a string", "strings"),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses what is wrong with a config whatever the data is.
+
+    Settings that are allowed but change nothing, such as a milestone after the last epoch, are
+    named on the standard error, a line each.
+
+    Raises:
+        UserError: a name, a type or a value is wrong, or settings contradict each other.
+    """
+    reference, given = config_lib.default(), config_lib.flat(config)
+    defaults = config_lib.flat(reference)
+    for path, value in given.items():
+        if path not in defaults:
+            raise _unknown(path, reference)
+        _check_type(path, value, defaults[path])
+        _check_value(path, value)
+    for path in defaults:
+        of_term = path.startswith(("loss.", "first_stage.loss.", "terms."))
+        if path not in given and not of_term:  # a term may be younger than the config
+            raise _missing(path)
+    models.create(config.model.name, classes=1)
+    if config.teacher.name:
+        models.create(config.teacher.name, classes=1)
+    _check_seeds(config)
+    _check_sources(config)
+    if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
+        raise UserError(
+            "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
+            "not depend on the batch; leave it out"
+        )
+    for stage in config_lib.stages(config):
+        _check_loss(config, stage)
+    _check_weighting(config)
+    _warn_of_what_has_no_effect(config)
+
+
+def _of_pattern(table: Mapping[str, Any], path: str) -> Any:
+    return next((table[pattern] for pattern in table if fnmatchcase(path, pattern)), None)
+
+
+def _unknown(path: str, reference: ConfigDict) -> UserError:
+    parent, _, name = path.rpartition(".")
+    if parent in ("loss", "first_stage.loss", "terms"):
+        return unknown_name("loss term", name, losses.TERMS)
+    return config_lib.unknown_key(path, reference)
+
+
+def _missing(path: str) -> UserError:
+    return UserError(f"config.{path} is missing; start from ipwd_jax.config.default()")
+
+
+def _check_type(path: str, value: Any, default: Any) -> None:
+    """Raises `UserError` where a value is of another type than the default."""
+    if isinstance(default, ConfigDict):
+        wanted, fits = "a section of settings", isinstance(value, ConfigDict)
+    elif isinstance(default, tuple):
+        element = _of_pattern(_ELEMENTS, path)
+        wanted = f"a tuple of {_KINDS[element][2]}"
+        fits = isinstance(value, tuple | list) and all(_is_a(element, x) for x in value)
+    else:
+        wanted, fits = _KINDS[type(default)][1], _is_a(type(default), value)
+    if not fits:
+        raise UserError(f"config.{path} must be {wanted}, found {value!r}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_value(path: str, value: Any) -> None:
+    """Raises `UserError` where a value is not finite, out of its range or not among its choices."""
+    if (choices := _of_pattern(_CHOICES, path)) and value not in choices:
+        raise unknown_name(f"config.{path}", value, choices)
+    several = isinstance(value, tuple | list)
+    allowed = _of_pattern(_RANGES, path)
+    for number in (x for x in (value if several else [value]) if _is_a(float, x)):
+        found = f"found {number}{f' in {tuple(value)}' if several else ''}"
+        if not math.isfinite(number):
+            raise UserError(f"config.{path} must be finite, {found}")
+        if allowed and not allowed.holds(number):
+            raise UserError(f"config.{path} must {allowed.words}, {found}")
+    if path.endswith("milestones") and list(value) != sorted(set(value)):
+        raise UserError(f"config.{path} must rise, found {tuple(value)}")
+
+
+def _check_seeds(config: ConfigDict) -> None:
+    if len(set(config.seeds)) != len(config.seeds):
+        raise UserError(f"config.seeds has a seed twice: {tuple(config.seeds)}")
+    if config.share_order and len(config.seeds) < 2:
+        raise UserError("config.share_order needs several config.seeds")
+
+
+def _heads(config: ConfigDict, loss: Mapping[str, float]) -> dict[str, str]:
+    """Extra heads of the student that the terms with a weight in `loss` train, and their source."""
+    terms = losses.create(loss, {name: config.terms.get(name, {}) for name in loss}, {})
+    return {head: source for term in terms.values() for head, source in term.heads.items()}
+
+
+def _check_sources(config: ConfigDict) -> None:
+    for name, fields in config.terms.items():
+        for head, source in _heads(config, {name: 1.0}).items():
+            # The one separate network is that of the label-only head.
+            choices = [s for s in config_lib.HEAD_SOURCES if s != "network" or head == "cls"]
+            if "source" in fields and source not in choices:
+                raise unknown_name(f"config.terms.{name}.source", source, choices)
+
+
+def _check_loss(config: ConfigDict, stage: ConfigDict) -> None:
+    where = "config.loss" if stage.name == "main" else "config.first_stage.loss"
+    active = [name for name, weight in stage.loss.items() if weight]
+    if not active:
+        raise UserError(f"{where} has no term with a weight; set for example --{where}.ce=1")
+    for name in active:
+        if name not in config.terms:
+            raise _missing(f"terms.{name}")
+        if losses.TERMS[name].teacher_taps and not config.teacher.name:
+            raise UserError(
+                f"{where}.{name} needs a teacher; set --config.teacher.name to a network"
+            )
+
+
+def _check_weighting(config: ConfigDict) -> None:
+    weighting = config.weighting
+    for name in weighting.terms:
+        if name not in losses.TERMS:
+            raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
+        if not losses.TERMS[name].per_sample and weighting.name != "uniform":
+            raise UserError(
+                f"config.weighting.terms names {name}, which compares samples with each other and "
+                "has no loss of a single sample to weigh; name others, or set "
+                "--config.weighting.name=uniform"
+            )
+    if weighting.name == "uniform":
+        return
+    if not any(config.loss.get(name, 0) for name in weighting.terms):
+        raise UserError(
+            f"config.weighting.name={weighting.name} weighs {tuple(weighting.terms)}, none of "
+            "which has a weight in config.loss; name the terms with --config.weighting.terms"
+        )
+    if weighting.name == "wsld" and not config.teacher.name:
+        raise UserError("config.weighting.name=wsld needs a teacher; set --config.teacher.name")
+    if weighting.name == "ipwd":
+        words = "config.weighting.name=ipwd compares with the label-only head"
+        _check_compared(config, "cls", words)
+        if weighting.kd_source == "head":
+            words = "config.weighting.kd_source=head compares the distilled head"
+            _check_compared(config, "kd", words)
+
+
+def _check_compared(config: ConfigDict, head: str, words: str) -> None:
+    """Raises `UserError` where nothing trains a head whose losses make the weights."""
+    stages = config_lib.stages(config)
+    if head not in _heads(config, stages[-1].loss):
+        term = next(name for name in losses.TERMS if head in _heads(config, {name: 1.0}))
+        raise UserError(f"{words}, which nothing trains; set for example --config.loss.{term}=1")
+    if not any(_trains(config, stage, head) for stage in stages):
+        raise UserError(
+            f"{words}, which config.trainable={tuple(config.trainable)} leaves as it was "
+            "initialised, so that the weights would be noise; add 'heads' to config.trainable"
+        )
+
+
+def _trains(config: ConfigDict, stage: ConfigDict, head: str) -> bool:
+    source = _heads(config, stage.loss).get(head)
+    path = f"heads/{'network' if source == 'network' else head}/"
+    prefixes = [f"{prefix.rstrip('/')}/" for prefix in stage.trainable]
+    # A prefix within the head trains a part of it, which is somebody's choice.
+    fits = any(path.startswith(p) or p.startswith(path) for p in prefixes)
+    return source is not None and (not prefixes or fits)
+
+
+def _warn_of_what_has_no_effect(config: ConfigDict) -> None:
+    weighting, lines = config.weighting, []
+    used = {"": True, "first_stage.": config.first_stage.epochs, "teacher.": config.teacher.name}
+    for prefix in (prefix for prefix, is_used in used.items() if is_used):
+        section = config[prefix.rstrip(".")] if prefix else config
+        late = [m for m in section.optimizer.milestones if m >= section.epochs]
+        if late and section.optimizer.schedule == "step":
+            lines.append(
+                f"config.{prefix}optimizer.milestones has no effect at "
+                f"{', '.join(map(str, late))}: config.{prefix}epochs is {section.epochs}"
+            )
+    if weighting.name != "uniform" and weighting.start_epoch >= config.epochs:
+        lines.append(
+            f"config.weighting.name={weighting.name} has no effect: config.weighting.start_epoch "
+            f"is {weighting.start_epoch}, config.epochs is {config.epochs}"
+        )
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def check_fit(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises `UserError` where the data does not fit the networks or the batches."""
+    size, height, width, _ = dataset.train.images.shape
+    for name in filter(None, (config.model.name, config.teacher.name)):
+        models.check_input(name, height, width)
+    batches = {"batch_size": config.batch_size}
+    finished = config.teacher.workdir and (Path(config.teacher.workdir) / "result.json").exists()
+    if config.teacher.name and not finished:
+        batches["teacher.batch_size"] = config.teacher.batch_size
+    for key, batch_size in batches.items():
+        if batch_size > size:
+            raise UserError(
+                f"config.{key} is {batch_size}, but {dataset.name} has only {size} training images"
+            )
