@@ -29,7 +29,7 @@ def compile_once(arguments: argparse.Namespace) -> dict[str, float | str]:
     problem = make_problem(pair, arguments.steps_per_call, arguments.batch, size=1_000)
     arm = OurArm(problem, arguments.precision, arguments.teacher, arguments.steps_per_call)
     started = time.perf_counter()
-    lowered = arm.compiled.lower(*arm.next_arguments())
+    lowered = arm.compiled.lower((arm.now,), *arm.next_arguments())
     traced = time.perf_counter()
     lowered.compile()
     ended = time.perf_counter()

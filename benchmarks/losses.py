@@ -21,21 +21,20 @@ import pathlib
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, parallel, state, step
-from ipwd_jax.data import augment
-from ipwd_jax.data.base import STATISTICS
-from ipwd_jax.data.resident import Resident
+from ipwd_jax import losses, models, parallel
+from ipwd_jax.assemble import assemble
+from ipwd_jax.data.base import STATISTICS, Dataset, Split
+from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import UserError, unknown_name
-from ipwd_jax.models.heads import Heads
-from ipwd_jax.state import TrainState
+from ipwd_jax.teacher import Teacher, from_variables
 
 IMAGES, SHAPE, CLASSES, EPOCHS = 50_000, (32, 32, 3), 100, 240
 WARMUP_CALLS = 2
@@ -57,20 +56,18 @@ class Bench:
     """What all arms share.
 
     Attributes:
-        teacher: its network.
-        student: name of the network that is trained.
-        inputs: the teacher's variables, on all devices.
+        config: of a run, without losses.
+        dataset: random images.
+        teacher: with random parameters.
         data: the training set, on all devices.
-        calls: index and mask of each call of a step, used in turn.
-        batch: images of a step over all devices.
+        calls: what each call of a step takes beside these, used in turn.
     """
 
-    teacher: nn.Module
-    student: str
-    inputs: Any
+    config: ConfigDict
+    dataset: Dataset
+    teacher: Teacher
     data: Resident
-    calls: list[tuple[np.ndarray, np.ndarray]]
-    batch: int
+    calls: list[tuple[tuple, tuple, tuple]]
 
 
 class Arm:
@@ -84,9 +81,13 @@ class Arm:
     def __init__(self, bench: Bench, weights: Mapping[str, float]) -> None:
         """Compiles the step whose loss has these weights, and takes its first steps."""
         self._bench, self._called = bench, 0
-        self._step, self._state = _build(bench, weights)
+        config = bench.config.copy_and_resolve_references()
+        config.loss.update(weights)
+        experiment = assemble(config, bench.dataset, bench.teacher)
+        self._step = experiment.train_step(0)
+        self._state = parallel.replicate(experiment.begin(0, experiment.initial_state(seed=0)))
         started = time.perf_counter()
-        arguments = self._state, bench.data, bench.inputs, *bench.calls[0], None
+        arguments = (self._state,), bench.data, bench.teacher.inputs, *bench.calls[0]
         memory = self._step.lower(*arguments).compile().memory_analysis()
         self.compile_seconds = time.perf_counter() - started
         self.temp_bytes = memory.temp_size_in_bytes if memory else None
@@ -95,75 +96,51 @@ class Arm:
 
     def call(self) -> float:
         """Milliseconds a step of the next call, until its result is there."""
-        rows = self._bench.calls[self._called % len(self._bench.calls)]
+        bench = self._bench
+        rows = bench.calls[self._called % len(bench.calls)]
         self._called += 1
         started = time.perf_counter()
-        self._state = self._step(self._state, self._bench.data, self._bench.inputs, *rows, None)
+        (self._state,) = self._step((self._state,), bench.data, bench.teacher.inputs, *rows)
         jax.block_until_ready(self._state)
-        return 1e3 * (time.perf_counter() - started) / len(rows[0])
+        (index,) = rows[0]
+        return 1e3 * (time.perf_counter() - started) / len(index)
 
     def finite(self) -> bool:
         """Whether all losses have been finite so far."""
         return all(int(first) < 0 for first in self._state.nonfinite.values())
 
 
-def _build(bench: Bench, weights: Mapping[str, float]) -> tuple[Callable, TrainState]:
-    config = config_lib.default()
-    config.batch_size, config.epochs = bench.batch, EPOCHS
-    # So small that the answers of an untrained teacher cannot drive a loss to infinity.
-    config.optimizer.learning_rate = 1e-6
-    config.loss.update({"ce": 0.0, **weights})
-    (stage,) = config_lib.stages(config)
-    prior = np.random.default_rng(1).dirichlet(np.ones(CLASSES))
-    terms = losses.create(
-        stage.loss,
-        config.terms,
-        {
-            "axis_name": parallel.AXIS,
-            "train_size": IMAGES,
-            "epochs": EPOCHS,
-            "class_prior": tuple(prior.tolist()),
-        },
-    )
-    network = models.create(bench.student, CLASSES, parallel.AXIS)
-    heads = Heads(CLASSES, {k: v for term in terms.values() for k, v in term.heads.items()})
-    per_epoch = -(-IMAGES // bench.batch)
-    sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, EPOCHS))
-    now = state.init_state(0, network, heads, terms, bench.teacher, config.weighting, SHAPE, IMAGES)
-    frozen = [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]
-    train_step = step.make_train_step(
-        config, stage, network, heads, terms,
-        lambda variables, images, _: bench.teacher.apply(variables, images), sgd,
-        optim.trainable_mask(now.params, (), frozen=frozen), per_epoch,
-    )  # fmt: skip
-    now = parallel.replicate(state.begin_stage(now, sgd, step.metric_names(terms)))
-    return parallel.compile_train_step(train_step), now
-
-
 def make_bench(teacher: str, student: str, batch: int, steps_per_call: int) -> Bench:
     """Random data and a random teacher on all devices."""
     for name in (teacher, student):
         models.check_input(name, *SHAPE[:2])
+    config = config_lib.default()
+    config.model.name, config.teacher.name = student, teacher
+    config.batch_size, config.epochs, config.steps_per_call = batch, EPOCHS, steps_per_call
+    # So small that the answers of an untrained teacher cannot drive a loss to infinity.
+    config.optimizer.learning_rate = 1e-6
+    config.loss.ce = 0.0
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (IMAGES, *SHAPE), np.uint8)
+    train = Split(images, rng.permutation(np.arange(IMAGES, dtype=np.int32) % CLASSES))
+    mean, std = (np.asarray(x, np.float32) for x in STATISTICS["cifar100"])
+    names = tuple(map(str, range(CLASSES)))
+    dataset = Dataset("noise", train, train, names, mean, std)
     network = models.create(teacher, CLASSES)
     variables = jax.jit(network.init)(jax.random.key(1), np.zeros((1, *SHAPE), np.float32))
-    rng = np.random.default_rng(0)
-    mean, std = (np.asarray(x, np.float32) for x in STATISTICS["cifar100"])
-    data = Resident(
-        images=rng.integers(0, 256, (IMAGES, *SHAPE), np.uint8),
-        labels=rng.permutation(np.arange(IMAGES, dtype=np.int32) % CLASSES),
-        mean=mean,
-        std=std,
+    # What a term may ask about its answers on the training set: in all a random mass of each class.
+    mass = np.random.default_rng(1).dirichlet(np.ones(CLASSES))
+    asked = dataclasses.replace(
+        from_variables(config, variables, dataset), train_logits=np.log(mass)[None]
     )
-    order = rng.permutation(IMAGES).astype(np.int32)
-    rows = augment.epoch_batches(order, batch, parallel.device_count())
     full = IMAGES // batch  # the last batch of an epoch may be padded
     if full < steps_per_call:
         raise UserError(f"--batch {batch} leaves fewer than {steps_per_call} steps in an epoch")
-    starts = range(0, full - steps_per_call + 1, steps_per_call)
-    calls = [tuple(x[i : i + steps_per_call] for x in rows) for i in starts]
-    return Bench(
-        network, student, parallel.replicate(variables), parallel.replicate(data), calls, batch
+    feed = assemble(config, dataset, asked).batches(
+        seed=0, epoch=0, end=full // steps_per_call * steps_per_call
     )
+    calls = [tuple((x,) for x in rows) for rows in feed]
+    return Bench(config, dataset, asked, parallel.replicate(resident(dataset, train)), calls)
 
 
 def compare(name: str, weights: Mapping[str, float], bench: Bench, kd: Arm, calls: int) -> dict:

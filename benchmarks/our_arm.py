@@ -8,20 +8,24 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
-from ipwd_jax import checkpoint, losses, models, optim, parallel, precision, state, step, view_cache
+from ipwd_jax import checkpoint, models, parallel, state, view_cache
 from ipwd_jax import config as config_lib
+from ipwd_jax import precision as precision_lib
+from ipwd_jax import teacher as teacher_lib
+from ipwd_jax.assemble import Experiment, assemble
 from ipwd_jax.data import augment
-from ipwd_jax.data.resident import Resident
-from ipwd_jax.models.fold import apply_folded, fold
-from ipwd_jax.models.heads import Heads
+from ipwd_jax.data.base import Dataset, Split
+from ipwd_jax.data.resident import resident
+from ipwd_jax.teacher import Teacher
 from ipwd_jax.view_cache import ViewCache
 
 CLASSES, PADDING = 100, 4
@@ -61,6 +65,12 @@ class Problem:
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch; the last, short one is left out."""
         return len(self.images) // self.index.shape[1]
+
+    def dataset(self) -> Dataset:
+        """Images and labels as a data set, which is tested on what it is trained on."""
+        split = Split(self.images, self.labels)
+        names = tuple(map(str, range(CLASSES)))
+        return Dataset("noise", split, split, names, self.mean, self.std)
 
     def double(self) -> "Problem":
         """The same in float64."""
@@ -147,7 +157,16 @@ def untrained_teacher(workdir: pathlib.Path, variables: Any) -> None:
 
 
 class OurArm:
-    """Our compiled step with its state, ready to be run."""
+    """Our compiled step with its state, ready to be run.
+
+    Attributes:
+        problem: where it started.
+        experiment: what it trains.
+        now: its state; changes with every step.
+        compiled: the step of a single seed, as of `Experiment.train_step`.
+        steps_per_call: steps of one call of it.
+        done: steps taken.
+    """
 
     def __init__(
         self,
@@ -156,7 +175,7 @@ class OurArm:
         teacher: str = "network",
         steps_per_call: int = 1,
     ) -> None:
-        """Sets everything up; `compiled`, of `step`, compiles at its first call.
+        """Sets everything up; `compiled` compiles at its first call.
 
         Args:
             problem: where to start.
@@ -167,46 +186,26 @@ class OurArm:
             steps_per_call: steps of one compiled call.
         """
         self.problem, self.steps_per_call, self.done = problem, steps_per_call, 0
-        config = config_lib.default()
-        config.precision, config.data.crop_padding = precision, problem.padding
-        config.batch_size = problem.index.shape[1]
-        config.optimizer.learning_rate = problem.learning_rate
-        config.teacher.name, config.model.name = problem.teacher, problem.student
-        config.teacher.look_ahead = steps_per_call if teacher == "ahead" else 0
-        config.loss.update({"ce": 0.1, "kd": 0.9} if teacher else {"ce": 1.0})
-        (stage,) = config_lib.stages(config)
-        per_epoch, (size, *shape) = problem.steps_per_epoch, problem.images.shape
-        network = models.create(problem.student, CLASSES, parallel.AXIS)
-        terms, heads = losses.create(stage.loss, config.terms, {}), Heads(CLASSES, {})
-        sgd = optim.sgd(stage.optimizer, optim.schedule(stage.optimizer, per_epoch, stage.epochs))
-        asked = models.create(problem.teacher, CLASSES) if teacher else None
-        now = state.init_state(
-            0, network, heads, terms, asked, config.weighting, tuple(shape), size
-        )
-        ours = problem.variables["student"]
+        self.experiment = experiment = _experiment(problem, precision, teacher, steps_per_call)
+        now, ours = experiment.initial_state(seed=0), problem.variables["student"]
         now = now.replace(
             params={**now.params, "student": ours["params"]},
             batch_stats={**now.batch_stats, "student": ours["batch_stats"]},
         )
-        self.now = parallel.replicate(state.begin_stage(now, sgd, step.metric_names(terms)))
-        self._data = parallel.replicate(
-            Resident(problem.images, problem.labels, problem.mean, problem.std)
-        )
+        self.now = parallel.replicate(experiment.begin(0, now))
+        dataset = experiment.dataset
+        self._data = parallel.replicate(resident(dataset, dataset.train))
+        self._inputs = experiment.teacher.inputs if experiment.teacher else {}
         self._index, self._mask = augment.epoch_batches(
             problem.index.reshape(-1), problem.index.shape[1], parallel.device_count()
         )
-        answer, inputs = _answer(teacher, asked, problem, precision)
-        self._inputs = parallel.replicate(inputs)
-        self.step = step.make_train_step(
-            config, stage, network, heads, terms, answer, sgd,
-            optim.trainable_mask(now.params, ()), per_epoch,
-        )  # fmt: skip
-        self.compiled = parallel.compile_train_step(self.step)
+        self.compiled = experiment.train_step(0)
 
-    def next_arguments(self) -> tuple:
-        """What the next call of `compiled` takes."""
+    def next_arguments(self, seeds: int = 1) -> tuple:
+        """What the next call of a step takes after the states, the same batch for each seed."""
         rows = slice(self.done, self.done + self.steps_per_call)
-        return self.now, self._data, self._inputs, self._index[rows], self._mask[rows], None
+        batch = (self._index[rows],) * seeds, (self._mask[rows],) * seeds, (None,) * seeds
+        return self._data, self._inputs, *batch
 
     def run(self, steps: int) -> tuple[float, float]:
         """Takes steps; seconds until the device has done them, and their mean loss.
@@ -215,7 +214,7 @@ class OurArm:
         """
         before, started = self._losses(), time.perf_counter()
         for _ in range(steps // self.steps_per_call):
-            self.now = self.compiled(*self.next_arguments())
+            (self.now,) = self.compiled((self.now,), *self.next_arguments())
             self.done += self.steps_per_call
         jax.block_until_ready(self.now)
         seconds = time.perf_counter() - started
@@ -229,44 +228,51 @@ class OurArm:
         return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _answer(kind: str, network: Any, problem: Problem, rounding: str) -> tuple[Any, Any]:
-    """How the step asks the teacher, as in `teacher.load`, and what it is given for that."""
-    if not kind:
-        return None, {}
-
-    def by_network(variables, images, batch):
-        return network.apply(*precision.cast(rounding, (variables, images)))
-
-    def by_folded(folded, images, batch):
-        return apply_folded(network, *precision.cast(rounding, (folded, images)))
-
-    variables = problem.variables["teacher"]
-    if kind == "folded":
-        return by_folded, fold(network, variables, problem.images.shape[1:])
+def _experiment(problem: Problem, precision: str, kind: str, steps_per_call: int) -> Experiment:
+    """What an arm trains, with a teacher of that kind."""
+    config, dataset = _config(problem, precision, kind, steps_per_call), problem.dataset()
+    teacher = None
+    if kind:
+        teacher = teacher_lib.from_variables(config, problem.variables["teacher"], dataset)
     if kind == "cached":
-        return view_cache.answer, _cache(by_network, variables, problem, rounding)
-    return by_network, variables
+        cache = parallel.replicate(_cache(teacher, problem, precision))
+        teacher = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
+    experiment = assemble(config, dataset, teacher)
+    # The views of a problem are those of epochs without the last, short batch.
+    return dataclasses.replace(experiment, steps_per_epoch=problem.steps_per_epoch)
 
 
-def _cache(ask: Callable, variables: Any, problem: Problem, rounding: str) -> ViewCache:
+def _config(problem: Problem, precision: str, kind: str, steps_per_call: int) -> ConfigDict:
+    config = config_lib.default()
+    config.precision, config.data.crop_padding = precision, problem.padding
+    config.batch_size, config.steps_per_call = problem.index.shape[1], steps_per_call
+    config.optimizer.learning_rate = problem.learning_rate
+    config.model.name, config.teacher.name = problem.student, problem.teacher if kind else ""
+    config.teacher.fold = kind == "folded"
+    config.teacher.look_ahead = steps_per_call if kind == "ahead" else 0
+    config.loss.update({"ce": 0.1, "kd": 0.9} if kind else {"ce": 1.0})
+    return config
+
+
+def _cache(teacher: Teacher, problem: Problem, precision: str) -> ViewCache:
     """The teacher's logits for every view that the problem's steps see."""
     views = augment.num_views(problem.padding, True)
     drawn = np.unique(problem.index * views + problem.view)
 
     @jax.jit
-    def logits(variables: Any, stored: jax.Array, view: jax.Array) -> jax.Array:
+    def logits(inputs: Any, stored: jax.Array, view: jax.Array) -> jax.Array:
         images = augment.apply_views(stored, view, problem.padding, True)
         images = augment.normalize(images, jnp.asarray(problem.mean), jnp.asarray(problem.std))
-        with precision.of_products(rounding):
-            return precision.at_least_float32(ask(variables, images, None).logits)
+        with precision_lib.of_products(precision):
+            return precision_lib.at_least_float32(teacher.ask(inputs, images).logits)
 
     each = problem.index.shape[1]
-    asked = np.resize(drawn, -(-len(drawn) // each) * each).reshape(
-        -1, each
-    )  # the last is filled up
+    # The last batch is filled up.
+    asked = np.resize(drawn, -(-len(drawn) // each) * each).reshape(-1, each)
     answers = [
-        np.asarray(logits(variables, problem.images[rows // views], rows % views)) for rows in asked
+        np.asarray(logits(teacher.inputs, problem.images[rows // views], rows % views))
+        for rows in asked
     ]
-    row = np.full((len(problem.images), views), -1, np.int32)
+    row = np.full((len(problem.images), views), len(drawn), np.int32)
     row[drawn // views, drawn % views] = np.arange(len(drawn), dtype=np.int32)
     return ViewCache(np.concatenate(answers)[: len(drawn)], None, row, views)

@@ -20,6 +20,7 @@ from our_arm import OurArm, make_problem
 from step import ON_GPU
 
 from ipwd_jax import parallel
+from ipwd_jax.step import train_step
 
 
 class Together:
@@ -32,18 +33,19 @@ class Together:
             scaled = jax.tree.map(lambda x, i=i: x * (1 + i / 1000), state.params)
             now[i] = parallel.replicate(state.replace(params=scaled))
         self.now = jax.tree.map(lambda *x: jnp.stack(x), *now) if vmap else tuple(now)
+        spec = arm.experiment.step_spec(0)
 
-        def unrolled(states, *rest):
-            return tuple(arm.step(state, *rest) for state in states)
+        def mapped(states, data, inputs, *rows):
+            rows = [of_seeds[0] for of_seeds in rows]
+            return jax.vmap(lambda state: train_step(spec, state, data, inputs, *rows))(states)
 
-        def mapped(states, *rest):
-            return jax.vmap(lambda state: arm.step(state, *rest))(states)
-
-        self._compiled: Callable = parallel.compile_train_step(mapped if vmap else unrolled)
+        self._compiled: Callable = (
+            parallel.compile_train_step(mapped) if vmap else arm.experiment.train_step(0)
+        )
 
     def run(self, steps: int) -> float:
         """Takes steps; seconds of one."""
-        _, *rest = self.arm.next_arguments()
+        rest = self.arm.next_arguments(self.seeds)
         started = time.perf_counter()
         for _ in range(steps):
             self.now = self._compiled(self.now, *rest)

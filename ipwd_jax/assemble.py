@@ -35,6 +35,7 @@ from ipwd_jax import config as config_lib
 from ipwd_jax import losses, models, optim, parallel, state, step
 from ipwd_jax.data import augment
 from ipwd_jax.data.base import Dataset
+from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
@@ -120,7 +121,7 @@ class Experiment:
         """The state of the run of `seed` before its first step, without an optimiser's."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
-        return initial.replace(key=jax.random.key(self.order_seed(seed)))
+        return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
 
     def begin(self, stage: int, before: TrainState) -> TrainState:
         """The state at the first step of a stage."""
@@ -159,11 +160,20 @@ class Experiment:
         spec = self.step_spec(stage)
 
         # Unrolled: under vmap every convolution would become a grouped one, which is slower.
-        def together(states, data, inputs, index, mask, streamed):
+        def together(
+            states: tuple[TrainState, ...],
+            data: Resident,
+            inputs: PyTree,
+            index: tuple[jax.Array, ...],
+            mask: tuple[jax.Array, ...],
+            streamed: tuple[jax.Array | None, ...],
+        ) -> tuple[TrainState, ...]:
             if self.config.share_order:
                 # Equal inputs by name, so that the compiler asks the teacher once for all.
                 first = states[0]
-                states = tuple(s.replace(key=first.key, step=first.step) for s in states)
+                states = tuple(
+                    dataclasses.replace(s, key=first.key, step=first.step) for s in states
+                )
             return tuple(
                 step.train_step(spec, now, data, inputs, *rows)
                 for now, *rows in zip(states, index, mask, streamed, strict=True)
@@ -195,7 +205,7 @@ class Experiment:
         end = len(index) if end is None else end
         flat = index[begin:end].reshape(end - begin, -1)
         with contextlib.ExitStack() as stack:
-            if train.streamed:
+            if not isinstance(train.images, np.ndarray):
                 source = train.images.batches(flat, order_seed, epoch, train=True)
                 images = stack.enter_context(contextlib.closing(source))
             while begin < end:

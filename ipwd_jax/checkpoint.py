@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from ipwd_jax import parallel
 from ipwd_jax.errors import UserError
 from ipwd_jax.state import TrainState, not_finite
+from ipwd_jax.typing import PyTree
 
 _FOLDER = "checkpoints"
 
@@ -63,7 +64,7 @@ class Snapshot:
     """
 
     state: TrainState
-    best: Any
+    best: PyTree
     position: Position
 
 
@@ -192,11 +193,11 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any, Position]:
+def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[PyTree, Position]:
     """The variables of the network that a run trained, on all devices, and how far it was.
 
     Args:
@@ -246,7 +247,7 @@ def load_network(workdir: pathlib.Path, which: str, template: Any) -> tuple[Any,
     return variables, position
 
 
-def save_network(workdir: pathlib.Path, variables: Any) -> None:
+def save_network(workdir: pathlib.Path, variables: PyTree) -> None:
     """Writes the variables of a network trained elsewhere where `load_network` finds them.
 
     Args:
@@ -266,7 +267,7 @@ def save_network(workdir: pathlib.Path, variables: Any) -> None:
         checkpoints._manager.wait_until_finished()
 
 
-def _meta(position: Position, items: dict[str, Any]) -> dict[str, Any]:
+def _meta(position: Position, items: dict[str, PyTree]) -> dict[str, Any]:
     """The JSON of a checkpoint: the position, and checksums of it and of the items."""
     plain = dataclasses.asdict(position)
     checksums = {name: checksum(item) for name, item in items.items()}
@@ -281,18 +282,19 @@ def _read_meta(meta: dict[str, Any]) -> tuple[Position, dict[str, str]]:
     return Position(**plain), meta["checksums"]
 
 
-def _verify(name: str, item: Any, checksums: dict[str, str]) -> None:
+def _verify(name: str, item: PyTree, checksums: dict[str, str]) -> None:
     if checksum(item) != checksums[name]:
         raise ValueError(f"the numbers of {name!r} have changed since they were saved")
 
 
-def checksum(tree: Any) -> str:
+def checksum(tree: PyTree) -> str:
     """CRC-32 over all leaves of a pytree, in order: 8 hexadecimal digits."""
     crc = 0
     for leaf in jax.tree.leaves(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)), crc)
+        # An array is a buffer, but its type says so only from Python 3.12 on.
+        crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)), crc)  # type: ignore[arg-type]
     return f"{crc:08x}"
 
 
@@ -300,19 +302,21 @@ def _checksum_of_json(value: Any) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-def _leaves(tree: Any):
+def _leaves(tree: PyTree) -> list[tuple[jax.tree_util.KeyPath, PyTree]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _without_network(state: TrainState) -> TrainState:
-    return state.replace(
+    return dataclasses.replace(
+        state,
         params={k: v for k, v in state.params.items() if k != "student"},
         batch_stats={k: v for k, v in state.batch_stats.items() if k != "student"},
     )
 
 
-def _with_network(state: TrainState, network: Any) -> TrainState:
-    return state.replace(
+def _with_network(state: TrainState, network: PyTree) -> TrainState:
+    return dataclasses.replace(
+        state,
         params={**state.params, "student": network["params"]},
         batch_stats={**state.batch_stats, "student": network["batch_stats"]},
     )

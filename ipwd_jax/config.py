@@ -12,11 +12,9 @@ from ml_collections import ConfigDict
 from ipwd_jax import losses
 from ipwd_jax.errors import UserError
 
-WEIGHTINGS = ("uniform", "constant", "wsld", "ipwd")
 SCHEDULES = ("step", "cosine")
 # all: every view of every image; drawn: those that the run draws; auto: the smaller of them.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
-HEAD_SOURCES = ("backbone", "detached", "network")
 
 
 def default() -> ConfigDict:
@@ -74,16 +72,14 @@ def default() -> ConfigDict:
     config.terms = ConfigDict({name: losses.hyper_parameters(name) for name in losses.TERMS})
 
     config.weighting = ConfigDict()
-    config.weighting.name = "uniform"  # one of WEIGHTINGS
+    config.weighting.name = "uniform"  # one of ipwd_jax.losses.WEIGHTINGS
     config.weighting.terms = ("kd",)  # per-sample terms that are multiplied
     config.weighting.start_epoch = 0  # weights are 1 before this epoch
-    config.weighting.constant = 1.0  # the weight of "constant"
-    config.weighting.kd_source = "student"  # of "ipwd": whose logits H_kd is of; or "head"
-    config.weighting.ratio = "A"  # of "ipwd": A is 1 + H_kd / H_cls, B is 1 + H_cls / H_kd
-    config.weighting.standardize = True  # of "ipwd": z-score the logits of both heads first
     config.weighting.clip = 0.0  # largest weight; 0: none
     config.weighting.batch_normalize = False  # divide by the mean weight of the global batch
     config.weighting.average = 0.0  # decay of a running mean per sample over epochs; 0: none
+    # The fields of all weightings; what they mean stands in ipwd_jax.losses.weighting.
+    config.weighting.update(losses.weighting.settings())
 
     config.first_stage = ConfigDict()  # a stage before the main one, with a fresh optimiser after
     config.first_stage.epochs = 0  # 0: none
@@ -162,7 +158,8 @@ def stages(config: ConfigDict) -> list[ConfigDict]:
     keys = ("epochs", "loss", "optimizer", "trainable")
     main = ConfigDict({"name": "main", **{key: config[key] for key in keys}})
     first = ConfigDict({"name": "first", **{key: config.first_stage[key] for key in keys}})
-    main.update({"pretrains": False, "weighted": config.weighting.name != "uniform"})
+    weighting = losses.weighting.create(config.weighting)
+    main.update({"pretrains": False, "weighted": weighting.weighs})
     first.update({"pretrains": True, "weighted": False})
     return [first, main] if first.epochs else [main]
 

@@ -1,15 +1,17 @@
-"""Checkpoints of PyTorch into work directories and back; PyTorch itself is not needed.
+"""Import PyTorch checkpoints into work directories, and export them; PyTorch is not needed.
 
   python -m ipwd_jax.convert import resnet32x4.pth
   python -m ipwd_jax.convert import teacher.safetensors --workdir=runs/teacher --network=wrn_40_2
   python -m ipwd_jax.convert export runs/digits_ipwd_seed0 student.pth --which=best
+  python -m ipwd_jax.convert export runs/own_seed0 it.pth --config=examples/own_network.py
 
-An imported network teaches by --config.teacher.workdir=DIR and is measured by
+An imported network is used as a teacher by --config.teacher.workdir=DIR and evaluated by
 `python -m ipwd_jax.main --config=FILE --workdir=DIR --mode=eval`.
 """
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -23,12 +25,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from ipwd_jax import checkpoint, torch_files, writers
+from ipwd_jax import checkpoint, models, torch_files, writers
 from ipwd_jax import config as config_lib
 from ipwd_jax.errors import UserError
 from ipwd_jax.models.torch_names import from_torch, to_torch, torch_shapes
 from ipwd_jax.state import not_finite
 from ipwd_jax.torch_networks import Fit, guess, renamed, template_of
+from ipwd_jax.typing import PyTree
 
 # Where training scripts keep the network's tensors in what they save.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "student", "teacher")
@@ -43,16 +46,16 @@ def import_file(
     Args:
         path: written by `torch.save`, or a `.safetensors` file.
         workdir: made here, whole or not at all; None: `runs/` and the file's name.
-        network: one of `models.NETWORKS`; empty: found by the tensors.
-        key: entry of the file that has the tensors; empty: a usual one.
+        network: one of `models.NETWORKS`; empty: inferred from tensor names and shapes.
+        key: entry of the file that has the tensors; empty: one of the usual ones.
 
     Returns:
         What `result.json` holds.
 
     Raises:
-        UserError: the file cannot be read, is of no known network or of several, or has weights
-            that are NaN, infinite or near to it; or the work directory exists. Then nothing is
-            written.
+        UserError: the file cannot be read, matches no known network or several, or has weights
+            that are NaN, infinite or near to it; or the work directory exists. Nothing is written
+            then.
     """
     workdir = workdir or pathlib.Path("runs") / path.stem
     if workdir.exists():
@@ -87,7 +90,7 @@ def import_file(
     return result
 
 
-def _write(workdir: pathlib.Path, variables: Any, config: dict, result: dict) -> None:
+def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict) -> None:
     """Writes a work directory under another name first, so that it appears whole."""
     unfinished = workdir.with_name(f".{workdir.name}.tmp")
     try:
@@ -131,6 +134,13 @@ def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({detail}); is {workdir} a run?") from error
+    try:
+        models.create(name, classes=1)
+    except UserError as error:
+        raise UserError(
+            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if a config file "
+            "of yours adds it, name that file with --config=FILE"
+        ) from error
     folder = workdir.resolve() / "checkpoints"
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
     if not steps:
@@ -144,7 +154,7 @@ def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
 
 
 def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Find the network's tensors in what a file holds; say on stdout what is left out.
+    """Find the network's tensors in what a file holds, and print which of them are left out.
 
     Args:
         tree: a state dict, or a dictionary with one in a usual place.
@@ -171,6 +181,22 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
             print(f"left out, not of the classifier: {', '.join(extra)}", flush=True)
         tensors = {k.removeprefix("backbone."): x for k, x in tensors.items() if k not in extra}
     return tensors, {k: v for k, v in metadata.items() if k not in tree}
+
+
+def load_config_file(path: pathlib.Path) -> None:
+    """Runs a config file, so that the networks that it adds to `models.NETWORKS` are known.
+
+    Raises:
+        UserError: it is missing, or raises an error.
+    """
+    try:
+        spec = importlib.util.spec_from_file_location("config_of_convert", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file raises
+        raise UserError(
+            f"the config file {path} cannot be run: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _named(tree: Mapping) -> dict[str, Any]:
@@ -219,7 +245,7 @@ def _scalar(value: Any) -> bool | int | float | str | None:
     return value if is_scalar else None
 
 
-def _float32(variables: Any) -> Any:
+def _float32(variables: PyTree) -> PyTree:
     types = {x.dtype for x in jax.tree.leaves(variables)} - {np.dtype(np.float32)}
     for dtype in types:
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -229,7 +255,7 @@ def _float32(variables: Any) -> Any:
         return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
 
 
-def _check_finite(path: pathlib.Path, variables: Any) -> None:
+def _check_finite(path: pathlib.Path, variables: PyTree) -> None:
     """Raises `UserError` with the names of tensors that are NaN, infinite or near to it."""
     if names := not_finite(to_torch(variables)):
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -250,15 +276,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     into = commands.add_parser("import", help="PyTorch's file -> work directory of a teacher")
     into.add_argument("file", type=pathlib.Path, help=".pth, .pt or .safetensors")
     into.add_argument("--workdir", type=pathlib.Path, help="default: runs/ and the file's name")
-    into.add_argument("--network", default="", help="default: found by the tensors")
+    into.add_argument("--network", default="", help="default: inferred from names and shapes")
     into.add_argument("--key", default="", help="entry of the file that has the state dict")
     out = commands.add_parser("export", help="work directory -> PyTorch's file")
     out.add_argument("workdir", type=pathlib.Path)
     out.add_argument("file", type=pathlib.Path, help="ends in .pth, .pt or .safetensors")
     out.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
+    for command in (into, out):
+        command.add_argument(
+            "--config",
+            type=lambda name: pathlib.Path(name.partition(":")[0]),
+            help="config file that adds the network, if it is not one of ipwd_jax",
+        )
     given = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
     try:
+        if given.config:
+            load_config_file(given.config)
         if given.command == "import":
             import_file(given.file, given.workdir, given.network, given.key)
             print(f"Written to {given.workdir or pathlib.Path('runs') / given.file.stem}")

@@ -1,4 +1,4 @@
-"""A network's answers to a whole split, and what they are worth."""
+"""A network's predictions for a whole split, and their metrics."""
 
 import contextlib
 from collections.abc import Callable, Generator
@@ -12,39 +12,46 @@ from ipwd_jax.data import augment
 from ipwd_jax.data.base import Split
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.typing import PyTree
 
 
-def make_predict(apply: Callable[[Any, jax.Array], Outputs]) -> Callable:
+def make_predict(apply: Callable[[PyTree, jax.Array], Any]) -> Callable[..., jax.Array]:
     """Compiles `predict(variables, data, index, images) -> logits`, unaugmented, for inference.
 
     `index` (devices, B) int32 selects rows of `data`, unless `images` (devices, B, H, W, channels)
     uint8 are given; the result is (devices, B, C).
 
     Args:
-        apply: `apply(variables, images)`, as a network's; float32 unless it says otherwise.
+        apply: `apply(variables, images) -> Outputs`, as a network's (in Flax's declaration its
+            result may be anything); float32 unless it says otherwise.
     """
 
     def predict(
-        variables: Any, data: Resident, index: jax.Array, images: jax.Array | None
+        variables: PyTree, data: Resident, index: jax.Array, images: jax.Array | None
     ) -> jax.Array:
-        images = data.images[index] if images is None else images
+        images = data.images_at(index) if images is None else images
         with precision.of_products("float32"):
-            return apply(variables, augment.normalize(images, data.mean, data.std)).logits
+            outputs: Outputs = apply(variables, augment.normalize(images, data.mean, data.std))
+            return outputs.logits
 
     return parallel.compile_predict(predict)
 
 
 def predict_all(
-    predict: Callable, variables: Any, data: Resident, split: Split, batch_size: int
+    predict: Callable[..., jax.Array],
+    variables: PyTree,
+    data: Resident,
+    split: Split,
+    batch_size: int,
 ) -> np.ndarray:
     """Logits (N, C) of every image of a split, whatever N and the number of devices.
 
     Args:
         predict: of `make_predict`.
         variables: of the network, on all devices.
-        data: what of the split is on all devices.
+        data: the part of the split that lives on all devices.
         split: the split.
-        batch_size: images of a call over all devices; does not change the result.
+        batch_size: images of a call over all devices; it does not change the result.
     """
     size = len(split.labels)
     order = np.arange(size, dtype=np.int32)
@@ -57,8 +64,8 @@ def predict_all(
 
 
 def _images(split: Split, index: np.ndarray) -> Generator[np.ndarray | None]:
-    """The images of each step (devices, B, H, W, channels) where they are streamed, else None."""
-    if not split.streamed:
+    """Yields the images of each step (devices, B, H, W, channels), or None if they are resident."""
+    if isinstance(split.images, np.ndarray):
         yield from [None] * len(index)
         return
     with contextlib.closing(
@@ -71,7 +78,7 @@ def _images(split: Split, index: np.ndarray) -> Generator[np.ndarray | None]:
 def score(
     logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray | None = None
 ) -> dict[str, float]:
-    """`metrics.evaluate`, and `recall_group1`.. (head to tail) where a teacher ranks the classes.
+    """`metrics.evaluate`, with `recall_group1`... (head to tail) if a teacher ranks the classes.
 
     Args:
         logits: (N, C).

@@ -63,7 +63,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _explained(error: Exception, argv: list[str]) -> UserError:
     """What is wrong with the flags, the config file or its overrides."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     for cause in chain:
@@ -89,7 +89,7 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
 
 def _in_config_file(error: BaseException) -> UserError | None:
     """What Python says of the config file and where in it; None: it has not raised the error."""
-    lines = [
+    lines: list[tuple[str, int | None]] = [
         (frame.f_code.co_filename, number)
         for frame, number in traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__") == _CONFIG_MODULE

@@ -1,4 +1,4 @@
-"""What a classifier's answers are worth. NumPy in float64, on logits of a whole test set."""
+"""Metrics of a classifier, computed by NumPy in float64 from the logits of a whole test set."""
 
 import numpy as np
 import scipy.special
@@ -6,7 +6,7 @@ import scipy.stats
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """All scalar metrics of a prediction.
+    """Computes all scalar metrics of a prediction.
 
     Args:
         logits: (N, C).
@@ -90,7 +90,8 @@ def group_recall(
         groups: number of groups.
 
     Returns:
-        Percent per group, from head to tail of the ranking; nan for a group without samples.
+        Percent of each group, from the head of the ranking to its tail; nan for a group without
+        samples.
     """
     classes = logits.shape[1]
     hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)

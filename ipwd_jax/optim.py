@@ -1,21 +1,21 @@
 """Stochastic gradient descent and learning rates with PyTorch's semantics."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax.errors import UserError
+from ipwd_jax.typing import PyTree
 
 
 def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
-    """Learning rate of each step of a stage.
+    """The learning rate of each step of a stage.
 
-    `step`: times `decay` once each of `milestones` epochs is finished (Tian et al., 2020: with
-    milestone 150, epochs 1 to 150 have the full rate). `cosine`: from the full rate to 0 over the
-    stage, each step its own rate.
+    `step` multiplies it by `decay` once each of `milestones` epochs is finished (Tian et al., 2020:
+    with milestone 150, epochs 1 to 150 have the full rate). `cosine` lowers it with every step,
+    from the full rate to 0 at the end of the stage.
 
     Args:
         optimizer: a config with `schedule`, `learning_rate`, `milestones`, `decay`.
@@ -43,7 +43,9 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
     )
 
 
-def only(trainable: Any, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def only(
+    trainable: PyTree, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
     """An optimiser of the leaves that are trained; the others have no state and stay as they are.
 
     Args:
@@ -57,12 +59,12 @@ def only(trainable: Any, optimizer: optax.GradientTransformation) -> optax.Gradi
 
 
 def trainable_mask(
-    params: Any,
+    params: PyTree,
     prefixes: Sequence[str],
     head_modules: Sequence[str] = (),
     frozen: Sequence[str] = (),
     empty: Sequence[str] = (),
-) -> Any:
+) -> PyTree:
     """A pytree of bools like `params`: whether a leaf is trained.
 
     Paths are written `student/layer1.0/conv1/kernel`; a prefix ends at a `/`.
@@ -72,18 +74,19 @@ def trainable_mask(
         params: of `TrainState`.
         prefixes: what is trained; none at all means everything.
         head_modules: of the student's network.
-        frozen: prefixes of what is not trained even then.
-        empty: prefixes that are known although nothing is there: of terms without parameters.
+        frozen: prefixes of what is not trained even if `prefixes` match it.
+        empty: prefixes that are accepted although they match nothing: those of terms without
+            parameters.
 
     Raises:
-        UserError: a prefix fits nothing; the message says what there is.
+        UserError: a prefix matches nothing; the message lists what there is.
     """
     modules = {f"student/{m}" for m in params["student"]}
     features = sorted(modules - {f"student/{m}" for m in head_modules})
     wanted = [p for x in prefixes for p in (features if x == "student/features" else [x])]
     used = set(empty)
 
-    def trained(path, _) -> bool:
+    def trained(path: tuple[jax.tree_util.DictKey, ...], _: object) -> bool:
         name = "/".join(entry.key for entry in path) + "/"
         fits = {p for p in wanted if name.startswith(f"{p.rstrip('/')}/")}
         used.update(fits)

@@ -5,9 +5,10 @@ state has no device axis and is the same on all of them.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
+
+from ipwd_jax.typing import PyTree
 
 AXIS = "batch"
 
@@ -18,7 +19,7 @@ def devices() -> list[jax.Device]:
 
 
 def device_count() -> int:
-    """How many they are."""
+    """The number of these devices."""
     return len(devices())
 
 
@@ -27,12 +28,12 @@ def _everywhere() -> jax.NamedSharding:
     return jax.NamedSharding(mesh, jax.P())
 
 
-def replicate(tree: Any) -> Any:
+def replicate(tree: PyTree) -> PyTree:
     """Puts the leaves of a pytree on all devices, whole on each."""
     return jax.device_put(tree, _everywhere())
 
 
-def replicated_shapes(tree: Any) -> Any:
+def replicated_shapes(tree: PyTree) -> PyTree:
     """Shapes and dtypes of a pytree, to be restored whole on each device."""
     everywhere = _everywhere()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
@@ -41,8 +42,8 @@ def replicated_shapes(tree: Any) -> Any:
 def compile_train_step(step: Callable) -> Callable:
     """Compiles `step(state, data, teacher_inputs, index, mask, images) -> state`.
 
-    `index`, `mask` and, where they are streamed, `images` (steps, devices, rows, ...) have a
-    device axis, all else is replicated; the state is donated.
+    `index`, `mask` and, if they are streamed, `images` (steps, devices, rows, ...) have a device
+    axis. Everything else is replicated, and the state is donated.
     """
     return jax.pmap(
         step,
@@ -55,10 +56,10 @@ def compile_train_step(step: Callable) -> Callable:
 
 
 def compile_predict(predict: Callable) -> Callable:
-    """Compiles `predict(variables, data, index, images)`; all but two have a device axis."""
+    """Compiles `predict(variables, data, index, images)`; the last two have a device axis."""
     return jax.pmap(predict, AXIS, in_axes=(None, None, 0, 0), devices=devices())
 
 
 def compile_views(ask: Callable) -> Callable:
-    """Compiles `ask(inputs, data, index, view)`; all but the first two have a device axis."""
+    """Compiles `ask(inputs, data, index, view)`; the last two have a device axis."""
     return jax.pmap(ask, AXIS, in_axes=(None, None, 0, 0), devices=devices())

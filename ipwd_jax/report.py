@@ -1,4 +1,4 @@
-"""What a person reads of a run's results."""
+"""The tables of results that a run prints when it ends."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ _UNITS = {
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The table at the end of a run, from what `result.json` holds, or of several seeds' runs."""
+    """The table of one run, or of the runs of several seeds, from what `result.json` holds."""
     if "seeds" in result:
         return _over_seeds(result["seeds"])
     if result.get("imported"):
@@ -79,7 +79,7 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and sample deviation of each metric over the seeds."""
+    """The mean and the sample standard deviation of each metric over the seeds."""
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
     lines = [
@@ -98,12 +98,12 @@ def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
-    """A number, or `undefined`: JSON's null, and the mean of nothing."""
+    """Formats a number, or says `undefined` for JSON's null and for the mean of nothing."""
     return "undefined" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:
-    """`mean +- deviation` of one value a seed; undefined where that of one seed is."""
+    """`mean +- deviation` of one value per seed; undefined if the value of any seed is."""
     numbers = [value for value in values if value is not None and math.isfinite(value)]
     if len(numbers) < len(values):
         return "undefined"

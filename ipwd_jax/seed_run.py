@@ -1,5 +1,6 @@
 """One seed's run: where it is, and what it measures there."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ipwd_jax.assemble import Experiment, Stage
 from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
-from ipwd_jax.losses.weighting import ipwd_weights
+from ipwd_jax.losses import weighting
 from ipwd_jax.state import not_finite
 from ipwd_jax.typing import PyTree
 
@@ -90,7 +91,7 @@ class SeedRun:
         self.averages()
         state = self.now.state
         # Weights of samples may be as large as their formula makes them.
-        if bad := not_finite(state.replace(memory=state.memory["terms"])):
+        if bad := not_finite(dataclasses.replace(state, memory=state.memory["terms"])):
             raise self._diverged(
                 f"after {self._place(self.now.position.step)} {len(bad)} arrays of the state are "
                 f"not finite or near to it, among them {', '.join(bad[:3])}"
@@ -150,11 +151,10 @@ class SeedRun:
             return {}
         memory = jax.device_get(self.now.state.memory["weighting"])
         row = {f"weight_{k}": v for k, v in metrics.weight_summary(memory["weight"]).items()}
-        if "h_kd" in memory:
+        if alternatives := weighting.create(self.stage.weighting).alternatives(memory):
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
-            for ratio in ("A", "B"):
-                weights = ipwd_weights(memory["h_kd"], memory["h_cls"], ratio)
-                row[f"mass_correlation_{ratio}"] = metrics.mass_correlation(weights, labels, mass)
+            for name, weights in alternatives.items():
+                row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
         return row
 
     def _class_mass(self) -> np.ndarray:

@@ -1,7 +1,8 @@
 """What a run carries from step to step: one pytree, donated to each step, saved whole."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -11,9 +12,12 @@ import optax
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
+from ipwd_jax import losses
 from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.typing import PyTree
 
 
 @flax.struct.dataclass
@@ -32,20 +36,20 @@ class TrainState:
     """
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
-    memory: Any
+    params: PyTree
+    batch_stats: PyTree
+    memory: PyTree
     opt_state: optax.OptState
     metrics: dict[str, Average]
     nonfinite: dict[str, jax.Array]
     key: jax.Array
 
-    def network(self) -> dict[str, Any]:
+    def network(self) -> dict[str, PyTree]:
         """The student's own variables, as its `apply` takes them."""
         return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
 
 
-def not_finite(tree: Any) -> list[str]:
+def not_finite(tree: PyTree) -> list[str]:
     """Paths of the leaves of a pytree that hold a nan, an infinity, or a number near to one.
 
     A parameter whose square overflows (1e19 in float32) is finite, but what it multiplies is not.
@@ -83,7 +87,7 @@ def terms_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 3)
 
 
-def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
+def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
     """Shapes and dtypes of the variables of a network for images of shape (H, W, channels)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
@@ -116,7 +120,7 @@ def init_state(
     student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
 
-    def outputs(net: nn.Module):
+    def outputs(net: nn.Module) -> Outputs:
         image = jnp.zeros((2, *image_shape))
         shapes = jax.eval_shape(lambda k: net.init_with_output(k, image)[0], key)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -125,8 +129,8 @@ def init_state(
     teacher_outputs = outputs(teacher) if teacher else None
     image = jnp.zeros((2, *image_shape))
     of_heads = heads.init(heads_key, student.embedding, image, False)
-    student = student.replace(
-        extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
+    student = dataclasses.replace(
+        student, extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
     )
     rows = jnp.zeros(2, jnp.int32)
     batch = Batch(
@@ -140,19 +144,23 @@ def init_state(
         key=key,
     )
 
-    def init_term(fold: int, term: Term):
+    weighting.check(weighting_config, student, teacher_outputs, batch)
+
+    def init_term(fold: int, term: Term) -> dict[str, PyTree]:
         seen = student, teacher_outputs
         if term.rotations:
             seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
         if hasattr(term, "axis_name"):
             term = term.clone(axis_name=None)  # nothing is mapped here
-        return jax.jit(term.init)(jax.random.fold_in(init_key, fold), *seen, batch)
+        return jax.jit(functools.partial(losses.init, term))(
+            jax.random.fold_in(init_key, fold), *seen, batch
+        )
 
     term_variables = {
         name: init_term(i, term) for i, (name, term) in enumerate(sorted(terms.items()))
     }
 
-    def collection(name: str):
+    def collection(name: str) -> dict[str, PyTree]:
         return {term: v[name] for term, v in term_variables.items() if name in v}
 
     return TrainState(
@@ -182,7 +190,8 @@ def begin_stage(
     state: TrainState, optimizer: optax.GradientTransformation, metric_names: list[str]
 ) -> TrainState:
     """The state at the first step of a stage: a fresh optimiser, counters at zero."""
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=jnp.int32(0),
         opt_state=optimizer.init(state.params),
         metrics={name: Average.empty() for name in metric_names},

@@ -9,7 +9,6 @@ collectives over `parallel.AXIS`.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -111,12 +110,12 @@ def train_step(
         streamed: (K, B, H, W, channels) uint8 where the images are not in `data`.
     """
 
-    def one(state: TrainState, rows: Any) -> tuple[TrainState, None]:
+    def one(state: TrainState, rows: PyTree) -> tuple[TrainState, None]:
         batch, images = load_batch(spec, state, data, *rows)
         answers = ask_teacher(spec, teacher_inputs, images, batch)
         return update(spec, state, batch, images, answers), None
 
-    def ahead(state: TrainState) -> tuple[Callable, Any]:
+    def ahead(state: TrainState) -> tuple[Callable, PyTree]:
         """The teacher's answers about all rows of the call at once, cut into steps."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
         batch, images = load_batch(spec, state, data, *flat)
@@ -125,7 +124,13 @@ def train_step(
         cut = jax.tree.map(
             lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, answers)
         )
-        return lambda state, xs: (update(spec, state, batch.replace(**xs[0]), *xs[1:]), None), cut
+
+        def answered(state: TrainState, step: PyTree) -> tuple[TrainState, None]:
+            rows, images, answers = step
+            this = dataclasses.replace(batch, **rows)
+            return update(spec, state, this, images, answers), None
+
+        return answered, cut
 
     with precision.of_products(spec.precision):
         if len(index) == 1:
@@ -153,10 +158,10 @@ def load_batch(
     elif spec.rotated:
         views = augment.draw_rotated_views(key, epoch, index, padding, flip)
         view = views[:, 0]
-        images = augment.apply_rotated_views(data.images[index], views, padding, flip)
+        images = augment.apply_rotated_views(data.images_at(index), views, padding, flip)
     else:
         view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
-        images = augment.apply_views(data.images[index], view, padding, flip)
+        images = augment.apply_views(data.images_at(index), view, padding, flip)
     images = augment.normalize(images, data.mean, data.std)
     batch = Batch(
         image=_upright(images) if spec.rotated else images,
@@ -175,10 +180,11 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
     """What the teacher says of the images, in float32 or better; None where nothing reads it."""
     if not spec.teacher_taps:
         return None
+    assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
     # What no term reads is not kept, so that it is never computed.
-    unread = {"features", "preact"} - spec.teacher_taps
-    return precision.at_least_float32(answers.replace(**dict.fromkeys(unread, ())))
+    unread: PyTree = dict.fromkeys({"features", "preact"} - spec.teacher_taps, ())
+    return precision.at_least_float32(dataclasses.replace(answers, **unread))
 
 
 def forward(
@@ -240,7 +246,9 @@ def apply_terms(
         upright: those for the upright ones alone.
         batch: of the step.
     """
-    losses, batch_stats, memory = {}, {}, {}
+    losses: dict[str, jax.Array] = {}
+    batch_stats: dict[str, PyTree] = {}
+    memory: dict[str, PyTree] = {}
     for name, term in spec.terms.items():
         variables = {
             "params": params["terms"],
@@ -276,7 +284,8 @@ def loss_and_updates(
         `memory`, and the averages of this step by name.
     """
     outputs, extra, stats = forward(spec, params, state.batch_stats, batch, images)
-    student = (_upright(outputs) if spec.rotated else outputs).replace(extra_logits=extra)
+    student = _upright(outputs) if spec.rotated else outputs
+    student = dataclasses.replace(student, extra_logits=extra)
     teacher = _upright(answers) if spec.rotated else answers
     weights, of_weighting = None, state.memory["weighting"]
     if spec.weighting:
@@ -287,7 +296,7 @@ def loss_and_updates(
         spec, state, params, (outputs, answers), (student, teacher), batch
     )
     for name, term in spec.terms.items():
-        if spec.weighting and name in spec.weighting.terms:
+        if weights is not None and spec.weighting and name in spec.weighting.terms:
             losses[name] = losses[name] * weights
         if (of_labels := term.label_loss(student, batch)) is not None:
             losses[name] = of_labels + losses[name]
@@ -308,7 +317,7 @@ def update(
 ) -> TrainState:
     """The state after one step of the optimiser."""
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, Any]:
+    def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
         return loss_and_updates(spec, state, params, batch, images, answers)
 
     grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -320,7 +329,8 @@ def update(
         batch_stats = lax.psum(jax.tree.map(lambda x: share * x, batch_stats), AXIS)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     new_epoch = state.step % spec.steps_per_epoch == 0
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,

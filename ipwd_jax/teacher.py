@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.state import network_shapes
+from ipwd_jax.typing import Answer, PyTree
 
 _MOST_STREAMED, _MOST_COMPARED = 50_000, 1_000
 
@@ -49,10 +50,10 @@ class Teacher:
 
     workdir: pathlib.Path
     network: nn.Module
-    variables: Any
+    variables: PyTree
     ask: Callable[..., Outputs]
-    answer: Callable[[Any, jax.Array, Batch], Outputs]
-    inputs: Any
+    answer: Answer
+    inputs: PyTree
     checksum: str
     train_logits: np.ndarray
     test_logits: np.ndarray
@@ -152,11 +153,11 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
     teacher = from_variables(config, variables, dataset, workdir)
     predict = evaluate.make_predict(network.apply)
 
-    def logits(split: Split, predict: Callable = predict, inputs: Any = variables) -> np.ndarray:
+    def logits(split: Split, predict: Callable = predict, inputs: PyTree = variables) -> np.ndarray:
         data = parallel.replicate(resident(dataset, split))
         return evaluate.predict_all(predict, inputs, data, split, config.eval_batch_size)
 
-    def as_in_the_step(inputs: Any, images: jax.Array) -> Outputs:
+    def as_in_the_step(inputs: PyTree, images: jax.Array) -> Outputs:
         with precision.of_products(config.precision):
             return precision.at_least_float32(teacher.ask(inputs, images))
 
@@ -174,7 +175,10 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
 
 
 def from_variables(
-    config: ConfigDict, variables: Any, dataset: Dataset, workdir: pathlib.Path = pathlib.Path()
+    config: ConfigDict,
+    variables: PyTree,
+    dataset: Dataset,
+    workdir: pathlib.Path = pathlib.Path(),
 ) -> Teacher:
     """A teacher that a step can ask, of whose answers on the data set nothing is known yet.
 
@@ -188,7 +192,7 @@ def from_variables(
     variables = parallel.replicate(variables)
     ask, inputs = _make_ask(config, network, variables, dataset.train.images.shape[1:])
 
-    def answer(inputs: Any, images: jax.Array, batch: Batch) -> Outputs:
+    def answer(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
         return ask(inputs, images, batch.mask)
 
     unknown = np.empty((0, len(dataset.class_names)), np.float32)
@@ -211,19 +215,19 @@ def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
 
 def _make_ask(
-    config: ConfigDict, network: nn.Module, variables: Any, image_shape: tuple[int, ...]
-) -> tuple[Callable, Any]:
+    config: ConfigDict, network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]
+) -> tuple[Callable[..., Outputs], PyTree]:
     """How the network is asked within a compiled program, and what it is given for that."""
 
-    def by_network(variables: Any, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
+    def by_network(variables: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
         low, images = precision.cast(config.precision, (variables, images))
         if not config.teacher.train_mode:
-            return network.apply(low, images)
+            return cast(Outputs, network.apply(low, images))
         rows = None if mask is None else jnp.repeat(mask, len(images) // len(mask))
         # Nothing is mutable, so the running statistics stay as they are.
-        return network.apply(low, images, train=True, mask=rows)
+        return cast(Outputs, network.apply(low, images, train=True, mask=rows))
 
-    def by_folded(folded: Any, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
+    def by_folded(folded: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
         return apply_folded(network, *precision.cast(config.precision, (folded, images)))
 
     if not config.teacher.fold:
@@ -238,5 +242,6 @@ def _evenly(split: Split, most: int) -> np.ndarray:
 
 def _take(split: Split, keep: np.ndarray) -> Split:
     """The images at the positions (M,)."""
-    images = split.images.take(keep) if split.streamed else split.images[keep]
-    return Split(images, split.labels[keep])
+    images = split.images
+    taken = images[keep] if isinstance(images, np.ndarray) else images.take(keep)
+    return Split(taken, split.labels[keep])

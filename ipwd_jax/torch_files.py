@@ -1,6 +1,6 @@
-"""Files of `torch.save` and of safetensors as NumPy arrays and back, without PyTorch.
+"""Read and write the files of `torch.save` and of safetensors as NumPy arrays, without PyTorch.
 
-Of pickles, `ipwd_jax.torch_pickle` reads plain data and refuses everything else unexecuted.
+In pickles, `ipwd_jax.torch_pickle` reads plain data and refuses everything else unexecuted.
 """
 
 import io
@@ -10,6 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -96,7 +97,7 @@ def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _safetensors() -> Any:
+def _safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError:

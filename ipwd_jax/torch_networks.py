@@ -1,26 +1,28 @@
-"""Which network the tensors of a PyTorch checkpoint belong to, by their names and shapes."""
+"""Infer the network of a PyTorch checkpoint from the names and shapes of its tensors."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
 from ipwd_jax.models.torch_names import check_shapes, torch_shapes
 from ipwd_jax.state import network_shapes
+from ipwd_jax.typing import PyTree
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Tensor = TypeVar("_Tensor")  # an array or a shape
 
 # Names that some repositories use for a tensor of ours.
 _ALIASES = {f"classifier.{leaf}": f"classifier.0.{leaf}" for leaf in ("weight", "bias")}
 # Stand for the numbers of classes and of image channels where a file will tell them.
 _CLASSES, _CHANNELS = 104_729, 7_919
-# Of a group of a wide ResNet whose name is found by the tensors: each costs time to try.
+# In a group of a wide ResNet whose name is inferred: each block costs time to try.
 _MOST_BLOCKS = 100
 
 
 class Fit(NamedTuple):
-    """A network whose tensors a file has: its name, classes, and channels of its images."""
+    """The network whose tensors a file has: its name, its classes, and its image channels."""
 
     name: str
     classes: int
@@ -36,7 +38,7 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
             depth of `wrn_<depth>_<width>` and `MobileNetV2_<width>`.
 
     Raises:
-        UserError: none fits, with a table of how the nearest differs; or several do.
+        UserError: no network fits, with a table of how the nearest differs; or several do.
     """
     names = [network] if network else list(dict.fromkeys([*models.NETWORKS, *_patterned(shapes)]))
     fits = {name: _fit(name, shapes) for name in names}
@@ -59,7 +61,7 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
 
 
 def _patterned(shapes: Shapes) -> list[str]:
-    """Names of networks that are not listed but made by a pattern, as far as shapes tell."""
+    """The names that the patterns, which are not listed, give networks of such shapes."""
     names = []
     shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
     stem, last = shapes.get("block1.layer.0.conv1.weight"), shapes.get("blocks.6.0.conv.6.weight")
@@ -78,7 +80,7 @@ def _open_shapes(name: str) -> Shapes:
 
 
 def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
-    """The network with the numbers that a file tells, and how many tensors differ all the same."""
+    """The network with the numbers that the file has, and how many tensors differ even so."""
     wanted = _open_shapes(name)
     shapes = renamed(shapes, wanted)
     numbers = {_CLASSES: 10, _CHANNELS: 3}
@@ -91,15 +93,15 @@ def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
     return Fit(name, *numbers.values()), wrong
 
 
-def template_of(fit: Fit) -> Any:
+def template_of(fit: Fit) -> PyTree:
     """Shapes and types of the variables of a network, as `jax.eval_shape` gives them."""
     network = models.create(fit.name, fit.classes)
     side = max(32, network.smallest_image)
     return network_shapes(network, (side, side, fit.channels))
 
 
-def renamed(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors under the names of a network, where another repository calls them else."""
+def renamed(tensors: Mapping[str, _Tensor], wanted: Mapping[str, object]) -> dict[str, _Tensor]:
+    """The same tensors under the names of our network where a repository has others."""
     return {
         _ALIASES[k] if k not in wanted and _ALIASES.get(k) in wanted else k: x
         for k, x in tensors.items()

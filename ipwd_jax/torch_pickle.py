@@ -7,6 +7,7 @@ a size that it announces is believed once the bytes are there, and what it copie
 """
 
 import pickletools
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ipwd_jax.errors import UserError
@@ -29,7 +30,7 @@ _DEEPEST = 100
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING"}
 _VALUES |= {"BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
 _VALUES |= {"BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_NEW_VALUES = {
+_NEW_VALUES: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,

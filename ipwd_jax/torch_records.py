@@ -28,8 +28,10 @@ STORAGES = {
     "UntypedStorage": np.dtype("u1"),
     "TypedStorage": np.dtype("u1"),
 }
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8")
-_DTYPES += ("uint8", "bool")
+_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
 _MOST_AXES = 64  # NumPy's limit
 _LONGEST_NAME = 20  # of devices and of NumPy's types
 

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from ipwd_jax.recorder import Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
 from ipwd_jax.teacher import Teacher
+from ipwd_jax.typing import PyTree
 from ipwd_jax.validate import check_fit, validate
 
 
@@ -168,18 +170,17 @@ def _ensure_teacher(
             noted = json.loads((workdir / "config.json").read_text())["checksums"]
             if noted.get("data", checksums["data"]) != checksums["data"]:
                 raise UserError(f"the teacher in {workdir} was trained on other data")
-            return _finished(workdir)
+            return _result(workdir)
         if workdir_lib.holds(workdir, config_of_teacher, checksums):
-            return _finished(workdir)
+            return _result(workdir)
         workdir_lib.claim(workdir, config_of_teacher, checksums)
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
         runs = {workdir: config_of_teacher}
         return _train(config_of_teacher, runs, dataset, None)[0]
 
 
-def _finished(workdir: pathlib.Path) -> dict[str, Any] | None:
-    path = workdir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _result(workdir: pathlib.Path) -> dict[str, Any]:
+    return json.loads((workdir / "result.json").read_text())
 
 
 def _train(
@@ -189,11 +190,10 @@ def _train(
     teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
     """Trains runs that differ in their seed and writes their results; finished ones are kept."""
-    results = {workdir: _finished(workdir) for workdir in runs}
-    for workdir, result in results.items():
-        if result:
-            print(f"Finished already: {workdir}", flush=True)
-    left = {workdir: own.seed for workdir, own in runs.items() if not results[workdir]}
+    results = {path: _result(path) for path in runs if (path / "result.json").exists()}
+    for workdir in results:
+        print(f"Finished already: {workdir}", flush=True)
+    left = {workdir: own.seed for workdir, own in runs.items() if workdir not in results}
     if left:
         experiment = _with_view_cache(assemble(config, dataset, teacher), list(left))
         with contextlib.ExitStack() as stack:
@@ -201,7 +201,7 @@ def _train(
             _train_together(recorders, stack.enter_context(_signals()))
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
-    return list(results.values())
+    return [results[workdir] for workdir in runs]
 
 
 def _recorders(
@@ -268,7 +268,7 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     return dataclasses.replace(experiment, teacher=cached)
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf.dtype, "itemsize")]
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -278,11 +278,11 @@ def _signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
     received: list[int] = []
 
-    def handle(signum: int, _) -> None:
+    def handle(signum: int, _: FrameType | None) -> None:
         received.append(signum)
         signal.signal(signum, previous[signum])
 
-    previous = {}
+    previous: dict[int, Any] = {}  # handlers
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM):
             previous[signum] = signal.signal(signum, handle)

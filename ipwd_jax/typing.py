@@ -1,14 +1,15 @@
-"""Names of the types that several modules share."""
+"""Names of the types that several modules share. At run time it imports none of them."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 
-from ipwd_jax.losses.base import Batch
-from ipwd_jax.models.base import Outputs
+if TYPE_CHECKING:
+    from ipwd_jax.losses.base import Batch
+    from ipwd_jax.models.base import Outputs
 
 # Nested dictionaries, tuples and dataclasses whose leaves are arrays.
 PyTree: TypeAlias = Any
 # How a step asks a teacher: `answer(inputs, images, batch) -> Outputs`.
-Answer: TypeAlias = Callable[[PyTree, jax.Array, Batch], Outputs]
+Answer: TypeAlias = Callable[[PyTree, jax.Array, "Batch"], "Outputs"]

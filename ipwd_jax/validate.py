@@ -4,9 +4,10 @@ Which values a setting may have stands in the tables; what settings must agree o
 below them. A pattern of a table fits the whole path of a setting, and its `*` any part of one.
 """
 
+import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +19,7 @@ from ipwd_jax import config as config_lib
 from ipwd_jax import losses, models
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.models.heads import SOURCES as HEAD_SOURCES
 from ipwd_jax.precision import PRECISIONS
 
 
@@ -85,9 +87,6 @@ _CHOICES = {
     "*optimizer.schedule": config_lib.SCHEDULES,
     "teacher.which": ("last", "best"),
     "teacher.view_cache": config_lib.VIEW_CACHES,
-    "weighting.name": config_lib.WEIGHTINGS,
-    "weighting.kd_source": ("student", "head"),
-    "weighting.ratio": ("A", "B"),
 }
 # What a tuple consists of.
 _ELEMENTS = {
@@ -123,15 +122,15 @@ def validate(config: ConfigDict) -> None:
             raise _unknown(path, reference)
         _check_type(path, value, defaults[path])
         _check_value(path, value)
+    optional = _younger(config)
     for path in defaults:
         of_term = path.startswith(("loss.", "first_stage.loss.", "terms."))
-        if path not in given and not of_term:  # a term may be younger than the config
+        if path not in given and not of_term and path not in optional:
             raise _missing(path)
     models.create(config.model.name, classes=1)
     if config.teacher.name:
         models.create(config.teacher.name, classes=1)
     _check_seeds(config)
-    _check_sources(config)
     if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
         raise UserError(
             "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
@@ -139,12 +138,33 @@ def validate(config: ConfigDict) -> None:
         )
     for stage in config_lib.stages(config):
         _check_loss(config, stage)
+    _check_heads(config)
     _check_weighting(config)
     _warn_of_what_has_no_effect(config)
 
 
 def _of_pattern(table: Mapping[str, Any], path: str) -> Any:
     return next((table[pattern] for pattern in table if fnmatchcase(path, pattern)), None)
+
+
+def _younger(config: ConfigDict) -> set[str]:
+    """Settings of weightings that the config does not name: it may be older than they are."""
+    kind = losses.WEIGHTINGS.get(config.get("weighting", {}).get("name", ""))
+    own = {field.name for field in dataclasses.fields(kind)} if kind else set()
+    return {f"weighting.{name}" for name in losses.weighting.settings().keys() - own}
+
+
+def _choices(path: str) -> Collection[str]:
+    """The values that a setting may have, where they are few; else none."""
+    section, _, name = path.rpartition(".")
+    if path == "weighting.name":
+        return losses.WEIGHTINGS
+    if section == "weighting":
+        of_all = [kind.choices for kind in losses.WEIGHTINGS.values()]
+        return next((choices[name] for choices in of_all if name in choices), ())
+    if section.startswith("terms."):
+        return losses.TERMS[section.removeprefix("terms.")].choices.get(name, ())
+    return _of_pattern(_CHOICES, path) or ()
 
 
 def _unknown(path: str, reference: ConfigDict) -> UserError:
@@ -163,7 +183,7 @@ def _check_type(path: str, value: Any, default: Any) -> None:
     if isinstance(default, ConfigDict):
         wanted, fits = "a section of settings", isinstance(value, ConfigDict)
     elif isinstance(default, tuple):
-        element = _of_pattern(_ELEMENTS, path)
+        element = _of_pattern(_ELEMENTS, path) or type(default[0])
         wanted = f"a tuple of {_KINDS[element][2]}"
         fits = isinstance(value, tuple | list) and all(_is_a(element, x) for x in value)
     else:
@@ -178,7 +198,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def _check_value(path: str, value: Any) -> None:
     """Raises `UserError` where a value is not finite, out of its range or not among its choices."""
-    if (choices := _of_pattern(_CHOICES, path)) and value not in choices:
+    if (choices := _choices(path)) and value not in choices:
         raise unknown_name(f"config.{path}", value, choices)
     several = isinstance(value, tuple | list)
     allowed = _of_pattern(_RANGES, path)
@@ -205,13 +225,21 @@ def _heads(config: ConfigDict, loss: Mapping[str, float]) -> dict[str, str]:
     return {head: source for term in terms.values() for head, source in term.heads.items()}
 
 
-def _check_sources(config: ConfigDict) -> None:
-    for name, fields in config.terms.items():
-        for head, source in _heads(config, {name: 1.0}).items():
-            # The one separate network is that of the label-only head.
-            choices = [s for s in config_lib.HEAD_SOURCES if s != "network" or head == "cls"]
-            if "source" in fields and source not in choices:
-                raise unknown_name(f"config.terms.{name}.source", source, choices)
+def _check_heads(config: ConfigDict) -> None:
+    """Raises `UserError` for a head of an unknown source, or of two in the terms of a run."""
+    found: dict[str, tuple[str, str]] = {}
+    for stage in config_lib.stages(config):
+        for term in (name for name, weight in stage.loss.items() if weight):
+            for head, source in _heads(config, {term: 1.0}).items():
+                if source not in HEAD_SOURCES:
+                    kind = f"source of the head {head!r} of {term}"
+                    raise unknown_name(kind, source, HEAD_SOURCES)
+                other, its = found.setdefault(head, (term, source))
+                if its != source:
+                    raise UserError(
+                        f"the head {head!r} has the source {its!r} in the term {other} and "
+                        f"{source!r} in {term}; choose one of them"
+                    )
 
 
 def _check_loss(config: ConfigDict, stage: ConfigDict) -> None:
@@ -229,38 +257,36 @@ def _check_loss(config: ConfigDict, stage: ConfigDict) -> None:
 
 
 def _check_weighting(config: ConfigDict) -> None:
-    weighting = config.weighting
+    weighting, kind = config.weighting, losses.weighting.create(config.weighting)
     for name in weighting.terms:
         if name not in losses.TERMS:
             raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
-        if not losses.TERMS[name].per_sample and weighting.name != "uniform":
+        if not losses.TERMS[name].per_sample and kind.weighs:
             raise UserError(
                 f"config.weighting.terms names {name}, which compares samples with each other and "
                 "has no loss of a single sample to weigh; name others, or set "
                 "--config.weighting.name=uniform"
             )
-    if weighting.name == "uniform":
+    if not kind.weighs:
         return
     if not any(config.loss.get(name, 0) for name in weighting.terms):
         raise UserError(
             f"config.weighting.name={weighting.name} weighs {tuple(weighting.terms)}, none of "
             "which has a weight in config.loss; name the terms with --config.weighting.terms"
         )
-    if weighting.name == "wsld" and not config.teacher.name:
-        raise UserError("config.weighting.name=wsld needs a teacher; set --config.teacher.name")
-    if weighting.name == "ipwd":
-        words = "config.weighting.name=ipwd compares with the label-only head"
-        _check_compared(config, "cls", words)
-        if weighting.kd_source == "head":
-            words = "config.weighting.kd_source=head compares the distilled head"
-            _check_compared(config, "kd", words)
+    named = f"config.weighting.name={weighting.name}"
+    if kind.teacher_taps and not config.teacher.name:
+        raise UserError(f"{named} needs a teacher; set --config.teacher.name")
+    for head, purpose in kind.heads().items():
+        _check_compared(config, head, f"{named} {purpose}")
 
 
 def _check_compared(config: ConfigDict, head: str, words: str) -> None:
     """Raises `UserError` where nothing trains a head whose losses make the weights."""
     stages = config_lib.stages(config)
     if head not in _heads(config, stages[-1].loss):
-        term = next(name for name in losses.TERMS if head in _heads(config, {name: 1.0}))
+        of_all = (name for name in losses.TERMS if head in _heads(config, {name: 1.0}))
+        term = next(of_all, "NAME")
         raise UserError(f"{words}, which nothing trains; set for example --config.loss.{term}=1")
     if not any(_trains(config, stage, head) for stage in stages):
         raise UserError(
@@ -289,7 +315,8 @@ def _warn_of_what_has_no_effect(config: ConfigDict) -> None:
                 f"config.{prefix}optimizer.milestones has no effect at "
                 f"{', '.join(map(str, late))}: config.{prefix}epochs is {section.epochs}"
             )
-    if weighting.name != "uniform" and weighting.start_epoch >= config.epochs:
+    weighs = losses.weighting.create(weighting).weighs
+    if weighs and weighting.start_epoch >= config.epochs:
         lines.append(
             f"config.weighting.name={weighting.name} has no effect: config.weighting.start_epoch "
             f"is {weighting.start_epoch}, config.epochs is {config.epochs}"

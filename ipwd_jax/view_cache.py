@@ -32,6 +32,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.state import augment_key
+from ipwd_jax.typing import PyTree
 
 _FORMAT = 1
 _FLUSH_SECONDS = 60.0
@@ -46,31 +47,25 @@ class ViewCache:
         logits: (M, C) float32.
         embedding: (M, D) float32, or None.
         row: (N, V) int32, the row of each view of each image, where only those are kept that a run
-            draws, and M for all others; None: all are, image by image.
+            draws; None: all are, image by image. Views that were never asked have the last row,
+            which is nan and so ends the run.
         views: V.
     """
 
-    logits: jax.Array | np.ndarray
-    embedding: jax.Array | np.ndarray | None
-    row: jax.Array | np.ndarray | None
+    logits: jax.Array
+    embedding: jax.Array | None
+    row: jax.Array | None
     views: int = flax.struct.field(pytree_node=False)
 
 
 def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
-    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps.
-
-    What was never asked is nan, which ends the run.
-    """
+    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps."""
     if cache.row is None:
         rows = batch.index * cache.views + batch.view
     else:
         rows = cache.row[batch.index, batch.view]
-
-    def take(table: jax.Array) -> jax.Array:
-        return table.at[rows].get(mode="fill", fill_value=jnp.nan)
-
-    embedding = None if cache.embedding is None else take(cache.embedding)
-    return Outputs(take(cache.logits), embedding, (), ())
+    embedding = None if cache.embedding is None else cache.embedding[rows]
+    return Outputs(cache.logits[rows], embedding, (), ())
 
 
 def reason_against(experiment: Experiment) -> str:
@@ -117,6 +112,7 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
         UserError: it is required, and there is no space for it.
     """
     config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
+    assert teacher is not None
     folder, teacher_inputs = teacher.workdir / "views", teacher.inputs
     epochs = max(stage.epochs for stage in experiment.stages)
     with_embedding = "embedding" in experiment.teacher_taps
@@ -150,9 +146,9 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
         index, view = np.nonzero(used)
     pairs = index.astype(np.int32), view.astype(np.int32)
 
-    def ask(inputs: Any, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
+    def ask(inputs: PyTree, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
         images = augment.apply_views(
-            data.images[index], view, config.data.crop_padding, config.data.flip
+            data.images_at(index), view, config.data.crop_padding, config.data.flip
         )
         with precision.of_products(config.precision):
             outputs = teacher.ask(inputs, augment.normalize(images, data.mean, data.std))
@@ -181,12 +177,13 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     if used is not None:
         row = np.full(used.shape, len(index), np.int32)
         row[used] = np.arange(len(index), dtype=np.int32)
+        table = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)])
     embedding = np.asarray(table[:, classes:]) if with_embedding else None
-    cache = ViewCache(np.asarray(table[:, :classes]), embedding, row, views)
-    return parallel.replicate(cache)
+    parts: PyTree = np.asarray(table[:, :classes]), embedding, row  # on the device JAX's
+    return parallel.replicate(ViewCache(*parts, views))
 
 
-def _asker(ask: Callable, inputs: Any, data: Resident, batch: int) -> Callable:
+def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:
     """`asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
     devices = parallel.device_count()
     each = -(-batch // devices)
@@ -319,5 +316,7 @@ class _Files:
 def _checksum(table: np.ndarray) -> str:
     crc = 0
     for first in range(0, len(table), 1 << 16):
-        crc = zlib.crc32(np.ascontiguousarray(table[first : first + (1 << 16)]), crc)
+        rows = np.ascontiguousarray(table[first : first + (1 << 16)])
+        # An array is a buffer, but its type says so only from Python 3.12 on.
+        crc = zlib.crc32(rows, crc)  # type: ignore[arg-type]
     return f"{crc:08x}"

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ipwd_jax import writers
 from ipwd_jax.config import default, differences
 from ipwd_jax.errors import UserError
+from ipwd_jax.losses import WEIGHTINGS
 
 # Settings that may change between two starts of a run: they leave its numbers as they are, or
 # what they lead to is compared by checksum.
@@ -157,8 +158,21 @@ def holds(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
 
 
 def _numbers(config: dict) -> dict:
-    """The settings that decide the numbers of a run: the binding ones but for the name."""
-    return {key: value for key, value in _binding(config).items() if key != "name"}
+    """The settings that decide the numbers of a run: the binding ones but for the name.
+
+    Terms that are off, and settings of weightings that are, decide nothing: a teacher is the same
+    whether or not the config of its student adds some of its own.
+    """
+    config = _binding(config)
+    config["loss"], config["first_stage"]["loss"] = (
+        {name: weight for name, weight in loss.items() if weight}
+        for loss in (config["loss"], config["first_stage"]["loss"])
+    )
+    on = {*config["loss"], *config["first_stage"]["loss"]}
+    config["terms"] = {name: fields for name, fields in config["terms"].items() if name in on}
+    if not WEIGHTINGS[config["weighting"]["name"]].weighs:
+        del config["weighting"]
+    return {key: value for key, value in config.items() if key != "name"}
 
 
 def _binding(config: dict) -> dict:

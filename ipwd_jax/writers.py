@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -55,7 +55,8 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Writes a compressed NumPy archive."""
     data = io.BytesIO()
-    np.savez_compressed(data, **arrays)
+    # mypy takes the names of the arrays for those of other arguments too.
+    np.savez_compressed(data, **arrays)  # type: ignore[arg-type]
     write_atomically(path, data.getvalue())
 
 
@@ -65,7 +66,7 @@ class ProgressLine:
     Elsewhere, as in a log file, a line is printed, at most one in `seconds` unless it is final.
     """
 
-    def __init__(self, stream=None, seconds: float = 10.0):
+    def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.stream = stream or sys.stdout
         self.in_place = self.stream.isatty() or "ipykernel" in sys.modules
         self.seconds = seconds

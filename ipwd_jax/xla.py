@@ -1,9 +1,10 @@
-"""Settings of the compiler, by name. None is applied unless it is asked for.
+"""Compiler settings, by name. None of them is applied unless it is asked for.
 
-Set before the first array exists: `python -m ipwd_jax.main --xla_profile=gpu-graphs ...`. What is
-proven about each is in benchmarks/RESULTS.md; results of a run do not depend on a profile beyond
-rounding, and every run notes the one that it had. What no profile can set, as a process reads it
-when it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` saves most page faults of a step.
+They must be set before the first array exists: `python -m ipwd_jax.main --xla_profile=cpu-eigen`.
+The measurements of each are in benchmarks/RESULTS.md. The results of a run do not depend on a
+profile beyond rounding, and every run records its flags. One setting is out of reach of a profile,
+because a process reads it when it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` saves
+most page faults of a step.
 """
 
 import os
@@ -16,7 +17,7 @@ from ipwd_jax.errors import UserError, unknown_name
 
 
 class Profile(NamedTuple):
-    """Flags for XLA, and what they are for."""
+    """Flags for XLA and their purpose."""
 
     purpose: str
     flags: tuple[str, ...]
@@ -46,15 +47,15 @@ PROFILES = {
 
 
 def apply(profile: str, compilation_cache: str | os.PathLike = "") -> None:
-    """Set a profile's flags and the folder in which compiled programs are kept.
+    """Sets the flags of a profile and the folder in which compiled programs are kept.
 
     Args:
         profile: one of `PROFILES`, or empty: no flags.
         compilation_cache: folder; empty: programs are compiled anew in each process.
 
     Raises:
-        UserError: no such profile, one of its flags is set otherwise in XLA_FLAGS, or the folder
-            cannot be made.
+        UserError: there is no such profile, one of its flags is set to another value in XLA_FLAGS,
+            or the folder cannot be made.
     """
     if profile and profile not in PROFILES:
         raise unknown_name("XLA profile", profile, PROFILES)

@@ -62,9 +62,9 @@ def test_test_settings_count_only_where_images_are_held_out(tmp_path):
 def test_every_setting_of_the_data_is_used_or_refused():
     defaults = config_lib.default().data
     of_all = {"name", "streaming", "mean", "std", "crop_padding", "flip"}
-    assert set(data._USED_BY) | of_all == set(defaults)
+    assert set(data.USED_BY) | of_all == set(defaults)
     assert all(defaults[setting] == data._UNSET.get(setting, TEST_FRACTION)
-               for setting in data._USED_BY)  # fmt: skip
+               for setting in data.USED_BY)  # fmt: skip
 
 
 class TestMemory:

@@ -126,14 +126,14 @@ def test_golden_loss_pskd(dtype, rtol):
         table = jax.nn.softmax(logits["teacher_logits"])
 
         def loss(student_logits):
-            parts, new = term.apply(
-                {"memory": {"predictions": table}},
-                outputs("logits", [student_logits]),
-                None,
-                batch(rows, epoch=hyper["epoch"] - 1),
-                mutable=["memory"],
+            seen = outputs("logits", [student_logits])
+            now = batch(rows, epoch=hyper["epoch"] - 1)
+            of_teacher, new = term.apply(
+                {"memory": {"predictions": table}}, seen, None, now, mutable=["memory"]
             )
-            return sum(parts).mean(), new["memory"]["predictions"]
+            of_labels = term.label_loss(seen, now)
+            assert of_teacher.shape == of_labels.shape == (rows,)
+            return (of_labels + of_teacher).mean(), new["memory"]["predictions"]
 
         student = jnp.asarray(logits["student_logits"])
         (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(student)

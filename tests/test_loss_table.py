@@ -170,7 +170,9 @@ def test_command_line():
     )
     rows = [line.split()[0] for line in done.stdout.splitlines() if line and line[0] != " "]
     assert [name for name in rows if name in losses.TERMS] == list(losses.TERMS)
+    assert [name for name in rows if name in losses.WEIGHTINGS] == list(losses.WEIGHTINGS)
     assert "temperature=4.0 cross_entropy=False" in done.stdout
+    assert "kd_source='student' ratio='A' standardize=True" in done.stdout
     assert "does not fit: FSP needs" in done.stdout
     wrong = subprocess.run([*command, "resnet9", "resnet8"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown network 'resnet9'")

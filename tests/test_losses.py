@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ipwd_jax import assemble, data, losses, models
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, cross_entropy
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.losses.weighting import init_memory, ipwd_scores, ipwd_weights, weigh
@@ -173,6 +174,57 @@ def test_each_term_names_what_it_asks_for():
         instance = term(**losses.hyper_parameters(name))
         fields = {field.name for field in dataclasses.fields(Outputs)}
         assert set(instance.teacher_taps) <= fields, name
-        assert set(instance.heads.values()) <= set(config_lib.HEAD_SOURCES), name
+        assert set(instance.heads.values()) <= set(models.heads.SOURCES), name
         assert hasattr(instance, "pretrain") == bool(instance.first_stage_params), name
     assert losses.TERMS["cls"](source="detached").heads == {"cls": "detached"}
+
+
+def test_each_weighting_names_what_it_asks_for():
+    config, heads_of_terms = config_lib.default(), {"cls", "kd"}
+    fields = {field.name for field in dataclasses.fields(Outputs)}
+    for name, kind in losses.WEIGHTINGS.items():
+        config.weighting.name = name
+        instance = losses.weighting.create(config.weighting)
+        assert instance == kind() and set(kind.teacher_taps) <= fields
+        assert set(instance.heads()) <= heads_of_terms and all(instance.heads().values())
+        memory = init_memory(config.weighting, 3)
+        assert set(memory) == ({"weight", *kind.memory} if kind.weighs else set())
+    assert losses.WEIGHTINGS["ipwd"](kd_source="head").heads().keys() == heads_of_terms
+
+
+def of_term(path, value):
+    """A run of the term with one setting changed, put together."""
+    config = config_lib.default()
+    config.model.name = config.teacher.name = "wrn_10_1"
+    config.loss[path.partition(".")[0]] = 1.0
+    config.terms.update_from_flattened_dict({path: value})
+    images, labels = np.zeros((8, 8, 8, 1), np.uint8), np.arange(8) % 2
+    return assemble.assemble(config, data.from_arrays(images, labels, images, labels), None)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("fitnet.layer", 9, "config.terms.fitnet.layer is 9, but .* the maps 0 to 3 in common"),
+        ("fitnet.layer", -5, "config.terms.fitnet.layer is -5"),
+        ("ft.rate", 0.001, "config.terms.ft.rate is 0.001, .* 64 .* at least 0.015625"),
+        ("vid.variance", 1e-6, "config.terms.vid.variance must be above 1e-05, .* found 1e-06"),
+        ("vid.variance", 1e-5, "config.terms.vid.variance must be above 1e-05"),
+    ],
+)
+def test_settings_that_leave_nothing_to_compare_are_refused(path, value, words):
+    with pytest.raises(UserError, match=words):
+        of_term(path, value)
+
+
+@pytest.mark.parametrize(("path", "value"), [("fitnet.layer", -1), ("ft.rate", 1 / 64)])
+def test_settings_at_the_edge_are_taken(path, value):
+    of_term(path, value)
+
+
+@pytest.mark.parametrize("variance", [2e-5, 5.0, 45.0, 1e4])
+def test_variances_start_where_they_are_set(variance):
+    maps = outputs(KD_LOGITS).replace(features=(jnp.zeros((4, 2, 2, 3)),) * 2)
+    variables = losses.TERMS["vid"](variance=variance).init(jax.random.key(0), maps, maps, batch())
+    log_scale = np.float64(variables["params"]["0"]["log_scale"])
+    np.testing.assert_allclose(np.logaddexp(0, log_scale) + 1e-5, variance, rtol=1e-5)

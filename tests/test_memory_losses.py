@@ -206,7 +206,8 @@ def value_and_gradients(name):
             now = {**variables, "params": params}
             seen = outputs(logits, embedding)
             value, _ = term.apply(now, seen, teacher, rows, mutable=["memory"])
-            return sum(value).mean() if isinstance(value, tuple) else value.mean()
+            of_labels = term.label_loss(seen, rows)
+            return (value if of_labels is None else of_labels + value).mean()
 
         params = variables.get("params", {})
         return jax.value_and_grad(loss, argnums=(0, 1, 2))(logits, embedding, params)

@@ -1,6 +1,7 @@
 """What is not rounded whatever `config.precision` says, and how means of bfloat16 maps are."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 from test_memory_losses import batch
 
-from ipwd_jax import models
+from ipwd_jax import data, models
+from ipwd_jax.assemble import assemble
+from ipwd_jax.config import default
+from ipwd_jax.data.resident import resident
 from ipwd_jax.losses.base import adaptive_avg_pool
 from ipwd_jax.losses.crd import CRD
 from ipwd_jax.losses.fsp import fsp_matrices
@@ -18,7 +22,9 @@ from ipwd_jax.losses.rkd import rkd_losses
 from ipwd_jax.losses.sp import sp_loss
 from ipwd_jax.losses.sskd import similarity
 from ipwd_jax.models.base import avg_pool
+from ipwd_jax.parallel import AXIS
 from ipwd_jax.precision import cast, of_products
+from ipwd_jax.step import train_step
 
 ROWS, MAPS = jnp.ones((8, 5)), jnp.ones((8, 4, 4, 3))
 SIMILARITIES = {
@@ -94,3 +100,21 @@ def test_means_of_bfloat16_maps_are_summed_in_float32(name):
     text = str(jax.make_jaxpr(network.apply)(low, images))
     types = re.findall(r":(\w+)\[[\d,]*\] = reduce(?:_window)?_sum\[", text)
     assert types and set(types) == {"f32"}
+
+
+def test_the_separate_network_of_ipwd_star_rounds_as_the_student_does():
+    """Every convolution of the step, forward and backward, reads bfloat16."""
+    images, labels = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 2
+    dataset = data.from_arrays(images, labels, images, labels)
+    config = default()
+    config.precision, config.batch_size, config.model.name = "bfloat16", 8, "resnet8"
+    config.loss.update({"ce": 1.0, "cls": 1.0})
+    config.terms.cls.source = "network"
+    experiment = assemble(config, dataset, None)
+    state = jax.eval_shape(lambda: experiment.begin(0, experiment.initial_state(seed=0)))
+    rows = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8))
+    step = partial(train_step, experiment.step_spec(0))
+    split = resident(dataset, dataset.train)
+    traced = jax.make_jaxpr(step, axis_env=[(AXIS, 1)])(state, split, {}, *rows)
+    found = re.findall(r":(\w+)\[[\d,]*\] = conv_general_dilated", str(traced))
+    assert len(found) > 40 and set(found) == {"bf16"}

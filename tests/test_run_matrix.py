@@ -69,7 +69,7 @@ def test_equal_results(method, chosen, tmp_path):
             )
 
 
-DEVICES = [(devices, (0,), False, 1, False) for devices in (2, 8)]
+DEVICES = [(8, (0,), False, 1, False)]
 
 
 def test_a_teacher_in_training_mode_normalises_by_the_global_batch(tmp_path):

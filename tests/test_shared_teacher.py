@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import teacher_folder
@@ -15,12 +16,16 @@ from test_seeds import stop_after
 from test_view_cache import settings, squares  # noqa: F401
 
 from ipwd_jax import train, view_cache
+from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.losses.base import Batch
+from ipwd_jax.teacher import load
 from ipwd_jax.workdir import locked
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_students_that_start_together_share_a_teacher_and_its_views(tmp_path):
     """The loop over seeds that a shell runs in parallel, teacher included."""
     command = [
@@ -94,16 +99,17 @@ def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*/views/*.npy"))
 
 
-def test_an_answer_that_was_never_asked_is_no_number():
-    import jax.numpy as jnp
-    from test_losses import batch
-
-    cache = view_cache.ViewCache(
-        jnp.arange(6.0).reshape(3, 2), None, jnp.array([[0, 3], [1, 2]], jnp.int32), 2
+def test_an_answer_that_was_never_asked_is_no_number(squares, tmp_path):  # noqa: F811
+    config = settings(epochs=1, teacher__epochs=1, teacher__view_cache="drawn")
+    train.run(config, tmp_path / "student", squares, teacher_only=True)
+    teacher = load(config, teacher_folder(tmp_path, "wrn_16_1"), squares)
+    cache = view_cache.load_or_build(assemble(config, squares, teacher), required=True)
+    index, view = np.divmod(np.arange(40 * 18), 18)
+    asked = Batch(None, None, jnp.asarray(index), jnp.asarray(view), None, None, None, None)
+    known = np.isfinite(view_cache.answer(cache, None, asked).logits).all(axis=1)
+    np.testing.assert_array_equal(
+        known.reshape(40, 18), view_cache.drawn_views(config, (0,), 1, 40)
     )
-    asked = batch(2).replace(index=jnp.array([0, 0, 1]), view=jnp.array([0, 1, 1]))
-    logits = view_cache.answer(cache, None, asked).logits
-    np.testing.assert_array_equal(logits, [[0, 1], [np.nan, np.nan], [4, 5]])
 
 
 def test_old_tables_of_drawn_views_are_removed(tmp_path, capsys):

@@ -198,10 +198,9 @@ class TestTeacher:
             dataset.test.labels, name="squares",
         )  # fmt: skip
         config = settings(**{"teacher.epochs": 1, "epochs": 1})
-        first = train.run(config, tmp_path / "a", dataset)
-        for name, given, changes in (("b", dataset, {"teacher.epochs": 2}), ("c", shifted, {})):
+        for given, changes in ((dataset, {}), (dataset, {"teacher.epochs": 2}), (shifted, {})):
             config.update_from_flattened_dict(changes)
-            assert train.run(config, tmp_path / name, given)["teacher"] != first["teacher"]
+            train.run(config, tmp_path / "student", given, teacher_only=True)
         teachers = list(tmp_path.glob("squares_resnet8_*_seed0"))
         assert len(teachers) == 3
         recipes = [

@@ -1,10 +1,11 @@
 """The sources of data, by name. A new source is one function and one line here.
 
-What else it reads of `config.data` than the statistics is noted in `_USED_BY`.
+What else it reads of `config.data` than the statistics is noted in `USED_BY`.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax.data import arrays, cifar, folder, streaming, tfds
@@ -13,6 +14,7 @@ from ipwd_jax.errors import UserError, unknown_name
 
 __all__ = [
     "SOURCES",
+    "USED_BY",
     "Dataset",
     "Split",
     "check_augmentation",
@@ -33,7 +35,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 
 # Settings that only some sources read, or any that is streamed. A source refuses by itself those
 # that depend on what it finds, such as `test_fraction` where there are test images.
-_USED_BY = {
+USED_BY = {
     "dir": ("cifar10", "cifar100", "tfds"),
     "download": ("cifar10", "cifar100"),
     "train_split": ("tfds", "folder"),
@@ -72,7 +74,7 @@ def load(config: ConfigDict) -> Dataset:
     if not found:
         raise unknown_name("data set", config.name, SOURCES)
     readers = {kind, "streaming"} if config.streaming else {kind}
-    for setting, used_by in _USED_BY.items():
+    for setting, used_by in USED_BY.items():
         if config[setting] != _UNSET[setting] and readers.isdisjoint(used_by):
             streams = kind in streaming.SOURCES and "streaming" in used_by
             raise UserError(
@@ -93,7 +95,7 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
     """
     images, padding = dataset.train.images, config.data.crop_padding
     _, height, width, _ = images.shape
-    if not dataset.train.streamed:
+    if isinstance(images, np.ndarray):
         if padding >= min(height, width):
             raise UserError(
                 f"config.data.crop_padding is {padding}, but the images of {dataset.name} have "

@@ -134,7 +134,7 @@ def epoch_batches(
     steps, rows = -(-len(order) // batch_size), -(-batch_size // devices)
     padded = np.full(steps * batch_size, -1, np.int32)
     padded[: len(order)] = order
-    index = np.full((steps, devices * rows), -1, np.int32)
+    index: np.ndarray = np.full((steps, devices * rows), -1, np.int32)
     index[:, :batch_size] = padded.reshape(steps, batch_size)
     index = index.reshape(steps, devices, rows)
     return np.maximum(index, 0), (index >= 0).astype(np.float32)

@@ -13,7 +13,7 @@ TEST_FRACTION = 0.2  # default of `config.data.test_fraction`
 _PIXELS_AT_ONCE = 2**24  # of the statistics, which need eight bytes for each
 
 # Mean and deviation of the training pixels in 0..1, as the published recipes print them.
-STATISTICS = {
+STATISTICS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -23,9 +23,17 @@ STATISTICS = {
 class Streamed(Protocol):
     """Images that are decoded when they are needed; see `ipwd_jax.data.streaming`."""
 
-    shape: tuple[int, int, int, int]  # (N, H, W, channels)
-    fingerprint: str
-    flip: bool  # whether training mirrors half of the images
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, channels)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Checksum of what identifies the images."""
+
+    @property
+    def flip(self) -> bool:
+        """Whether training mirrors half of the images."""
 
     def batches(
         self, index: np.ndarray, seed: int, epoch: int, train: bool
@@ -47,6 +55,12 @@ class Split:
     def streamed(self) -> bool:
         """Whether the images are not in memory."""
         return not isinstance(self.images, np.ndarray)
+
+    @property
+    def in_memory(self) -> np.ndarray:
+        """The images where they are not streamed."""
+        assert isinstance(self.images, np.ndarray)
+        return self.images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +92,8 @@ def from_arrays(
     *,
     name: str = "arrays",
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    mean: Sequence[float] | np.ndarray = (),
+    std: Sequence[float] | np.ndarray = (),
     test_fraction: float = TEST_FRACTION,
 ) -> Dataset:
     """Make a data set of NumPy arrays, with checks.
@@ -111,7 +125,7 @@ def from_arrays(
     classes = len(class_names) if class_names else int(train.labels.max()) + 1
     check_classes(name, classes, train.labels, test.labels)
     if not (len(mean) and len(std)):
-        computed = _statistics(train.images)
+        computed = _statistics(train.in_memory)
         mean, std = (mean if len(mean) else computed[0]), (std if len(std) else computed[1])
     mean, std = checked_statistics(name, train.images.shape[-1], mean, std)
     class_names = tuple(class_names or map(str, range(classes)))
@@ -134,7 +148,10 @@ def check_classes(
 
 
 def checked_statistics(
-    name: str, channels: int, mean: Sequence[float], std: Sequence[float]
+    name: str,
+    channels: int,
+    mean: Sequence[float] | np.ndarray,
+    std: Sequence[float] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation (channels,) as float32; `UserError` where they are not fit for it."""
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -150,7 +167,7 @@ def checked_statistics(
     return mean, std
 
 
-def _split(what: str, images: np.ndarray, labels: np.ndarray) -> Split:
+def _split(what: str, images: np.ndarray, labels: np.ndarray | None) -> Split:
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim == 3:
         images = images[..., None]
@@ -198,8 +215,8 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     if not held.any():
         raise UserError("every class has a single image, so none can be held out for testing")
     return (
-        Split(split.images[~held], split.labels[~held]),
-        Split(split.images[held], split.labels[held]),
+        Split(split.in_memory[~held], split.labels[~held]),
+        Split(split.in_memory[held], split.labels[held]),
     )
 
 
@@ -222,8 +239,10 @@ def fingerprint(dataset: Dataset) -> str:
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((dataset.train.images.shape, dataset.test.images.shape)).encode())
     for split in (dataset.train, dataset.test):
-        of_images = split.images.fingerprint.encode() if split.streamed else split.images.tobytes()
-        digest.update(of_images)
+        if isinstance(split.images, np.ndarray):
+            digest.update(split.images.tobytes())
+        else:
+            digest.update(split.images.fingerprint.encode())
         digest.update(split.labels.tobytes())
     digest.update(dataset.mean.tobytes() + dataset.std.tobytes())
     digest.update(repr(len(dataset.class_names)).encode())

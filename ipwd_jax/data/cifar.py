@@ -99,7 +99,13 @@ def _read(
             "Delete it and fetch it again with --config.data.download"
         )
     with tarfile.open(archive) as tar:
-        return {file: tar.extractfile(f"{folder}/{file}").read() for file in files}
+        return {file: _content(tar, f"{folder}/{file}") for file in files}
+
+
+def _content(archive: tarfile.TarFile, member: str) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # it is no folder, as the checksum of the archive says
+    return file.read()
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -2,9 +2,9 @@
 
 import flax.struct
 import jax
-import numpy as np
 
 from ipwd_jax.data.base import Dataset, Split
+from ipwd_jax.typing import PyTree
 
 
 @flax.struct.dataclass
@@ -18,13 +18,19 @@ class Resident:
         std: (channels,) float32, by which they are divided.
     """
 
-    images: jax.Array | np.ndarray | None
-    labels: jax.Array | np.ndarray
-    mean: jax.Array | np.ndarray
-    std: jax.Array | np.ndarray
+    images: jax.Array | None
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+    def images_at(self, index: jax.Array) -> jax.Array:
+        """The images at some positions, where they are not streamed."""
+        assert self.images is not None
+        return self.images[index]
 
 
 def resident(dataset: Dataset, split: Split) -> Resident:
     """A split of a data set with the statistics that normalise it, still in host memory."""
-    images = None if split.streamed else split.images
-    return Resident(images, split.labels, dataset.mean, dataset.std)
+    images = None if split.streamed else split.in_memory
+    parts: PyTree = images, split.labels, dataset.mean, dataset.std  # NumPy's, on the device JAX's
+    return Resident(*parts)

@@ -16,6 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -30,6 +31,9 @@ from ipwd_jax.data.base import (
 )
 from ipwd_jax.data.decode import decode_eval, decode_train, decoder_name
 from ipwd_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
 __all__ = [
     "Records",
@@ -156,13 +160,13 @@ def load(config: ConfigDict) -> Dataset:
         check_classes(name, len(train.class_names), train.labels, test.labels)
         known = tfds.statistics(argument)
         mean, std = known if len(known[0]) == 3 else (mean, std)
-    mean, std = checked_statistics(name, 3, config.mean or mean, config.std or std)
+    statistics = checked_statistics(name, 3, config.mean or mean, config.std or std)
 
     def split(records: Records) -> Split:
         images = StreamedImages(records, config.image_size, config.threads, config.flip)
         return Split(images, records.labels)
 
-    return Dataset(name, split(train), split(test), train.class_names, mean, std)
+    return Dataset(name, split(train), split(test), train.class_names, *statistics)
 
 
 def check_padding(padding: int) -> None:
@@ -265,7 +269,9 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
     )
 
 
-def _labels(source, label: str, kept: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def _labels(
+    source: "BaseDataSource", label: str, kept: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels (N,) and the order (N,) of the source, from the file `kept` if it is whole."""
     if len(source) < _LABELS_TO_KEEP:
         return _read_labels(source, label)
@@ -286,7 +292,7 @@ def _labels(source, label: str, kept: pathlib.Path) -> tuple[np.ndarray, np.ndar
     return labels, order
 
 
-def _read_labels(source, label: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_labels(source: "BaseDataSource", label: str) -> tuple[np.ndarray, np.ndarray]:
     labels, ids = np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,10 +13,14 @@ from ipwd_jax.data import memory
 from ipwd_jax.data.base import STATISTICS, Dataset, from_arrays
 from ipwd_jax.errors import UserError, unknown_name
 
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
+    from tensorflow_datasets.core.data_sources.base import BaseDataSource
+
 _READ_AT_ONCE = 1024
 
 
-def open_prepared(name: str, data_dir: str) -> tuple[Any, tuple[str, str]]:
+def open_prepared(name: str, data_dir: str) -> tuple["DatasetBuilder", tuple[str, str]]:
     """The TFDS builder of a classification set that is prepared as `array_record`.
 
     Args:
@@ -75,7 +79,8 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
     for split in splits:
         with reading(builder, split):
             sources.append(builder.as_data_source(split))
-    arrays, left = [], sum(map(len, sources))
+    arrays: list[np.ndarray] = []
+    left = sum(map(len, sources))
     for split, source in zip(splits, sources, strict=True):
         with reading(builder, split):
             arrays += _decode(builder, source, *keys, left)
@@ -90,7 +95,7 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
     )
 
 
-def choose_test_split(builder, wanted: str) -> str:
+def choose_test_split(builder: "DatasetBuilder", wanted: str) -> str:
     """The split `wanted`, or the first of test, validation and val that there is."""
     found = [name for name in ("test", "validation", "val") if name in builder.info.splits]
     if not (wanted or found):
@@ -108,7 +113,7 @@ def statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 @contextlib.contextmanager
-def reading(builder, split: str) -> Iterator[None]:
+def reading(builder: "DatasetBuilder", split: str) -> Iterator[None]:
     """Turns what goes wrong when a split is read into a `UserError`."""
     splits = list(builder.info.splits)
     for part in split.split("+"):
@@ -123,7 +128,9 @@ def reading(builder, split: str) -> Iterator[None]:
         raise UserError(f"the split {split!r} of {builder.name} cannot be read: {error}") from error
 
 
-def _decode(builder, source, image: str, label: str, left: int) -> tuple[np.ndarray, np.ndarray]:
+def _decode(
+    builder: "DatasetBuilder", source: "BaseDataSource", image: str, label: str, left: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a split, where `left` images are still to be read, these among them."""
     images, labels, ids = None, np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):

@@ -1,11 +1,18 @@
-"""The registry of loss terms. A new term is one file and one line here."""
+"""The registries of loss terms and weightings. A new term is one file and one line here.
+
+A term of one's own is registered anywhere, before the config is made: `TERMS["mine"] = Mine`; then
+`config.loss.mine` is its weight and `config.terms.mine` has its fields.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.ab import AB
 from ipwd_jax.losses.at import AT
 from ipwd_jax.losses.base import RUN_FIELDS, Term
@@ -27,6 +34,10 @@ from ipwd_jax.losses.rkd import RKD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.sskd import SSKD
 from ipwd_jax.losses.vid import VID
+from ipwd_jax.losses.weighting import WEIGHTINGS, Weighting
+from ipwd_jax.typing import PyTree
+
+__all__ = ["TERMS", "WEIGHTINGS", "Term", "Weighting", "create", "hyper_parameters", "init"]
 
 TERMS: dict[str, type[Term]] = {
     "ce": CrossEntropy,
@@ -59,8 +70,21 @@ def _fields(name: str) -> list[dataclasses.Field]:
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:
-    """The fields of a term and their defaults, as they stand in `config.terms.NAME`."""
-    return {f.name: f.default for f in _fields(name) if f.name not in RUN_FIELDS}
+    """The fields of a term and their defaults, as they stand in `config.terms.NAME`.
+
+    Raises:
+        ValueError: a field has no default, or one that a config cannot hold.
+    """
+    found = {f.name: f.default for f in _fields(name) if f.name not in RUN_FIELDS}
+    for field, default in found.items():
+        several = isinstance(default, tuple) and default
+        if not all(isinstance(x, bool | int | float | str) for x in several or [default]):
+            raise ValueError(
+                f"the field {field!r} of the loss term {name!r} needs a default that is a number, "
+                "a string, True, False or a tuple of such, since it is a setting, "
+                f"config.terms.{name}.{field}"
+            )
+    return found
 
 
 def create(loss: ConfigDict, hyper: ConfigDict, run: Mapping[str, Any]) -> dict[str, Term]:
@@ -70,11 +94,41 @@ def create(loss: ConfigDict, hyper: ConfigDict, run: Mapping[str, Any]) -> dict[
         loss: weight of each term.
         hyper: hyper-parameters of each term (`config.terms`).
         run: values of the `RUN_FIELDS`, of which each term gets those that it has.
+
+    Raises:
+        UserError: a term refuses its hyper-parameters.
     """
     terms = {}
     for name, weight in loss.items():
         if weight:
             names = {field.name for field in _fields(name)}
             of_run = {key: value for key, value in run.items() if key in names}
-            terms[name] = TERMS[name](**hyper[name], **of_run)
+            try:
+                terms[name] = TERMS[name](**hyper[name], **of_run)
+            except ValueError as error:
+                raise UserError(f"config.terms.{name}: {error}") from error
     return terms
+
+
+def init(term: Term, key: jax.Array, *seen: PyTree) -> dict[str, PyTree]:
+    """The variables of a term, as `term.init(key, *seen)` gives them.
+
+    Args:
+        term: of `TERMS`.
+        key: typed PRNG key.
+        seen: what its call takes: outputs of student and teacher, and the batch.
+
+    Raises:
+        ValueError: it does not fit what it sees, or does not return a loss of the shape that
+            `Term.per_sample` says.
+    """
+    loss, variables = term.init_with_output(key, *seen)
+    wanted = seen[-1].mask.shape if term.per_sample else ()
+    if jnp.shape(loss) != wanted:
+        kind = "(B,), one loss a sample" if term.per_sample else "(), one loss of the whole batch"
+        raise ValueError(
+            f"the loss term {type(term).__name__} must return an array of shape {kind}, as its "
+            f"per_sample={term.per_sample} says; of {seen[-1].mask.shape[0]} samples it returns "
+            f"{jnp.shape(loss)}"
+        )
+    return dict(variables)

@@ -1,13 +1,13 @@
-"""List the loss terms: `python -m ipwd_jax.losses [TEACHER STUDENT]`.
+"""List the loss terms and weightings: `python -m ipwd_jax.losses [TEACHER STUDENT]`.
 
 Extra parameters are those that a term adds to the student with 100 classes and images of 32x32;
 memory is what it remembers of 50,000 training images.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.typing import PyTree
 
 CLASSES, SIZE, TRAIN_SIZE = 100, 32, 50_000
 
@@ -35,7 +36,7 @@ def network_outputs(name: str, classes: int = CLASSES, size: int = SIZE) -> Outp
 
 def variable_shapes(
     term: Term, student_outputs: Outputs, teacher_outputs: Outputs | None, train_size: int
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Shapes of the variables of a term, by collection: the linear heads that it asks for too.
 
     A head that is a network of its own has the student's size and is left out.
@@ -53,15 +54,18 @@ def variable_shapes(
     if hasattr(term, "train_size"):
         term = term.clone(train_size=train_size)
 
-    def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> dict[str, Any]:
+    def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> dict[str, PyTree]:
         batch = _blank_batch(student.logits.shape[0], train_size)
         heads = Heads(student.logits.shape[1], linear)
         of_heads = heads.init(key, student.embedding, batch.image, False)
-        student = student.replace(extra_logits=dict.fromkeys(term.heads, student.logits))
+        student = dataclasses.replace(
+            student, extra_logits=dict.fromkeys(term.heads, student.logits)
+        )
         if term.rotations:
             student, teacher = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), (student, teacher))
         variables = term.init(key, student, teacher, batch)
-        return variables | {"params": {**variables.get("params", {}), **of_heads.get("params", {})}}
+        params = {**variables.get("params", {}), **of_heads.get("params", {})}
+        return {**variables, "params": params}
 
     return jax.eval_shape(init, jax.random.key(0), student_outputs, teacher_outputs)
 
@@ -104,6 +108,10 @@ def main(names: Sequence[str]) -> None:
     for name in losses.TERMS:
         print(describe(name, *outputs), flush=True)
     print(f"\nMemory: numbers remembered of {TRAIN_SIZE:,} training images.")
+    print(f"\n{'weighting':10}{'reads of teacher':19}settings of config.weighting")
+    for name, kind in losses.WEIGHTINGS.items():
+        fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
+        print(f"{name:10}{' '.join(kind.teacher_taps) or '-':19}{fields}".rstrip())
 
 
 def _blank_batch(rows: int, train_size: int) -> Batch:
@@ -120,7 +128,7 @@ def _blank_batch(rows: int, train_size: int) -> Batch:
     )
 
 
-def _count(tree: Any) -> int:
+def _count(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 

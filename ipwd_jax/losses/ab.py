@@ -28,12 +28,12 @@ def ab_loss(
     Returns:
         (B,) loss.
     """
-    loss = 0.0
+    loss: jax.Array | float = 0.0
     for s, t in zip(student, teacher, strict=True):
         too_low = jnp.where((t > 0) & (s <= margin), jnp.square(s - margin), 0)
         too_high = jnp.where((t <= 0) & (s > -margin), jnp.square(s + margin), 0)
         loss = loss / 2 + (too_low + too_high).sum(axis=(1, 2, 3))
-    return loss * 3 / 1000
+    return jnp.asarray(loss * 3 / 1000)
 
 
 class AB(Term):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
+from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Outputs
 
 
@@ -41,4 +41,4 @@ class AT(Term):
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         pairs = zip(student.features[1:], teacher.features[1:], strict=False)
-        return sum(at_loss(s, t) for s, t in pairs)
+        return sum_losses(at_loss(s, t) for s, t in pairs)

@@ -10,8 +10,8 @@ A term that has one of the fields in `RUN_FIELDS` gets it from the run. It sees 
 device: whoever compares rows calls `gather_rows` first, and leaves out those that only pad.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, overload
 
 import flax.linen as nn
 import flax.struct
@@ -48,14 +48,20 @@ class Term(nn.Module):
         rotations: sees every image in four rotations: 4 B rows, image by image.
         first_stage_params: parts of `params` that only a first stage trains, through the method
             `pretrain`, which takes what the call takes.
+        choices: the values that a hyper-parameter may have, where they are few.
     """
 
     paper: ClassVar[str] = ""
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     per_sample: ClassVar[bool] = True
-    heads: ClassVar[Mapping[str, str]] = {}
     rotations: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @property
+    def heads(self) -> Mapping[str, str]:
+        """See above; the default: none."""
+        return {}
 
     @nn.nowrap
     def check(self, dataset: "Dataset") -> None:
@@ -130,7 +136,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return loss
 
 
-def gather_rows(axis_name: str | None, *arrays: jax.Array) -> Any:
+@overload
+def gather_rows(axis_name: str | None, array: jax.Array, /) -> jax.Array: ...
+
+
+@overload
+def gather_rows(
+    axis_name: str | None, first: jax.Array, second: jax.Array, /, *others: jax.Array
+) -> tuple[jax.Array, ...]: ...
+
+
+def gather_rows(axis_name: str | None, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
     """The rows of all devices, in the order of the global batch: (B, ...) -> (devices B, ...).
 
     Valid rows come first, those that only pad last. The gradient flows back to each row's device.
@@ -139,6 +155,11 @@ def gather_rows(axis_name: str | None, *arrays: jax.Array) -> Any:
     if axis_name is not None:
         arrays = lax.all_gather(arrays, axis_name, tiled=True)
     return arrays if len(arrays) > 1 else arrays[0]
+
+
+def sum_losses(losses: Iterable[jax.Array]) -> jax.Array:
+    """The sum of losses of one shape; 0 where there are none."""
+    return jnp.asarray(sum(losses))
 
 
 def safe_norm(x: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.Array:

@@ -40,6 +40,7 @@ class ClsHead(Term):
     source: str = "backbone"
 
     paper = "Niu et al., 2022: IPWD"
+    choices = {"source": ("backbone", "detached", "network")}  # noqa: RUF012
 
     @property
     def heads(self) -> Mapping[str, str]:

@@ -36,6 +36,13 @@ class FitNet(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
+        """(B,) loss. Raises `ValueError` where one of the two networks has no such map."""
+        maps = min(len(student.features), len(teacher.features))
+        if not -maps <= self.layer < maps:
+            raise ValueError(
+                f"config.terms.fitnet.layer is {self.layer}, but student and teacher have the maps "
+                f"0 to {maps - 1} in common; choose one of them"
+            )
         s, t = (
             x.astype(jnp.promote_types(x.dtype, jnp.float32))
             for x in (student.features[self.layer], teacher.features[self.layer])

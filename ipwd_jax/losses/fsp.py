@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch, Term, pool_to_smaller
+from ipwd_jax.losses.base import Batch, Term, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Outputs
 
 
@@ -49,7 +49,7 @@ def fsp_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.
             f" teacher's {channels[1]}"
         )
     gaps = (s - t for s, t in zip(fsp_matrices(student), fsp_matrices(teacher), strict=True))
-    return sum(jnp.square(gap).mean(axis=(1, 2)) for gap in gaps)
+    return sum_losses(jnp.square(gap).mean(axis=(1, 2)) for gap in gaps)
 
 
 class FSP(Term):

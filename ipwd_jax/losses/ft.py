@@ -76,8 +76,13 @@ class Paraphraser(nn.Module):
         self.decoder = Coder(transpose=True)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) -> (B, H, W, rate C)."""
+        """(B, H, W, C) -> (B, H, W, rate C). Raises `ValueError` where no channel is left."""
         channels, code = x.shape[-1], int(self.rate * x.shape[-1])
+        if not code:
+            raise ValueError(
+                f"config.terms.ft.rate is {self.rate}, which leaves no channel of the {channels} "
+                f"of the teacher's last map; set it to at least {1 / channels:.6g}"
+            )
         return self.encoder(x, (channels, code, code))
 
     def decode(self, code: jax.Array, channels: int) -> jax.Array:

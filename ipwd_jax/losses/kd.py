@@ -66,6 +66,7 @@ class KDHead(KD):
     source: str = "backbone"
 
     paper = "Niu et al., 2022: IPWD-dagger"
+    choices = {"source": ("backbone", "detached")}  # noqa: RUF012
 
     @property
     def heads(self) -> Mapping[str, str]:

@@ -89,7 +89,8 @@ class OFD(Term):
         """
         maps_s, maps_t = _wide(student.preact[1:]), _wide(teacher.preact[1:])
         margins = self._margins(maps_t)
-        n, loss = min(len(maps_s), len(maps_t)), 0.0
+        n = min(len(maps_s), len(maps_t))
+        loss: jax.Array | float = 0.0
         deepest = zip(maps_s[-n:], maps_t[-n:], margins[-n:], strict=True)
         for i, (s, t, margin) in enumerate(deepest):
             s = conv(t.shape[-1], 1, name=f"connectors.{i}.0")(s)
@@ -97,7 +98,7 @@ class OFD(Term):
             s = bn(s, batch.mask)
             t = adaptive_avg_pool(t, *s.shape[1:3])
             loss = loss / 2 + ofd_distance(s, t, margin)
-        return loss
+        return jnp.asarray(loss)
 
     def _margins(self, maps: list[jax.Array]) -> list[jax.Array]:
         norms = self.preact_norms or [((1.0,) * t.shape[-1], (0.0,) * t.shape[-1]) for t in maps]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool
+from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool, sum_losses
 from ipwd_jax.models.base import BatchNorm, Conv, Outputs
 
 # Kaiming's uniform initialiser with a = 1: U(-b, b), b = sqrt(3 / fan_in).
@@ -43,7 +43,7 @@ def hcl_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.
     Returns:
         (B,) loss.
     """
-    return sum(_level_loss(s, t) for s, t in zip(student, teacher, strict=True))
+    return sum_losses(_level_loss(s, t) for s, t in zip(student, teacher, strict=True))
 
 
 def _level_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class ReviewKD(Term):
         mid, fused, fitted = min(self.mid_channels, maps_s[-1].shape[-1]), None, []
         for depth, (s, t) in enumerate(reversed(list(zip(maps_s, maps_t, strict=True)))):
             level = ABF(mid, t.shape[-1], self.axis_name, name=str(depth))
-            out, fused = level(s, fused, t.shape[1:3], batch.mask)
+            out, fused = level(s, fused, (t.shape[1], t.shape[2]), batch.mask)
             fitted.append(out)
         loss = hcl_loss(fitted, maps_t[::-1])
         ramp = jnp.minimum((batch.epoch + self.first_epoch) / max(self.warmup, 1), 1)

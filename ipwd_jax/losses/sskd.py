@@ -125,7 +125,11 @@ class SSKD(Term):
         return -(right * valid).sum() / valid.sum()
 
     def transform_loss(
-        self, student_logits: jax.Array, teacher_logits: jax.Array, label: jax.Array, mask
+        self,
+        student_logits: jax.Array,
+        teacher_logits: jax.Array,
+        label: jax.Array,
+        mask: jax.Array,
     ) -> jax.Array:
         """KD of the rotated images: (4 B, C) twice, labels and mask (B,) -> scalar."""
 
@@ -138,7 +142,9 @@ class SSKD(Term):
         loss = kd_loss(student_logits, teacher_logits, self.transform_temperature)
         return _mean(loss, kept)
 
-    def similarity_loss(self, student_rep: jax.Array, teacher_rep: jax.Array, mask) -> jax.Array:
+    def similarity_loss(
+        self, student_rep: jax.Array, teacher_rep: jax.Array, mask: jax.Array
+    ) -> jax.Array:
         """KD of the rows of similarities: projections (4 B, D) twice, mask (B,) -> scalar."""
         rows = [_valid_columns(similarity(rep), mask) for rep in (student_rep, teacher_rep)]
         student_rows, teacher_rows = rows[0], lax.stop_gradient(rows[1])

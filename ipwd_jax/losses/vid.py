@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch, Term, pool_to_smaller
+from ipwd_jax.losses.base import Batch, Term, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Conv, Outputs, relu
 
 _MIN_VARIANCE = 1e-5
@@ -36,19 +36,32 @@ class Variational(nn.Module):
 
         Returns:
             (B,) loss, in float32 or better.
+
+        Raises:
+            ValueError: `variance` is not above 1e-5.
         """
         maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
         mean, target = pool_to_smaller(*maps)
         channels = target.shape[-1]
         for i in (0, 2, 4):
             mean = Conv(channels, 1, name=f"regressor.{i}")(relu(mean) if i else mean)
-        start = math.log(math.expm1(self.variance - _MIN_VARIANCE))
+        start = _inverse_softplus(self.variance - _MIN_VARIANCE)
         log_scale = self.param(
             "log_scale", nn.initializers.constant(start), (channels,), jnp.float32
         )
         variance = (nn.softplus(log_scale) + _MIN_VARIANCE).reshape(1, 1, 1, -1)
         nll = (jnp.square(mean - target) / variance + jnp.log(variance)) / 2
         return nll.mean(axis=(1, 2, 3))
+
+
+def _inverse_softplus(variance: float) -> float:
+    if variance <= 0:
+        raise ValueError(
+            f"config.terms.vid.variance must be above {_MIN_VARIANCE}, which is added to every "
+            f"variance; found {variance + _MIN_VARIANCE:.6g}"
+        )
+    # Beyond 40 the two agree to the last bit, and the exponential will overflow.
+    return math.log(math.expm1(variance)) if variance < 40 else variance
 
 
 class VID(Term):
@@ -68,4 +81,6 @@ class VID(Term):
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         pairs = zip(student.features[1:], teacher.features[1:], strict=False)
-        return sum(Variational(self.variance, name=str(i))(s, t) for i, (s, t) in enumerate(pairs))
+        return sum_losses(
+            Variational(self.variance, name=str(i))(s, t) for i, (s, t) in enumerate(pairs)
+        )

@@ -1,17 +1,27 @@
 """Per-sample weights of distillation terms: uniform, constant, WSLD and IPWD.
 
-A weighting is a function of the two networks' logits and the labels; it multiplies the per-sample
-loss of the terms named in `config.weighting.terms`. Weights never carry a gradient.
+A weighting is a function of the two networks' outputs and the labels; it multiplies the per-sample
+loss of the terms named in `config.weighting.terms`. Weights never carry a gradient. A new one is a
+class like those below and one line in `WEIGHTINGS`.
 """
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from ml_collections import ConfigDict
 
+from ipwd_jax.errors import unknown_name
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
+# Settings of `config.weighting` that no weighting may have a field for.
+_OF_ALL = ("name", "terms", "start_epoch", "clip", "batch_normalize", "average")
 _LARGEST_RATIO = 1e26  # leaves room in float32 for its product with a loss and a sum over samples
 
 
@@ -34,7 +44,9 @@ def surprise(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.softplus(jax.nn.logsumexp(logits - own, axis=1, where=~is_own))
 
 
-def wsld_weights(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array):
+def wsld_weights(
+    student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array
+) -> jax.Array:
     """`1 - exp(-CE(student) / CE(teacher))` of each sample, at temperature 1.
 
     Zhou et al., 2021 (Rethinking soft labels: a bias-variance trade-off perspective); agrees with
@@ -80,7 +92,7 @@ def ipwd_scores(
     return lax.stop_gradient((surprise(kd_logits, labels), surprise(cls_logits, labels)))
 
 
-def ipwd_weights(h_kd, h_cls, ratio: str = "A"):
+def ipwd_weights(h_kd: _Array, h_cls: _Array, ratio: str = "A") -> _Array:
     """Inverse propensity of each sample from its two scores, never below 1.
 
     A: `1 + H_kd / H_cls`, the propensity being `H_cls / (H_cls + H_kd)`: samples that the
@@ -106,24 +118,209 @@ def ipwd_weights(h_kd, h_cls, ratio: str = "A"):
     return 1 + above / below.clip(above / _LARGEST_RATIO)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """What a weighting is. The attributes of the class are what it asks of the rest.
+
+    The fields of a subclass, which is a frozen dataclass too, are its hyper-parameters, each with a
+    default. They are settings of `config.weighting`, where those of all weightings stand side by
+    side, so that equal names mean one setting.
+
+    Attributes:
+        weighs: False: every weight is 1, so that nothing is multiplied and nothing remembered.
+        teacher_taps: which of the teacher's `Outputs` are read, by name of the field.
+        memory: what `weights` records of every sample.
+        choices: the values that a hyper-parameter may have, where they are few.
+    """
+
+    weighs: ClassVar[bool] = True
+    teacher_taps: ClassVar[tuple[str, ...]] = ()
+    memory: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    def heads(self) -> Mapping[str, str]:
+        """Extra heads of the student that must be trained; of each, what it is for.
+
+        What it is for is a predicate that follows the weighting's name in an error message.
+        """
+        return {}
+
+    def weights(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The weight of each sample of the batch, (B,), and a (B,) record for each of `memory`.
+
+        Args:
+            student: logits (B, C), and `extra_logits` of its heads.
+            teacher: what `teacher_taps` names; None: neither a term nor a weighting reads it.
+            batch: rows of one device.
+        """
+        raise NotImplementedError
+
+    def alternatives(self, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Weights (N,) by name whose correlation with the teacher's mass each epoch reports.
+
+        Args:
+            memory: of `init_memory`, after the epoch.
+        """
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Weighting):
+    """1 for every sample: the run is the same as without a weighting."""
+
+    weighs = False
+
+    def weights(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return jnp.ones_like(batch.mask), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Weighting):
+    """One number for every sample.
+
+    Attributes:
+        constant: the number.
+    """
+
+    constant: float = 1.0
+
+    def weights(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return jnp.full_like(batch.mask, self.constant), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class WSLD(Weighting):
+    """`wsld_weights` of the two networks' logits."""
+
+    teacher_taps = ("logits",)
+
+    def weights(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        assert teacher is not None
+        return wsld_weights(student.logits, teacher.logits, batch.label), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class IPWD(Weighting):
+    """`ipwd_weights` of a distilled head and the label-only head `cls`.
+
+    Attributes:
+        kd_source: whose logits H_kd is of: "student", its own, or "head", the extra head `kd`.
+        ratio: "A" is 1 + H_kd / H_cls, "B" is 1 + H_cls / H_kd.
+        standardize: whether the logits of both heads are z-scored first.
+    """
+
+    kd_source: str = "student"
+    ratio: str = "A"
+    standardize: bool = True
+
+    memory = ("h_kd", "h_cls")
+    choices = {"kd_source": ("student", "head"), "ratio": ("A", "B")}  # noqa: RUF012
+
+    def heads(self) -> Mapping[str, str]:
+        heads = {"cls": "compares with the label-only head"}
+        if self.kd_source == "head":
+            heads["kd"] = "with config.weighting.kd_source=head compares the distilled head"
+        return heads
+
+    def weights(
+        self, student: Outputs, teacher: Outputs | None, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        distilled = student.extra_logits["kd"] if self.kd_source == "head" else student.logits
+        h_kd, h_cls = ipwd_scores(
+            distilled, student.extra_logits["cls"], batch.label, self.standardize
+        )
+        return ipwd_weights(h_kd, h_cls, self.ratio), {"h_kd": h_kd, "h_cls": h_cls}
+
+    def alternatives(self, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The weights of both directions, since the paper leaves open which it has."""
+        return {
+            ratio: ipwd_weights(memory["h_kd"], memory["h_cls"], ratio)
+            for ratio in self.choices["ratio"]
+        }
+
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "uniform": Uniform,
+    "constant": Constant,
+    "wsld": WSLD,
+    "ipwd": IPWD,
+}
+
+
+def settings() -> dict[str, Any]:
+    """The fields of all weightings and their defaults, as they stand in `config.weighting`.
+
+    Raises:
+        ValueError: a field has no default, or its name is taken: by a setting of all weightings,
+            or by a field of another one with another default.
+    """
+    found: dict[str, Any] = {}
+    for name, kind in WEIGHTINGS.items():
+        for field in dataclasses.fields(kind):
+            where = f"the field {field.name!r} of the weighting {name!r}"
+            if not isinstance(field.default, bool | int | float | str):
+                raise ValueError(f"{where} needs a default: a number, a string, True or False")
+            taken = found.setdefault(field.name, field.default) != field.default
+            if taken or field.name in _OF_ALL:
+                raise ValueError(
+                    f"{where} would be a second config.weighting.{field.name}, which has another "
+                    "meaning or default; give it another name"
+                )
+    return found
+
+
+def create(weighting: ConfigDict) -> Weighting:
+    """The weighting that `config.weighting` names, with its hyper-parameters.
+
+    Raises:
+        UserError: there is no such weighting.
+    """
+    if weighting.name not in WEIGHTINGS:
+        raise unknown_name("config.weighting.name", weighting.name, WEIGHTINGS)
+    kind = WEIGHTINGS[weighting.name]
+    return kind(**{field.name: weighting[field.name] for field in dataclasses.fields(kind)})
+
+
 def teacher_taps(weighting: ConfigDict) -> frozenset[str]:
     """Fields of the teacher's `Outputs` that a weighting reads."""
-    return frozenset({"logits"} if weighting.name == "wsld" else ())
+    return frozenset(create(weighting).teacher_taps)
 
 
 def init_memory(weighting: ConfigDict, size: int) -> dict[str, jax.Array]:
     """What a weighting remembers of every training sample, each (size,) float32.
 
     `weight` is the weight of the sample's latest visit, `average` the running mean where
-    `weighting.average` asks for one, `h_kd` and `h_cls` the scores of IPWD. Zero before the first
-    visit.
+    `weighting.average` asks for one; the rest is `Weighting.memory`. Zero before the first visit.
     """
-    if weighting.name == "uniform":
+    kind = create(weighting)
+    if not kind.weighs:
         return {}
-    names = ["weight"]
-    names += ["average"] if weighting.average else []
-    names += ["h_kd", "h_cls"] if weighting.name == "ipwd" else []
+    names = ["weight", *(["average"] if weighting.average else []), *kind.memory]
     return {name: jnp.zeros(size, jnp.float32) for name in names}
+
+
+def check(weighting: ConfigDict, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
+    """Raises `ValueError` where a weighting does not return a number a sample for all it should.
+
+    Nothing is computed; arguments as of `weigh`.
+    """
+    kind, rows = create(weighting), batch.mask.shape
+    weights, record = jax.eval_shape(kind.weights, student, teacher, batch)
+    found = {"the weights": weights.shape, **{name: x.shape for name, x in record.items()}}
+    if found != dict.fromkeys(["the weights", *kind.memory], rows):
+        raise ValueError(
+            f"config.weighting.name={weighting.name} must return an array of shape (B,), here "
+            f"{rows}, for {', '.join(['the weights', *kind.memory])}; found "
+            + ", ".join(f"{name} {shape}" for name, shape in found.items())
+        )
 
 
 def weigh(
@@ -141,8 +338,8 @@ def weigh(
 
     Args:
         weighting: `config.weighting`.
-        student: logits (B, C), and for IPWD `extra_logits["cls"]` and perhaps `["kd"]`.
-        teacher: logits (B, C), for WSLD.
+        student: logits (B, C), and the `extra_logits` that the weighting reads.
+        teacher: what the weighting reads of it.
         batch: labels, indices, mask and epoch.
         memory: of `init_memory`.
         axis_name: mapped axis over which the global batch is spread.
@@ -150,19 +347,11 @@ def weigh(
     Returns:
         (B,) float32 weights without gradient, and the new memory, equal on all devices.
     """
-    record = {}
-    if weighting.name == "uniform":
+    kind = create(weighting)
+    if not kind.weighs:
         return jnp.ones_like(batch.mask), memory
-    if weighting.name == "constant":
-        weights = jnp.full_like(batch.mask, weighting.constant)
-    elif weighting.name == "wsld":
-        weights = wsld_weights(student.logits, teacher.logits, batch.label)
-    else:
-        kd_logits = student.extra_logits["kd"] if weighting.kd_source == "head" else student.logits
-        record["h_kd"], record["h_cls"] = ipwd_scores(
-            kd_logits, student.extra_logits["cls"], batch.label, weighting.standardize
-        )
-        weights = ipwd_weights(record["h_kd"], record["h_cls"], weighting.ratio)
+    weights, record = kind.weights(student, teacher, batch)
+    weights = lax.stop_gradient(weights)
     if weighting.average:
         previous = memory["average"][batch.index]
         decay = jnp.where(previous == 0, 0.0, weighting.average)

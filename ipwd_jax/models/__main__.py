@@ -2,12 +2,13 @@
 
 Parameters and multiply-adds are those with 100 classes at 32x32, or with 1,000 classes at 224x224
 for the networks of ImageNet. Multiply-adds are those of convolutions and of the classifier for one
-image, the zeros of the border counted.
+image, including those with the zeros of the border.
 """
 
 import math
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,39 @@ from jax.extend import core
 
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
+from ipwd_jax.typing import PyTree
 
 
 def multiply_adds(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Multiply-adds of one forward pass for one image of shape (H, W, channels)."""
     image = jnp.zeros((1, *image_shape))
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    jaxpr = jax.make_jaxpr(lambda v, x: network.apply(v, x).logits)(variables, image)
-    return _count(jaxpr.jaxpr)
+
+    def logits(variables: PyTree, image: jax.Array) -> jax.Array:
+        # To Flax, `apply` may also return a pair; it does so where something is mutable.
+        return cast(models.Outputs, network.apply(variables, image)).logits
+
+    return _count(jax.make_jaxpr(logits)(variables, image).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
-            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
             total += math.prod(out) * math.prod(kernel[:3])  # HWIO, I of one group
         elif equation.primitive.name == "dot_general":
-            total += math.prod(equation.invars[1].aval.shape)
+            total += math.prod(_shape(equation.invars[1]))
         total += sum(_count(inner) for inner in core.jaxprs_in_params(equation.params))
     return total
 
 
+def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
+    return variable.aval.shape  # type: ignore[attr-defined]  # only an array's value has a shape
+
+
 def describe(name: str) -> str:
-    """A line on a network: name, parameters, multiply-adds, image size, taps."""
+    """A line about a network: its name, parameters, multiply-adds, image size and taps."""
     small = models.create(name, classes=1).smallest_image < 32
     classes, size = (100, 32) if small else (1000, 224)
     network = models.create(name, classes)

@@ -8,7 +8,6 @@ of strided convolutions, the stored variance, initialisers) this module does as 
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,8 @@ from flax import linen as nn
 from flax import struct
 from jax import lax
 from jax.nn.initializers import Initializer
+
+from ipwd_jax.typing import PyTree
 
 
 @struct.dataclass
@@ -55,7 +56,7 @@ def torch_uniform(fan_in: int) -> Initializer:
     )
 
 
-def frozen_norms(trainable: Mapping[str, Any]) -> dict[str, Any]:
+def frozen_norms(trainable: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The collection `frozen` that keeps BatchNorm layers in inference mode while others train.
 
     Args:
@@ -94,9 +95,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Normalise `x`.
 
         Args:

@@ -15,7 +15,7 @@ from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, rel
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3: puts new channels before those it got."""
+    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3; puts new channels before those of its input."""
 
     growth: int
     norm: Callable[..., BatchNorm]

@@ -1,27 +1,29 @@
 """A frozen copy of a network without its BatchNorm layers, for teachers that only answer.
 
 In inference a BatchNorm is an affine map of each channel. Where it reads a convolution, its factor
-goes into the kernel and its offset becomes a bias: one pass over the map less. Where it reads
-something else (the first layer of a pre-activation block) it stays, as that affine map.
+goes into the kernel and its offset becomes a bias, which saves a pass over the map. Where it reads
+something else (the first layer of a pre-activation block), it stays as that affine map.
 """
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
+from flax.linen.module import InterceptorContext
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+from ipwd_jax.typing import PyTree
 
 _Path = tuple[str, ...]
 
 
-def fold(network: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> Any:
+def fold(network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]) -> PyTree:
     """Return what `apply_folded` needs in place of `variables`, computed in float32 or better.
 
     Args:
@@ -52,7 +54,7 @@ def fold(network: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> An
     return {"params": traverse_util.unflatten_dict(params), "affine": affine}
 
 
-def apply_folded(network: nn.Module, folded: Any, x: jax.Array) -> Outputs:
+def apply_folded(network: nn.Module, folded: PyTree, x: jax.Array) -> Outputs:
     """Answer as `network.apply(variables, x)` does, up to rounding.
 
     Args:
@@ -61,7 +63,9 @@ def apply_folded(network: nn.Module, folded: Any, x: jax.Array) -> Outputs:
         x: (B, H, W, channels).
     """
 
-    def without_norm(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def without_norm(
+        call: Callable, args: tuple, kwargs: dict, context: InterceptorContext
+    ) -> PyTree:
         if not _is_call(context, BatchNorm):
             return call(*args, **kwargs)
         (y, *_), layer = args, folded["affine"]["/".join(context.module.path)]
@@ -69,17 +73,17 @@ def apply_folded(network: nn.Module, folded: Any, x: jax.Array) -> Outputs:
         return y + layer["shift"].astype(y.dtype).reshape(_row(y))
 
     with nn.intercept_methods(without_norm):
-        return network.apply({"params": folded["params"]}, x)
+        return cast(Outputs, network.apply({"params": folded["params"]}, x))
 
 
 def _convolutions_before_norms(
-    network: nn.Module, variables: Any, image_shape: tuple[int, ...]
+    network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]
 ) -> dict[_Path, _Path]:
     """BatchNorm -> the convolution that it reads, where nothing else reads it, not even a tap."""
-    outputs: list[tuple[Any, _Path]] = []  # arrays are compared by identity
+    outputs: list[tuple[jax.Array, _Path]] = []  # arrays are compared by identity
     fed_by = {}
 
-    def record(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    def record(call: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> PyTree:
         path = context.module.path
         if _is_call(context, BatchNorm):
             fed_by[path] = next((conv for array, conv in outputs if array is args[0]), None)
@@ -102,7 +106,7 @@ def _convolutions_before_norms(
     return {norm: conv for norm, conv in fed_by.items() if conv and "/".join(conv) in alone}
 
 
-def _is_call(context: Any, kind: type[nn.Module]) -> bool:
+def _is_call(context: InterceptorContext, kind: type[nn.Module]) -> bool:
     return isinstance(context.module, kind) and context.method_name == "__call__"
 
 

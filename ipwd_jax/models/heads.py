@@ -8,6 +8,8 @@ from jax import lax
 
 from ipwd_jax.models.base import Linear
 
+SOURCES = ("backbone", "detached", "network")  # what a head may compute from; see `Heads`
+
 
 class Heads(nn.Module):
     """Extra logits by name.
@@ -31,6 +33,7 @@ class Heads(nn.Module):
         logits = {}
         for name, source in self.sources.items():
             if source == "network":
+                assert self.network is not None
                 logits[name] = self.network(image, train=train, mask=mask).logits
             else:
                 detached = source == "detached"

@@ -1,4 +1,4 @@
-"""Weights of the public PyTorch implementations to and from Flax variables.
+"""Convert weights between the public PyTorch implementations and Flax variables.
 
 Modules carry the names of the reference, dots included, so one rule serves every network:
 `params/layer1.0/conv1/kernel` is `layer1.0.conv1.weight`, `batch_stats/bn1/var` is
@@ -6,12 +6,12 @@ Modules carry the names of the reference, dots included, so one rule serves ever
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
 from ipwd_jax.errors import UserError
+from ipwd_jax.typing import PyTree
 
 _LEAVES = {
     "kernel": "weight",
@@ -25,7 +25,7 @@ _TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_TORCH = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
 
 
-def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any]) -> dict:
+def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyTree]) -> dict:
     """Return `variables` with every array taken from `state_dict`, bit for bit, type kept.
 
     Args:
@@ -34,7 +34,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, Any
             are read, so the tree of `jax.eval_shape` will do.
 
     Raises:
-        UserError: tensors are missing, left over or misshapen; nothing is imported by halves.
+        UserError: tensors are missing, left over or misshapen; nothing is imported in part.
     """
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
     wanted = traverse_util.flatten_dict(variables)
@@ -49,7 +49,7 @@ def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> Non
         raise UserError(f"these weights are not of this network: {_differences(found, wanted)}")
 
 
-def torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def torch_shapes(variables: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `variables` (arrays, or of `jax.eval_shape`) as PyTorch has them."""
     leaves = traverse_util.flatten_dict(variables)
     return {
@@ -58,7 +58,7 @@ def torch_shapes(variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_torch(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
     """Return the arrays of `variables` under PyTorch's names and in its layout, bit for bit."""
     leaves = traverse_util.flatten_dict(variables)
     return {_torch_name(path): _transpose(np.asarray(x), _TO_TORCH) for path, x in leaves.items()}

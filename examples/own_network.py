@@ -1,0 +1,53 @@
+"""A network of one's own, as student and, twice as wide, as teacher.
+
+    python -m ipwd_jax.main --config=examples/own_network.py
+    python -m ipwd_jax.convert export --config=examples/own_network.py runs/own_network_seed0 it.pth
+
+It is built from the layers in `ipwd_jax/models/base.py`: their BatchNorm leaves out rows that only
+pad, takes statistics with all devices and stands still in frozen modules. Names of modules are
+those of the PyTorch state dict. `features` and `preact` are what feature losses compare.
+"""
+
+from functools import partial
+from typing import ClassVar
+
+from flax import linen as nn
+
+from ipwd_jax import models
+from ipwd_jax.config import default
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+
+
+class Plain(nn.Module):
+    """Three 3x3 convolutions, of which two halve the map, and a classifier of the mean."""
+
+    classes: int  # these two are given by the run
+    axis_name: str | None = None
+    width: int = 16
+    smallest_image: ClassVar[int] = 4
+    head_modules: ClassVar[tuple[str, ...]] = ("fc",)  # what `student/features` does not train
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        features, preact = (), ()
+        for i in range(3):
+            x = conv(self.width * 2**i, stride=min(i + 1, 2), name=f"conv{i}")(x)
+            x = BatchNorm(train, self.axis_name, name=f"bn{i}")(x, mask)
+            features, preact, x = (*features, relu(x)), (*preact, x), relu(x)
+        embedding = x.mean((1, 2))
+        return Outputs(Linear(self.classes, name="fc")(embedding), embedding, features, preact)
+
+
+models.NETWORKS |= {"plain": Plain, "plain_x2": partial(Plain, width=32)}
+
+
+def get_config():
+    """Distil the wide one into the narrow one on the digits, with KD and AT."""
+    config = default()
+    config.name = "own_network"
+    config.data.update({"name": "digits", "crop_padding": 1, "flip": False})
+    config.model.name, config.teacher.name = "plain", "plain_x2"
+    config.epochs = config.teacher.epochs = 30
+    config.optimizer.schedule = config.teacher.optimizer.schedule = "cosine"
+    config.loss.update({"ce": 0.1, "kd": 0.9, "at": 100.0})
+    return config
