@@ -175,8 +175,8 @@ class Experiment:
                     dataclasses.replace(s, key=first.key, step=first.step) for s in states
                 )
             return tuple(
-                step.train_step(spec, now, data, inputs, *rows)
-                for now, *rows in zip(states, index, mask, streamed, strict=True)
+                step.train_step(spec, now, data, inputs, rows, valid, images)
+                for now, rows, valid, images in zip(states, index, mask, streamed, strict=True)
             )
 
         return parallel.compile_train_step(together)

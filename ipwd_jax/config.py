@@ -47,7 +47,7 @@ def default() -> ConfigDict:
 
     config.teacher = ConfigDict()
     config.teacher.name = ""  # network of the teacher; empty: no teacher
-    config.teacher.workdir = ""  # run that trained it; empty: runs/DATA_NAME_seedSEED beside ours
+    config.teacher.workdir = ""  # run that trained it; empty: runs/DATA_NETWORK_CHECKSUM_seedSEED
     config.teacher.which = "last"  # epoch that teaches: "last" or "best"
     config.teacher.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
     config.teacher.view_cache = "auto"  # its answers to all views: one of VIEW_CACHES

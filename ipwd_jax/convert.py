@@ -191,6 +191,8 @@ def load_config_file(path: pathlib.Path) -> None:
     """
     try:
         spec = importlib.util.spec_from_file_location("config_of_convert", path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not the name of a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file raises

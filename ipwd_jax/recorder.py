@@ -78,11 +78,12 @@ class Recorder:
                 self._tensorboard.add_scalar(name, value, row["step"])
         self._tensorboard.flush()
         self.show(row["images_per_second"], row)
-        if row.get("weight_effective_sample_size", 1.0) < _FEW and not self._warned:
+        share = row.get("weight_effective_sample_size")
+        if share is not None and share < _FEW and not self._warned:
             self._warned = True
             print(
                 f"warning: epoch {row['epoch']} has an effective sample size of "
-                f"{100 * row['weight_effective_sample_size']:.1f} % (largest weight "
+                f"{100 * share:.1f} % (largest weight "
                 f"{row['weight_max']:.3g}, mean {row['weight_mean']:.3g}): few samples decide the "
                 "weighted loss. Limit their weights with --config.weighting.clip, or average them "
                 "with --config.weighting.average.",

@@ -65,7 +65,8 @@ def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
     else:
         rows = cache.row[batch.index, batch.view]
     embedding = None if cache.embedding is None else cache.embedding[rows]
-    return Outputs(cache.logits[rows], embedding, (), ())
+    # Where there is no embedding, no term reads it.
+    return Outputs(cache.logits[rows], embedding, (), ())  # type: ignore[arg-type]
 
 
 def reason_against(experiment: Experiment) -> str:
@@ -179,8 +180,9 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
         row[used] = np.arange(len(index), dtype=np.int32)
         table = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)])
     embedding = np.asarray(table[:, classes:]) if with_embedding else None
-    parts: PyTree = np.asarray(table[:, :classes]), embedding, row  # on the device JAX's
-    return parallel.replicate(ViewCache(*parts, views))
+    # NumPy's arrays become JAX's on the devices.
+    cache = ViewCache(np.asarray(table[:, :classes]), embedding, row, views)  # type: ignore[arg-type]
+    return parallel.replicate(cache)
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:

@@ -55,10 +55,16 @@ def online(squares, folder):
     return run("online", squares, folder, teacher__view_cache="off")
 
 
-@pytest.mark.parametrize("mode", ["all", "drawn"])
-def test_same_training_bit_for_bit(mode, online, squares, folder):
-    cached = run(mode, squares, folder, teacher__view_cache=mode)
-    np.testing.assert_array_equal(cached, online)
+def test_same_training(online, squares, folder):
+    """Bit for bit whichever views are kept; up to rounding when the step asks the teacher.
+
+    A compiled program may add the numbers of a batch of another shape in another order, which
+    depends on the processor.
+    """
+    every = run("all", squares, folder, teacher__view_cache="all")
+    drawn = run("drawn", squares, folder, teacher__view_cache="drawn")
+    np.testing.assert_array_equal(drawn, every)
+    np.testing.assert_allclose(every, online, rtol=0, atol=2e-6)
 
 
 def views(folder):
@@ -160,4 +166,4 @@ def test_the_embedding_is_kept_when_a_term_reads_it(squares, folder):
     changes = {"loss__kd": 0.0, "loss__rkd": 1.0, "weighting__name": "uniform"}
     expected = run("rkd", squares, folder, teacher__view_cache="off", **changes)
     actual = run("rkd_cached", squares, folder, teacher__view_cache="all", **changes)
-    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)

@@ -4,7 +4,6 @@ import flax.struct
 import jax
 
 from ipwd_jax.data.base import Dataset, Split
-from ipwd_jax.typing import PyTree
 
 
 @flax.struct.dataclass
@@ -32,5 +31,5 @@ class Resident:
 def resident(dataset: Dataset, split: Split) -> Resident:
     """A split of a data set with the statistics that normalise it, still in host memory."""
     images = None if split.streamed else split.in_memory
-    parts: PyTree = images, split.labels, dataset.mean, dataset.std  # NumPy's, on the device JAX's
-    return Resident(*parts)
+    # NumPy's arrays become JAX's on the devices.
+    return Resident(images, split.labels, dataset.mean, dataset.std)  # type: ignore[arg-type]
