@@ -6,7 +6,7 @@ optimisers, and what each stage trains. It is immutable and holds no parameters.
 * `initial_state(seed)`: the `TrainState` before the first step, a pytree that each step replaces;
 * `begin(stage, state)`: that state at the first step of a stage, with a fresh optimiser;
 * `train_step(stage)`: the compiled step of a stage, of one seed or of several in one program;
-* `batches(stage, ...)`: which samples each step of an epoch sees, a function of seed and epoch.
+* `batches(seed, epoch)`: which samples each step of an epoch sees, a function of seed and epoch.
 
 The loop (`loop.py`), the tests, the benchmarks and notebooks all build runs through it, as in
 

@@ -45,8 +45,7 @@ class Loop:
             Interrupted: a signal came; the runs are saved.
         """
         experiment, position = self.experiment, self.runs[0].now.position
-        train_split = experiment.dataset.train
-        data = parallel.replicate(resident(experiment.dataset, train_split))
+        data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
         for recorder in self.recorders:
             recorder.start()
         for index in range(position.stage, len(experiment.stages)):

@@ -72,8 +72,8 @@ class Teacher:
         """
         if not hasattr(self.network, "preact_norms"):
             raise UserError(
-                f"the term ofd needs a teacher whose maps come out of BatchNorm, which "
-                f"{type(self.network).__name__} does not say of its own; take a resnet, wrn or vgg"
+                f"a loss term needs a teacher whose maps come out of BatchNorm, which "
+                f"{type(self.network).__name__} does not say of its own; take another teacher"
             )
         params = jax.device_get(self.variables["params"])
 

@@ -116,6 +116,8 @@ class Tensor:
                 f"the tensor {name!r} of shape {size} repeats the {storage.numel} numbers that the "
                 "file has for it. In PyTorch, save tensor.contiguous() in its place."
             )
+        # An axis of one number is never stepped along, and PyTorch lets its stride be anything.
+        stride = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
         strides = [step * storage.dtype.itemsize for step in stride]
         return np.lib.stride_tricks.as_strided(storage.array[offset:], size, strides)
 

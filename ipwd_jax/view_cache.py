@@ -171,7 +171,7 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
         with workdir.locked(folder, wait=True):  # of all students that want a table one makes it
             table = files.load() if files.complete() else None
             if table is None:
-                _remove_old_tables(folder, whole)
+                _remove_old_tables(folder)
                 asker = _asker(ask, teacher_inputs, data, batch)
                 table = files.build(shapes.shape[1], pairs, asker, batch)
     row = None
@@ -221,15 +221,13 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def _remove_old_tables(folder: pathlib.Path, whole: "_Files") -> None:
-    """Removes tables of drawn views that were not used lately, or that a whole table replaces.
+def _remove_old_tables(folder: pathlib.Path) -> None:
+    """Makes room for one more table of drawn views by removing those that were not used lately.
 
     A run that needs one again makes it again.
     """
     notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    drawn = [
-        path for path in notes if path != whole.note and '"views": "all"' not in path.read_text()
-    ]
+    drawn = [path for path in notes if json.loads(path.read_text())["identity"]["views"] != "all"]
     for note in drawn[_DRAWN_TABLES - 1 :]:
         table = note.with_suffix(".npy")
         if table.exists():

@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_convert import template, variables, zip_of
 
@@ -331,6 +331,7 @@ LENGTHS = st.one_of(st.integers(-1, 4), st.sampled_from([6, 24, 2_000_000, 2**31
 
 
 @settings(deadline=None, max_examples=300)
+@example(write=zip_of, surplus=0, present=1, offset=0, axes=[(1, 2**62)])
 @given(
     write=st.sampled_from([zip_of, legacy_of]),
     surplus=st.sampled_from([0, 0, 0, -1, 1, 2**31]),

@@ -119,7 +119,7 @@ def test_old_tables_of_drawn_views_are_removed(tmp_path, capsys):
         return view_cache._Files(tmp_path, {"views": views})
 
     def build(files):
-        view_cache._remove_old_tables(tmp_path, table("all"))
+        view_cache._remove_old_tables(tmp_path)
         files.build(2, pairs, lambda i, v: np.stack([i, v], axis=1).astype(np.float32), 10)
 
     for seed in range(5):

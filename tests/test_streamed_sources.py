@@ -24,6 +24,15 @@ def config(name, **settings):
     return made
 
 
+def assert_same_samples(records, wanted, class_names):
+    assert records.class_names == class_names
+    assert records.labels.dtype == np.int32
+    assert records.labels.tolist() == wanted.labels.tolist()
+    for index, image in enumerate(wanted.images):
+        file = io.BytesIO(records.read(index))
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+
+
 class TestFolder:
     def make(self, root):
         places = ["train/bee/1.png", "train/ant/2.png", "train/ant/10.png", "train/bee/x/0.jpeg",
@@ -39,12 +48,7 @@ class TestFolder:
         dataset = data.load(config(f"folder:{tmp_path}"))
         for split, wanted in (("train", dataset.train), ("val", dataset.test)):
             records = streaming.folder_records(tmp_path, split)
-            assert records.class_names == dataset.class_names
-            assert records.labels.dtype == np.int32
-            assert records.labels.tolist() == wanted.labels.tolist()
-            for index, image in enumerate(wanted.images):
-                file = io.BytesIO(records.read(index))
-                assert np.array_equal(np.asarray(Image.open(file)), image)
+            assert_same_samples(records, wanted, dataset.class_names)
 
     def test_fingerprint_sees_names_and_sizes_but_not_where(self, tmp_path):
         self.make(tmp_path / "one")
@@ -180,12 +184,7 @@ class TestTfds:
         dataset = data.load(config("tfds:tiny", dir=str(TFDS)))
         for split, wanted in (("train", dataset.train), ("test", dataset.test)):
             records = streaming.tfds_records("tiny", str(TFDS), split)
-            assert records.class_names == dataset.class_names
-            assert records.labels.dtype == np.int32
-            assert records.labels.tolist() == wanted.labels.tolist()
-            for index, image in enumerate(wanted.images):
-                file = io.BytesIO(records.read(index))
-                assert np.array_equal(np.asarray(Image.open(file)), image)
+            assert_same_samples(records, wanted, dataset.class_names)
         (batch,) = run(records, [[0, 1, 2]])
         assert batch.shape == (3, SIZE, SIZE, 3)
 
