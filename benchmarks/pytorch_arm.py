@@ -1,7 +1,7 @@
 """The distillation step as one writes it in plain PyTorch: what ours is compared with.
 
 The networks carry the tensor names of the public implementations, so that
-`ipwd_jax.models.torch_names.to_torch` gives them their weights. The step is the usual eager one:
+`ipwd_jax.pytorch.names.to_torch` gives them their weights. The step is the usual eager one:
 the teacher answers under `no_grad`, the loss is 0.1 CE + 0.9 KD, `torch.optim.SGD` does the rest.
 Unlike the usual scripts it reads no number back to the host and has no data loader: the images
 are on the device, as ours.

@@ -36,7 +36,7 @@ from our_arm import CLASSES, OurArm, Problem, make_problem
 
 from ipwd_jax import models, precision, xla
 from ipwd_jax.models.__main__ import multiply_adds
-from ipwd_jax.models.torch_names import to_torch
+from ipwd_jax.pytorch.names import to_torch
 
 GATE_STEPS, GATE_LEARNING_RATE, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 0.01, 1e-9, 1e-6
 BASELINE = "torch_channels_last"

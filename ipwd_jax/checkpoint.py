@@ -117,8 +117,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            steps = [int(p.name) for p in self.folder.glob("*") if p.name.isdigit()]
-            kept = f"step {max(steps)}" if steps else "none"
+            steps = _steps(self.folder)
+            kept = f"step {steps[-1]}" if steps else "none"
             free = shutil.disk_usage(self.folder).free / 2**20
             raise UserError(
                 f"a checkpoint could not be written to {self.folder} ({free:.0f} MiB free): "
@@ -197,6 +197,31 @@ class Checkpoints:
         self.close()
 
 
+def _steps(folder: pathlib.Path) -> list[int]:
+    """The numbers of the complete checkpoints in `folder`, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def newest(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of a run's newest complete checkpoint. Raises `UserError` if there is none."""
+    folder = workdir.resolve() / _FOLDER
+    if not (steps := _steps(folder)):
+        raise UserError(f"no checkpoint in {folder}; train first, or choose another --workdir")
+    return folder / str(steps[-1])
+
+
+def saved_arrays(path: pathlib.Path) -> PyTree:
+    """The shapes and dtypes of one item of a checkpoint, of which no array is read.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return ocp.StandardCheckpointer().metadata(path).item_metadata
+    except Exception as error:  # Orbax raises many kinds
+        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+
+
 def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[PyTree, Position]:
     """The variables of the network that a run trained, on all devices, and how far it was.
 
@@ -209,18 +234,9 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         UserError: no checkpoint is there, it cannot be read, it is of another network, or the
             network's numbers are not finite.
     """
-    folder = workdir.resolve() / _FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-    if not steps:
-        raise UserError(f"no checkpoint in {folder}; train first, or choose another --workdir")
-    path = folder / str(max(steps)) / which
-    meta = folder / str(max(steps)) / "meta"
-    checkpointer = ocp.StandardCheckpointer()
-    try:
-        saved = checkpointer.metadata(path).item_metadata
-        shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved)}
-    except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+    folder = newest(workdir)
+    path = folder / which
+    shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved_arrays(path))}
     wanted = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(template)}
     wrong = [
         f"{name}: {shapes.get(name, 'missing')} there, {wanted.get(name, 'none')} wanted"
@@ -233,8 +249,9 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
             f"{len(wrong)} tensors differ, for example {'; '.join(wrong[:3])}"
         )
     try:
-        variables = checkpointer.restore(path, parallel.replicated_shapes(template))
-        meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(meta)
+        shapes_and_devices = parallel.replicated_shapes(template)
+        variables = ocp.StandardCheckpointer().restore(path, shapes_and_devices)
+        meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "meta")
         position, checksums = _read_meta(meta_of_run)
         _verify(which, variables, checksums)
     except Exception as error:

@@ -21,8 +21,8 @@ from ipwd_jax import config as config_lib
 from ipwd_jax import convert, data, models, report, torch_files, train
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.torch_names import from_torch, to_torch, torch_shapes
-from ipwd_jax.torch_networks import Fit, guess, template_of
+from ipwd_jax.pytorch.names import from_torch, to_torch, torch_shapes
+from ipwd_jax.pytorch.networks import Fit, guess, template_of
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8"]

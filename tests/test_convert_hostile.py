@@ -16,8 +16,8 @@ from test_convert import template, variables, zip_of
 
 from ipwd_jax import convert, torch_files, torch_pickle
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.torch_names import to_torch, torch_shapes
-from ipwd_jax.torch_networks import Fit, _patterned, guess
+from ipwd_jax.pytorch.names import to_torch, torch_shapes
+from ipwd_jax.pytorch.networks import Fit, _patterned, guess
 
 MEGABYTE = 2**20
 SHAPES = template()

@@ -28,7 +28,7 @@ from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import wsld_weights
 from ipwd_jax.models import Outputs
-from ipwd_jax.models.torch_names import from_torch, to_torch
+from ipwd_jax.pytorch.names import from_torch, to_torch
 
 FILE = golden_json("losses.json")
 TAG, CASES = FILE["tag"], FILE["cases"]

@@ -10,7 +10,7 @@ from test_golden_losses import CASES, TAG, batch, draw, labels, outputs
 from ipwd_jax.losses.crd import CRD
 from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.sskd import SSKD, best_ranked, similarity
-from ipwd_jax.models.torch_names import from_torch
+from ipwd_jax.pytorch.names import from_torch
 
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)], ids=["float64", "float32"]

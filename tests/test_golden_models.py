@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ipwd_jax import models
-from ipwd_jax.models.torch_names import from_torch, to_torch
+from ipwd_jax.pytorch.names import from_torch, to_torch
 
 RECIPE = helpers.recipe()
 # Files of golden values, and our names of the networks in them where they differ.

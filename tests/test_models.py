@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
 from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
-from ipwd_jax.models.torch_names import from_torch, to_torch
+from ipwd_jax.pytorch.names import from_torch, to_torch
 
 
 def variables_of(network, images_shape=(1, 8, 8, 3), seed=0):

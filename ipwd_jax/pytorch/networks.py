@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.torch_names import check_shapes, torch_shapes
+from ipwd_jax.pytorch.names import check_shapes, torch_shapes
 from ipwd_jax.state import network_shapes
 from ipwd_jax.typing import PyTree
 

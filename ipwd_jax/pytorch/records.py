@@ -1,7 +1,7 @@
 """What stands for the names in a PyTorch pickle: inert records, and functions that make them.
 
-`ipwd_jax.torch_pickle` calls them with whatever a file says. None takes more memory, or much more
-time, than its arguments have, and none prints them: their text may be exponentially long.
+`ipwd_jax.pytorch.pickles` calls them with whatever a file says. None takes more memory, or much
+more time, than its arguments have, and none prints them: their text may be exponentially long.
 """
 
 import functools
@@ -117,8 +117,8 @@ class Tensor:
                 "file has for it. In PyTorch, save tensor.contiguous() in its place."
             )
         # An axis of one number is never stepped along, and PyTorch lets its stride be anything.
-        stride = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
-        strides = [step * storage.dtype.itemsize for step in stride]
+        used = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
+        strides = [step * storage.dtype.itemsize for step in used]
         return np.lib.stride_tricks.as_strided(storage.array[offset:], size, strides)
 
 

@@ -1,6 +1,6 @@
 """Read and write the files of `torch.save` and of safetensors as NumPy arrays, without PyTorch.
 
-In pickles, `ipwd_jax.torch_pickle` reads plain data and refuses everything else unexecuted.
+In pickles, `ipwd_jax.pytorch.pickles` reads plain data and refuses everything else unexecuted.
 """
 
 import io
@@ -17,8 +17,8 @@ import numpy as np
 
 from ipwd_jax import writers
 from ipwd_jax.errors import UserError
-from ipwd_jax.torch_pickle import Unpickler, plain
-from ipwd_jax.torch_records import STORAGES
+from ipwd_jax.pytorch.pickles import Unpickler, plain
+from ipwd_jax.pytorch.records import STORAGES
 
 SAFETENSORS = ".safetensors"
 _MAGIC = 0x1950A86A20F9469CFC6C  # first object of a legacy file

@@ -1,9 +1,9 @@
 """Pickles of PyTorch objects, read as plain data.
 
 A pickle is a program that names functions to call. Here its instructions are carried out one by
-one, and every name stands for an inert function or record of `ipwd_jax.torch_records`; one that is
-not listed there ends the reading: no file can run anything. Nor can a small file take much memory:
-a size that it announces is believed once the bytes are there, and what it copies is counted.
+one, and every name stands for an inert function or record of `ipwd_jax.pytorch.records`; a name
+that is not listed there ends the reading, so no file can run anything. Nor can a small file take
+much memory: a size that it announces is believed once the bytes are there, and copies are counted.
 """
 
 import pickletools
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.torch_records import (
+from ipwd_jax.pytorch.records import (
     STORAGES,
     Dict,
     Function,

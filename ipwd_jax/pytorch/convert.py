@@ -1,0 +1,149 @@
+"""Import PyTorch checkpoints into work directories, and export them."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ipwd_jax import checkpoint, models, writers
+from ipwd_jax import config as config_lib
+from ipwd_jax.errors import UserError
+from ipwd_jax.pytorch import files
+from ipwd_jax.pytorch.names import from_torch, to_torch, torch_shapes
+from ipwd_jax.pytorch.networks import Fit, guess, renamed, template_of
+from ipwd_jax.pytorch.state_dicts import COUNTER, unwrap
+from ipwd_jax.state import not_finite
+from ipwd_jax.typing import PyTree
+
+
+def import_file(
+    path: pathlib.Path, workdir: pathlib.Path | None = None, network: str = "", key: str = ""
+) -> dict[str, Any]:
+    """Make a work directory of a finished teacher from a PyTorch checkpoint.
+
+    Args:
+        path: written by `torch.save`, or a `.safetensors` file.
+        workdir: made here, whole or not at all; None: `runs/` and the file's name.
+        network: one of `models.NETWORKS`; empty: inferred from tensor names and shapes.
+        key: entry of the file that has the tensors; empty: one of the usual ones.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        UserError: the file cannot be read, matches no known network or several, or has weights
+            that are NaN, infinite or near to it; or the work directory exists. Nothing is written
+            then.
+    """
+    workdir = workdir or pathlib.Path("runs") / path.stem
+    if workdir.exists():
+        raise UserError(f"{workdir} exists already; choose another --workdir or delete it")
+    tensors, metadata = unwrap(files.load(path), key)
+    fit = guess({name: x.shape for name, x in tensors.items()}, network)
+    template = template_of(fit)
+    tensors = renamed(tensors, torch_shapes(template))
+    if (claimed := sum(x.nbytes for x in tensors.values())) > path.stat().st_size:
+        raise UserError(
+            f"the tensors of {path} share their numbers: they would take {claimed:,} bytes, the "
+            f"file has {path.stat().st_size:,}. In PyTorch, save a tensor.clone() of each."
+        )
+    variables = _float32(from_torch(tensors, template))
+    _check_finite(path, variables)
+    result = {
+        "name": path.stem,
+        "network": fit.name,
+        "classes": fit.classes,
+        "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
+        "imported": {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "metadata": metadata,
+        },
+        "versions": writers.versions(),
+    }
+    print(f"{fit.name}, {fit.classes} classes, {result['parameters']:,} parameters", flush=True)
+    config = config_lib.default()
+    config.name, config.model.name = path.stem, fit.name
+    _write(workdir, variables, json.loads(config.to_json_best_effort()), result)
+    return result
+
+
+def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict) -> None:
+    """Writes a work directory under another name first, so that it appears whole."""
+    unfinished = workdir.with_name(f".{workdir.name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        checkpoint.save_network(unfinished, variables)
+        writers.write_json(unfinished / "config.json", {"config": config, "checksums": {}})
+        writers.write_json(unfinished / "result.json", result)
+        unfinished.rename(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> Fit:
+    """Write the network of a run as a state dict that PyTorch loads strictly.
+
+    Args:
+        workdir: of the run, or of an imported network.
+        path: ends in .pth, .pt or .safetensors and must not exist.
+        which: "last" or "best".
+
+    Raises:
+        UserError: the run has no readable checkpoint, or `path` cannot be written.
+    """
+    fit = _fit_of_run(workdir, which)
+    variables, _ = checkpoint.load_network(workdir, which, template_of(fit))
+    tensors = to_torch(jax.device_get(variables))
+    counters = [name for name in tensors if name.endswith(".running_mean")]
+    for name in counters:
+        tensors[name.removesuffix("running_mean") + COUNTER] = np.zeros((), np.int64)
+    files.save(path, tensors)
+    return fit
+
+
+def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
+    path = workdir / "config.json"
+    try:
+        name = json.loads(path.read_text())["config"]["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        detail = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({detail}); is {workdir} a run?") from error
+    try:
+        models.create(name, classes=1)
+    except UserError as error:
+        raise UserError(
+            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if a config file "
+            "of yours adds it, name that file with --config=FILE"
+        ) from error
+    saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
+    shapes = torch_shapes({name: saved[name] for name in ("params", "batch_stats")})
+    return guess(shapes, name)
+
+
+def _float32(variables: PyTree) -> PyTree:
+    types = {x.dtype for x in jax.tree.leaves(variables)} - {np.dtype(np.float32)}
+    for dtype in types:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"the file has weights of type {dtype}; save them as float32")
+        print(f"converted from {dtype} to float32", flush=True)
+    with np.errstate(over="ignore"):  # found by `_check_finite`
+        return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+
+
+def _check_finite(path: pathlib.Path, variables: PyTree) -> None:
+    """Raises `UserError` with the names of tensors that are NaN, infinite or near to it."""
+    if names := not_finite(to_torch(variables)):
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        raise UserError(
+            f"{path} has weights that are not finite in float32, or near to it, in "
+            f"{', '.join(names[:20])}{more}. Use a checkpoint from before the training diverged."
+        )
