@@ -25,40 +25,11 @@ def default() -> ConfigDict:
     config.share_order = False  # with seeds: all see the first one's order, crops and flips
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 
-    config.data = ConfigDict()
-    config.data.name = (
-        "cifar100"  # see ipwd_jax.data.SOURCES, or tfds:NAME, folder:PATH, numpy:PATH
-    )
-    config.data.dir = ""  # archives or prepared TFDS data; empty: the source's usual place
-    config.data.download = False  # fetch a missing CIFAR archive (checksum verified)
-    config.data.train_split = ""  # empty: "train"
-    config.data.test_split = ""  # empty: "test", or "validation" where there is no test split
-    config.data.test_fraction = 0.2  # held out of data that comes without a test split
-    config.data.image_size = 0  # pixels a side after resizing; 0: as stored
-    config.data.streaming = False  # decode while training; for what does not fit into memory
-    config.data.threads = 0  # of decoding; 0: all CPUs
-    config.data.mean = ()  # per channel, pixels in 0..1; empty: known or computed
-    config.data.std = ()
-    config.data.crop_padding = 4  # black pixels on each side before a random crop; 0: no crop
-    config.data.flip = True  # random horizontal flip
-
+    config.data = _data()
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
     config.sync_batch_norm = True  # statistics of the global batch; False: of each device's rows
 
-    config.teacher = ConfigDict()
-    config.teacher.name = ""  # network of the teacher; empty: no teacher
-    config.teacher.workdir = ""  # run that trained it; empty: runs/DATA_NETWORK_CHECKSUM_seedSEED
-    config.teacher.which = "last"  # epoch that teaches: "last" or "best"
-    config.teacher.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
-    config.teacher.view_cache = "auto"  # its answers to all views: one of VIEW_CACHES
-    config.teacher.look_ahead = 0  # steps whose images it sees at once, where it is asked; 0: one
-    config.teacher.fold = False  # fold BatchNorm into the convolutions: the same up to rounding
-    config.teacher.seed = 0  # its own, so that all seeds of a student share one teacher
-    config.teacher.epochs = 240  # these settings count when the teacher is missing
-    config.teacher.batch_size = 64
-    config.teacher.label_smoothing = 0.0
-    config.teacher.optimizer = _optimizer()
-
+    config.teacher = _teacher()
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
     config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240
@@ -71,16 +42,7 @@ def default() -> ConfigDict:
     config.loss.ce = 1.0
     config.terms = ConfigDict({name: losses.hyper_parameters(name) for name in losses.TERMS})
 
-    config.weighting = ConfigDict()
-    config.weighting.name = "uniform"  # one of ipwd_jax.losses.WEIGHTINGS
-    config.weighting.terms = ("kd",)  # per-sample terms that are multiplied
-    config.weighting.start_epoch = 0  # weights are 1 before this epoch
-    config.weighting.clip = 0.0  # largest weight; 0: none
-    config.weighting.batch_normalize = False  # divide by the mean weight of the global batch
-    config.weighting.average = 0.0  # decay of a running mean per sample over epochs; 0: none
-    # The fields of all weightings; what they mean stands in ipwd_jax.losses.weighting.
-    config.weighting.update(losses.weighting.settings())
-
+    config.weighting = _weighting()
     config.first_stage = ConfigDict()  # a stage before the main one, with a fresh optimiser after
     config.first_stage.epochs = 0  # 0: none
     config.first_stage.loss = ConfigDict({name: 0.0 for name in losses.TERMS})
@@ -93,6 +55,58 @@ def default() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_seconds = 60.0  # at most this much work is lost to a kill
     config.checkpoint.keep = 2  # newest checkpoints kept; each also holds the best epoch
+    return config
+
+
+def _data() -> ConfigDict:
+    """Where the images come from, and how they are augmented."""
+    config = ConfigDict()
+    config.name = "cifar100"  # see ipwd_jax.data.SOURCES, or tfds:NAME, folder:PATH, numpy:PATH
+    config.dir = ""  # archives or prepared TFDS data; empty: the source's usual place
+    config.download = False  # fetch a missing CIFAR archive (checksum verified)
+    config.train_split = ""  # empty: "train"
+    config.test_split = ""  # empty: "test" or "validation", whichever there is
+    config.test_fraction = 0.2  # held out of data that comes without a test split
+    config.image_size = 0  # pixels a side after resizing; 0: as stored
+    config.streaming = False  # decode while training; for what does not fit into memory
+    config.threads = 0  # of decoding; 0: all CPUs
+    config.mean = ()  # per channel, pixels in 0..1; empty: known or computed
+    config.std = ()
+    config.crop_padding = 4  # black pixels on each side before a random crop; 0, as streaming
+    # needs, which has crops of its own: no crop
+    config.flip = True  # random horizontal flip
+    return config
+
+
+def _teacher() -> ConfigDict:
+    """The teacher, how it is asked, and how it is trained if it has to be."""
+    config = ConfigDict()
+    config.name = ""  # network of the teacher; empty: no teacher
+    config.workdir = ""  # run that trained it; empty: runs/DATA_NETWORK_CHECKSUM_seedSEED
+    config.which = "last"  # epoch that teaches: "last" or "best"
+    config.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
+    config.view_cache = "auto"  # its answers to all views: one of VIEW_CACHES
+    config.look_ahead = 0  # steps whose images it sees at once, where it is asked; 0: one
+    config.fold = False  # fold BatchNorm into the convolutions: the same up to rounding
+    config.seed = 0  # its own, so that all seeds of a student share one teacher
+    config.epochs = 240  # this and what follows: how a missing teacher is trained
+    config.batch_size = 64
+    config.label_smoothing = 0.0
+    config.optimizer = _optimizer()
+    return config
+
+
+def _weighting() -> ConfigDict:
+    """The weights of the samples."""
+    config = ConfigDict()
+    config.name = "uniform"  # one of ipwd_jax.losses.WEIGHTINGS
+    config.terms = ("kd",)  # per-sample terms that are multiplied
+    config.start_epoch = 0  # weights are 1 before this epoch
+    config.clip = 0.0  # largest weight; 0: none
+    config.batch_normalize = False  # divide by the mean weight of the global batch
+    config.average = 0.0  # decay of a running mean per sample over epochs; 0: none
+    # The fields of all weightings; what they mean stands in ipwd_jax.losses.weighting.
+    config.update(losses.weighting.settings())
     return config
 
 

@@ -120,44 +120,17 @@ def init_state(
     student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
 
-    def outputs(net: nn.Module) -> Outputs:
-        image = jnp.zeros((2, *image_shape))
-        shapes = jax.eval_shape(lambda k: net.init_with_output(k, image)[0], key)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    student = outputs(network)
-    teacher_outputs = outputs(teacher) if teacher else None
-    image = jnp.zeros((2, *image_shape))
-    of_heads = heads.init(heads_key, student.embedding, image, False)
+    batch = _batch_of_zeros(image_shape, train_size, key)
+    student = _outputs_of_zeros(network, batch.image)
+    teacher_outputs = _outputs_of_zeros(teacher, batch.image) if teacher else None
+    of_heads = heads.init(heads_key, student.embedding, batch.image, False)
     student = dataclasses.replace(
         student, extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
     )
-    rows = jnp.zeros(2, jnp.int32)
-    batch = Batch(
-        image=image,
-        label=rows,
-        index=rows,
-        view=rows,
-        mask=jnp.ones(2),
-        epoch=jnp.int32(0),
-        train_labels=jnp.zeros(train_size, jnp.int32),
-        key=key,
-    )
-
     weighting.check(weighting_config, student, teacher_outputs, batch)
-
-    def init_term(fold: int, term: Term) -> dict[str, PyTree]:
-        seen = student, teacher_outputs
-        if term.rotations:
-            seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
-        if hasattr(term, "axis_name"):
-            term = term.clone(axis_name=None)  # nothing is mapped here
-        return jax.jit(functools.partial(losses.init, term))(
-            jax.random.fold_in(init_key, fold), *seen, batch
-        )
-
     term_variables = {
-        name: init_term(i, term) for i, (name, term) in enumerate(sorted(terms.items()))
+        name: _init_term(jax.random.fold_in(init_key, i), term, student, teacher_outputs, batch)
+        for i, (name, term) in enumerate(sorted(terms.items()))
     }
 
     def collection(name: str) -> dict[str, PyTree]:
@@ -184,6 +157,39 @@ def init_state(
         nonfinite={},
         key=key,
     )
+
+
+def _batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Array) -> Batch:
+    """Two samples, of which only shapes and types matter."""
+    rows = jnp.zeros(2, jnp.int32)
+    return Batch(
+        image=jnp.zeros((2, *image_shape)),
+        label=rows,
+        index=rows,
+        view=rows,
+        mask=jnp.ones(2),
+        epoch=jnp.int32(0),
+        train_labels=jnp.zeros(train_size, jnp.int32),
+        key=key,
+    )
+
+
+def _outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: network.init_with_output(key, image)[0])
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _init_term(
+    key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
+) -> dict[str, PyTree]:
+    """The variables of a term."""
+    seen = student, teacher
+    if term.rotations:
+        seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
+    if hasattr(term, "axis_name"):
+        term = term.clone(axis_name=None)  # nothing is mapped here
+    return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
 
 
 def begin_stage(

@@ -112,54 +112,15 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     Raises:
         UserError: it is required, and there is no space for it.
     """
-    config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
+    teacher = experiment.teacher
     assert teacher is not None
-    folder, teacher_inputs = teacher.workdir / "views", teacher.inputs
-    epochs = max(stage.epochs for stage in experiment.stages)
-    with_embedding = "embedding" in experiment.teacher_taps
-    size, seeds = len(dataset.train.labels), config.seeds or (config.seed,)
-    seeds = seeds[:1] if config.share_order else seeds
-    views = augment.num_views(config.data.crop_padding, config.data.flip)
-    identity = {
-        "format": _FORMAT,
-        "teacher": teacher.checksum,
-        "data": fingerprint(dataset),
-        "precision": config.precision,
-        "fold": config.teacher.fold,
-        "platform": jax.default_backend(),
-        "crop_padding": config.data.crop_padding,
-        "flip": config.data.flip,
-        "mean": np.asarray(dataset.mean).tolist(),
-        "std": np.asarray(dataset.std).tolist(),
-        "embedding": with_embedding,
-    }
-    mode = config.teacher.view_cache
-    whole = _Files(folder, {**identity, "views": "all"})
-    if mode == "auto":
-        mode = "all" if views <= epochs * len(seeds) or whole.complete() else "drawn"
-    if mode == "all":
-        files, used = whole, None
-        index, view = np.divmod(np.arange(size * views), views)
-    else:
-        drawn = {"seeds": list(seeds), "epochs": epochs}
-        files, used = _Files(folder, {**identity, "views": drawn}), None
-        used = drawn_views(config, seeds, epochs, size)
-        index, view = np.nonzero(used)
-    pairs = index.astype(np.int32), view.astype(np.int32)
-
-    def ask(inputs: PyTree, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
-        images = augment.apply_views(
-            data.images_at(index), view, config.data.crop_padding, config.data.flip
-        )
-        with precision.of_products(config.precision):
-            outputs = teacher.ask(inputs, augment.normalize(images, data.mean, data.std))
-        columns = [outputs.logits, *([outputs.embedding] if with_embedding else [])]
-        return jnp.concatenate(precision.at_least_float32(columns), axis=1)
-
-    classes = len(dataset.class_names)
-    data = parallel.replicate(resident(dataset, dataset.train))
-    shapes = jax.eval_shape(ask, teacher_inputs, data, *(x[:1] for x in pairs))
-    needed = len(index) * shapes.shape[1] * 4
+    folder = teacher.workdir / "views"
+    files, used = _files_and_views(experiment, folder)
+    index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
+    ask = _ask_of(experiment)
+    data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
+    columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
+    needed = len(index) * columns * 4
     if shortage := _shortage(folder, needed, on_disk=not files.complete()):
         if not required:
             print(f"Without a cache of the teacher's views: {shortage}", flush=True)
@@ -172,17 +133,75 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
             table = files.load() if files.complete() else None
             if table is None:
                 _remove_old_tables(folder)
-                asker = _asker(ask, teacher_inputs, data, batch)
-                table = files.build(shapes.shape[1], pairs, asker, batch)
+                asker = _asker(ask, teacher.inputs, data, batch)
+                table = files.build(columns, (index, view), asker, batch)
+    return parallel.replicate(_view_cache(table, used, len(experiment.dataset.class_names)))
+
+
+def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Files", np.ndarray]:
+    """The files of the table that a run wants, and (N, V) bool: the views that it has."""
+    config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
+    assert teacher is not None
+    epochs = max(stage.epochs for stage in experiment.stages)
+    seeds = config.seeds or (config.seed,)
+    seeds = seeds[:1] if config.share_order else seeds
+    size = len(dataset.train.labels)
+    views = augment.num_views(config.data.crop_padding, config.data.flip)
+    identity = {
+        "format": _FORMAT,
+        "teacher": teacher.checksum,
+        "data": fingerprint(dataset),
+        "precision": config.precision,
+        "fold": config.teacher.fold,
+        "platform": jax.default_backend(),
+        "crop_padding": config.data.crop_padding,
+        "flip": config.data.flip,
+        "mean": np.asarray(dataset.mean).tolist(),
+        "std": np.asarray(dataset.std).tolist(),
+        "embedding": "embedding" in experiment.teacher_taps,
+    }
+    mode = config.teacher.view_cache
+    whole = _Files(folder, {**identity, "views": "all"})
+    if mode == "auto":
+        mode = "all" if views <= epochs * len(seeds) or whole.complete() else "drawn"
+    if mode == "all":
+        return whole, np.ones((size, views), bool)
+    drawn = {"seeds": list(seeds), "epochs": epochs}
+    return _Files(folder, {**identity, "views": drawn}), drawn_views(config, seeds, epochs, size)
+
+
+def _ask_of(experiment: Experiment) -> Callable[..., jax.Array]:
+    """`ask(inputs, data, index, view)`: the teacher's logits, then its embedding if a term reads
+    it, of some views: (B, columns) float32."""
+    config, teacher = experiment.config, experiment.teacher
+    assert teacher is not None
+
+    def ask(inputs: PyTree, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
+        images = augment.apply_views(
+            data.images_at(index), view, config.data.crop_padding, config.data.flip
+        )
+        with precision.of_products(config.precision):
+            outputs = teacher.ask(inputs, augment.normalize(images, data.mean, data.std))
+        with_embedding = "embedding" in experiment.teacher_taps
+        columns = [outputs.logits, *([outputs.embedding] if with_embedding else [])]
+        return jnp.concatenate(precision.at_least_float32(columns), axis=1)
+
+    return ask
+
+
+def _view_cache(table: np.ndarray, used: np.ndarray, classes: int) -> ViewCache:
+    """The cache of a table whose rows are the used views, in order.
+
+    What was never asked is NaN: the last row.
+    """
     row = None
-    if used is not None:
-        row = np.full(used.shape, len(index), np.int32)
-        row[used] = np.arange(len(index), dtype=np.int32)
+    if not used.all():
+        row = np.full(used.shape, len(table), np.int32)
+        row[used] = np.arange(len(table), dtype=np.int32)
         table = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)])
-    embedding = np.asarray(table[:, classes:]) if with_embedding else None
+    embedding = np.asarray(table[:, classes:]) if table.shape[1] > classes else None
     # NumPy's arrays become JAX's on the devices.
-    cache = ViewCache(np.asarray(table[:, :classes]), embedding, row, views)  # type: ignore[arg-type]
-    return parallel.replicate(cache)
+    return ViewCache(np.asarray(table[:, :classes]), embedding, row, used.shape[1])  # type: ignore[arg-type]
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:

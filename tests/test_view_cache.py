@@ -4,39 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from helpers import teacher_folder
+from helpers import settings, teacher_folder
 
-from ipwd_jax import config as config_lib
-from ipwd_jax import data, train, view_cache
+from ipwd_jax import train, view_cache
 from ipwd_jax.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def squares():
-    """Two classes of grey noise, one brighter, for steps of 16, 16 and 8 images."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(60) % 2
-    images = (rng.integers(0, 180, (60, 8, 8, 1)) + 60 * labels.reshape(-1, 1, 1, 1)).astype(
-        np.uint8
-    )
-    return data.from_arrays(images[:40], labels[:40], images[40:], labels[40:], name="squares")
-
-
-def settings(**changes):
-    config = config_lib.default()
-    config.data.update({"name": "squares", "crop_padding": 1})
-    config.model.name, config.teacher.name = "wrn_10_1", "wrn_16_1"
-    config.epochs, config.batch_size = 2, 16
-    config.teacher.epochs, config.teacher.batch_size = 1, 16
-    config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
-    config.weighting.name = "ipwd"
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        section = config
-        for parent in parents:
-            section = section[parent]
-        section[key] = value
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +39,7 @@ def test_same_training(online, squares, folder):
 
 
 def views(folder):
-    return teacher_folder(folder, "wrn_16_1") / "views"
+    return teacher_folder(folder, "tiny") / "views"
 
 
 def test_only_drawn_views_are_asked_for(online, squares, folder):

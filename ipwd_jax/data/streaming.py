@@ -339,24 +339,21 @@ def batches(
     threads = threads or cpus()
     stop = threading.Event()
 
-    def fill(rows: np.ndarray, out: np.ndarray) -> None:
-        for sample, image in zip(rows.tolist(), out, strict=True):
-            if stop.is_set():
-                return
-            try:
-                encoded = records.read(sample)
-                if train:
-                    decode_train(encoded, (seed, epoch, sample), size, image, flip)
-                else:
-                    decode_eval(encoded, size, image)
-            except (UserError, OSError) as error:
-                raise UserError(f"{records.name}: {records.describe(sample)} {error}") from error
+    def decode(sample: int, image: np.ndarray) -> None:
+        encoded = records.read(sample)
+        if train:
+            decode_train(encoded, (seed, epoch, sample), size, image, flip)
+        else:
+            decode_eval(encoded, size, image)
 
     def submit(rows: np.ndarray) -> tuple[np.ndarray, list[concurrent.futures.Future]]:
         batch = np.empty((len(rows), size, size, 3), np.uint8)
         part = max(1, min(_ROWS_OF_A_TASK, len(rows) // threads))
         parts = range(0, len(rows), part)
-        return batch, [pool.submit(fill, rows[i : i + part], batch[i : i + part]) for i in parts]
+        return batch, [
+            pool.submit(_fill, records, rows[i : i + part], batch[i : i + part], decode, stop)
+            for i in parts
+        ]
 
     pool = concurrent.futures.ThreadPoolExecutor(threads, "decode")
     pending: collections.deque = collections.deque()
@@ -372,6 +369,23 @@ def batches(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _fill(
+    records: Records,
+    rows: np.ndarray,
+    out: np.ndarray,
+    decode: Callable[[int, np.ndarray], None],
+    stop: threading.Event,
+) -> None:
+    """Decodes the samples `rows` into `out`; returns early once `stop` is set."""
+    for sample, image in zip(rows.tolist(), out, strict=True):
+        if stop.is_set():
+            return
+        try:
+            decode(sample, image)
+        except (UserError, OSError) as error:
+            raise UserError(f"{records.name}: {records.describe(sample)} {error}") from error
 
 
 def cpus() -> int:

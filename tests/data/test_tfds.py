@@ -1,0 +1,42 @@
+"""A prepared data set of TFDS is read into memory without TensorFlow."""
+
+import shutil
+import subprocess
+import sys
+
+from data_helpers import TFDS, arrays, fails, load, same
+
+from ipwd_jax import data
+
+
+def test_arrays_come_back_in_the_order_of_their_ids_without_tensorflow():
+    images, labels = arrays()
+    dataset = load("tfds:tiny", dir=str(TFDS))
+    assert same(dataset, data.from_arrays(images[:9], labels[:9], images[9:], labels[9:]))
+    assert dataset.class_names == ("ant", "bee", "cat")
+    code = (
+        "import sys; from ipwd_jax import config, data; c = config.default().data;"
+        f"c.name, c.dir = 'tfds:tiny', {str(TFDS)!r};"
+        "data.load(c); assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_slices():
+    assert len(load("tfds:tiny", dir=str(TFDS), train_split="train[:6]").train.labels) == 6
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    fails(["'trian'", "Did you mean 'train'"], "tfds:tiny", dir=str(TFDS), train_split="trian")
+    fails(["cannot be read"], "tfds:tiny", dir=str(TFDS), train_split="train[oops]")
+    fails(["mnistt", "Did you mean 'mnist'"], "tfds:mnistt", dir=str(tmp_path))
+    command = f"python -m ipwd_jax.data.prepare mnist {tmp_path}"
+    fails(["not prepared", "ipwd_jax[tfds]", command], "tfds:mnist", dir=str(tmp_path))
+    shutil.copytree(TFDS, tmp_path / "copy")
+    info = next(tmp_path.glob("copy/tiny/*/dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    fails(["tfrecord", f"{tmp_path}/copy_array_record"], "tfds:tiny", dir=f"{tmp_path}/copy")
+    info.write_text(info.read_text().replace("tfrecord", "array_record"))
+    next(info.parent.glob("tiny-test*")).write_bytes(b"damaged")
+    fails(["'test'", "cannot be read"], "tfds:tiny", dir=f"{tmp_path}/copy")
+    fails(["mnist:9.9.9", "cannot be opened"], "tfds:mnist:9.9.9", dir=str(tmp_path))

@@ -1,0 +1,367 @@
+"""Losses, weights and metrics against the public PyTorch implementations."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import golden_json, recipe
+from losses_helpers import batch
+
+from ipwd_jax import metrics
+from ipwd_jax.losses.ab import AB
+from ipwd_jax.losses.at import AT
+from ipwd_jax.losses.cc import CC
+from ipwd_jax.losses.ce import CrossEntropy
+from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.dkd import DKD
+from ipwd_jax.losses.fitnet import FitNet
+from ipwd_jax.losses.ft import FT
+from ipwd_jax.losses.kd import KD
+from ipwd_jax.losses.nst import NST
+from ipwd_jax.losses.pkt import PKT
+from ipwd_jax.losses.pskd import PSKD
+from ipwd_jax.losses.reviewkd import ReviewKD, hcl_loss
+from ipwd_jax.losses.rkd import RKD
+from ipwd_jax.losses.sp import SP
+from ipwd_jax.losses.sskd import SSKD, best_ranked, similarity
+from ipwd_jax.losses.vid import VID
+from ipwd_jax.losses.weighting import wsld_weights
+from ipwd_jax.models import Outputs
+from ipwd_jax.pytorch.names import from_torch, to_torch
+
+FILE = golden_json("losses.json")
+TAG, CASES = FILE["tag"], FILE["cases"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How a case of the file is put to a term.
+
+    Attributes:
+        term: the term.
+        student: field of the student's `Outputs` that the case's inputs fill; maps fill those
+            after the stem, which is a dummy here.
+        teacher: the same of the teacher.
+        names: our prefix of a parameter's name -> the file's.
+        epoch: epochs finished.
+        method: of the term, where it is not the call.
+        trained: prefix that the file drops from the names of gradients.
+    """
+
+    term: nn.Module
+    student: str = "features"
+    teacher: str = "features"
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    epoch: int = 0
+    method: str | None = None
+    trained: str = ""
+
+
+def hyper(case, name):
+    return CASES[case]["hyper"][name]
+
+
+class HCL(nn.Module):
+    """`hcl_loss` alone, of maps that need no fusion."""
+
+    def __call__(self, student, teacher, batch):
+        return hcl_loss(student.features[1:], teacher.features[1:])
+
+
+SPECS = {
+    "ce": Spec(CrossEntropy(), "logits", "logits"),
+    "kd": Spec(KD(temperature=hyper("kd", "T")), "logits", "logits"),
+    "wsld": Spec(KD(temperature=hyper("wsld", "T"), cross_entropy=True), "logits", "logits"),
+    "dkd": Spec(
+        DKD(alpha=hyper("dkd", "alpha"), beta=hyper("dkd", "beta"), temperature=hyper("dkd", "T")),
+        "logits",
+        "logits",
+        epoch=19,
+    ),
+    "hcl": Spec(HCL()),
+    "reviewkd": Spec(ReviewKD(), "maps_and_embedding", "maps_and_embedding", epoch=19),
+    "ab": Spec(AB(), "preact", "preact"),
+    "ft": Spec(FT(), trained="translator."),
+    "ft_pretrain": Spec(FT(), names={"paraphraser.": ""}, method="pretrain"),
+    "at_same": Spec(AT()),
+    "at_mixed": Spec(AT()),
+    "nst_same": Spec(NST()),
+    "nst_mixed": Spec(NST()),
+    "sp": Spec(SP()),
+    "fitnet_same": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_down": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_up": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "fitnet_crop": Spec(FitNet(layer=1), names={"regressor.": ""}),
+    "cc": Spec(CC(), "embedding", "embedding"),
+    "vid_same": Spec(VID(), names={"0.": ""}),
+    "vid_pool": Spec(VID(), names={"0.": ""}),
+    "rkd": Spec(
+        RKD(distance_weight=hyper("rkd", "w_d"), angle_weight=hyper("rkd", "w_a")),
+        "embedding",
+        "embedding",
+    ),
+    "pkt": Spec(PKT(), "embedding", "embedding"),
+}
+# Cases with a test of their own below.
+OWN_TESTS = {"metrics", "crd", "pskd", "sskd_ss", "sskd_tf"}
+
+
+def labels(rows=FILE["batch"]):
+    return jnp.asarray(recipe().labels(f"{TAG}/y", rows, FILE["classes"]))
+
+
+def draw(name, key, dtype):
+    x = CASES[name]["inputs"][key]
+    return recipe().draw(f"{TAG}/{name}/{key}", x["shape"], x["low"], x["high"]).astype(dtype)
+
+
+def outputs(field, arrays):
+    """`Outputs` whose `field` is made of NumPy arrays in the file's layout (channels first)."""
+    rows = len(arrays[0]) if arrays else FILE["batch"]  # a case may draw one side only
+    empty = Outputs(
+        logits=jnp.zeros((rows, FILE["classes"])), embedding=jnp.zeros((rows, 1)), features=(),
+        preact=(),
+    )  # fmt: skip
+    if not arrays:
+        return empty
+    if field == "maps_and_embedding":  # the last one is the pooled vector
+        *maps, embedding = arrays
+        embedding = embedding.reshape(len(embedding), -1)
+        return outputs("features", maps).replace(embedding=embedding)
+    if field not in ("features", "preact"):
+        return empty.replace(**{field: arrays[0]})
+    maps = tuple(jnp.moveaxis(x, 1, -1) for x in arrays)
+    stem = jnp.zeros((rows, 4, 4, 2), maps[0].dtype)
+    return empty.replace(features=(stem, *maps), preact=(stem, *maps))
+
+
+def variables_of(spec, name, student, teacher, rows, dtype):
+    """The term's variables with the file's numbers, and the names of its parameters there."""
+    template = jax.eval_shape(
+        functools.partial(spec.term.init, method=spec.method),
+        jax.random.key(0), student, teacher, batch(rows, epoch=spec.epoch, labels=labels(rows)),
+    )  # fmt: skip
+    template = {k: v for k, v in template.items() if k in ("params", "batch_stats")}
+
+    def theirs(ours):
+        for prefix, golden in spec.names.items():
+            if ours.startswith(prefix):
+                return golden + ours.removeprefix(prefix)
+        return ours
+
+    shapes = to_torch(jax.tree.map(lambda x: np.zeros(x.shape), template))
+    tensors = recipe().weights(f"{TAG}/{name}", CASES[name]["params"])
+    assert {theirs(ours) for ours in shapes} == set(tensors)
+    variables = from_torch({ours: tensors[theirs(ours)] for ours in shapes}, template)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), variables), theirs
+
+
+def assert_gradient(actual, expected, rtol):
+    actual = np.asarray(actual)
+    np.testing.assert_allclose(np.linalg.norm(actual), expected["norm"], rtol=rtol)
+    np.testing.assert_allclose(
+        actual.ravel()[:4], expected["first"], rtol=rtol, atol=rtol * expected["norm"]
+    )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("name", SPECS)
+def test_value_and_gradient(name, dtype, rtol):
+    case, spec = CASES[name], SPECS[name]
+    with jax.enable_x64(dtype == "float64"):
+        drawn = {key: draw(name, key, dtype) for key in case["inputs"]}
+        rows = len(next(iter(drawn.values())))
+
+        def as_outputs(drawn, who, field):
+            return outputs(field, [x for key, x in sorted(drawn.items()) if key.startswith(who)])
+
+        student = as_outputs(drawn, "student", spec.student)
+        teacher = as_outputs(drawn, "teacher", spec.teacher)
+        variables, theirs = variables_of(spec, name, student, teacher, rows, dtype)
+
+        def loss(drawn, params):
+            values, _ = spec.term.apply(
+                {**variables, "params": params},
+                as_outputs(drawn, "student", spec.student),
+                as_outputs(drawn, "teacher", spec.teacher),
+                batch(rows, epoch=spec.epoch, labels=labels(rows)),
+                mutable=["batch_stats", "memory"],
+                method=spec.method,
+            )
+            if name == "wsld":
+                values *= wsld_weights(drawn["student_logits"], drawn["teacher_logits"], labels())
+            return values.mean()
+
+        params = variables.get("params", {})
+        value, (grads, param_grads) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
+            drawn, params
+        )
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+        for key, expected in case["grads"].items():
+            assert_gradient(grads[key], expected, rtol)
+        norms = {theirs(k): np.linalg.norm(g) for k, g in to_torch({"params": param_grads}).items()}
+        largest = max(case["param_grad_norms"].values(), default=0.0)
+        for key, expected in case["param_grad_norms"].items():
+            # A bias before BatchNorm has a gradient of zero, up to rounding.
+            np.testing.assert_allclose(
+                norms[spec.trained + key], expected, rtol=rtol, atol=rtol * largest
+            )
+
+
+def test_every_case_has_a_test():
+    assert set(CASES) == set(SPECS) | OWN_TESTS
+
+
+def test_wsld_weights():
+    with jax.enable_x64(True):
+        logits = {key: draw("wsld", key, "float64") for key in CASES["wsld"]["inputs"]}
+        weights = wsld_weights(**logits, labels=labels())
+    np.testing.assert_allclose(weights, CASES["wsld"]["weights"], rtol=1e-9)
+
+
+def test_metrics():
+    case = CASES["metrics"]
+    n, classes = case["n"], case["classes"]
+    logits = recipe().draw(f"{TAG}/metrics/logits", (n, classes), *case["logits"])
+    drawn = np.floor(recipe().draw(f"{TAG}/metrics/labels", (n,), 0, classes)).astype(int)
+    keep = recipe().draw(f"{TAG}/metrics/keep", (n,), 0, 1) < 0.6
+    scores = metrics.evaluate(logits, np.where(keep, logits.argmax(axis=1), drawn))
+    expected = {
+        "top1": 100 * case["top1"],
+        "top5": 100 * case["top5"],
+        "nll": case["nll"],
+        "brier": case["brier"],
+        "ece": case["ece_percent_bins10"],
+        "aurc": case["aurc_x1000"],
+        "eaurc": case["eaurc_x1000"],
+    }
+    assert scores.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(scores[name], value, rtol=1e-9, err_msg=name)
+
+
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)], ids=["float64", "float32"]
+)
+
+
+@PRECISIONS
+def test_golden_loss_crd(dtype, rtol):
+    case = CASES["crd"]
+    sizes, bank = case["hyper"], case["memory"]
+    term = CRD(
+        feat_dim=sizes["feat_dim"],
+        negatives=sizes["nce_k"],
+        temperature=sizes["nce_t"],
+        momentum=sizes["nce_m"],
+        train_size=sizes["n_data"],
+    )
+    index = np.array(case["index"])
+    shape = (len(index), sizes["nce_k"] + 1)
+    contrast = np.floor(recipe().draw(f"{TAG}/crd/contrast_idx", shape, 0, sizes["n_data"]))
+    contrast[:, 0] = index
+    with jax.enable_x64(dtype == "float64"):
+        banks = {
+            name: jnp.asarray(
+                recipe().draw(f"{TAG}/crd/{name}", bank["shape"], bank["low"], bank["high"]), dtype
+            )
+            for name in bank["names"]
+        }
+        tensors = recipe().weights(f"{TAG}/crd", case["params"])
+        rows = batch(len(index), labels=labels(len(index))).replace(index=jnp.asarray(index))
+
+        def both(drawn):
+            student = outputs("embedding", [drawn["student0"]])
+            teacher = outputs("embedding", [drawn["teacher0"]])
+            return student, teacher
+
+        drawn = {key: draw("crd", key, dtype) for key in case["inputs"]}
+        template = jax.eval_shape(term.init, jax.random.key(0), *both(drawn), rows)
+        params = from_torch(tensors, {"params": template["params"]})["params"]
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+        memory = {**banks, "Z": jnp.zeros(2, dtype)}
+
+        def loss(drawn, params, memory):
+            return term.apply(
+                {"params": params, "memory": memory},
+                *both(drawn),
+                rows,
+                jnp.asarray(contrast, jnp.int32),
+                mutable=["memory"],
+            )
+
+        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, new), (grads, param_grads) = grad(drawn, params, memory)
+        np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+        assert_gradient(grads["student0"], case["grads"]["student0"], rtol)
+        norms = {k: np.linalg.norm(v) for k, v in param_grads["embed_t.linear"].items()}
+        expected = case["param_grad_norms"]
+        np.testing.assert_allclose(norms["kernel"], expected["linear.weight"], rtol=rtol)
+        np.testing.assert_allclose(norms["bias"], expected["linear.bias"], rtol=rtol)
+
+        new = new["memory"]
+        np.testing.assert_allclose(new["Z"], case["Z"], rtol=rtol)
+        sums = [np.asarray(new[name]).sum() for name in bank["names"]]
+        np.testing.assert_allclose(sums, case["memory_after_norms"], rtol=rtol, atol=10 * rtol)
+        np.testing.assert_allclose(new["memory_v1"][index[0]][:4], case["memory_v1_row"], rtol=rtol)
+        second, _ = loss(drawn, params, new)
+        np.testing.assert_allclose(second, case["second_call_loss"], rtol=rtol)
+
+
+@PRECISIONS
+def test_golden_loss_sskd_similarity(dtype, rtol):
+    case = CASES["sskd_ss"]
+    term = SSKD(similarity_temperature=case["hyper"]["T"], similarity_share=case["hyper"]["ratio"])
+    with jax.enable_x64(dtype == "float64"):
+        student, teacher = (draw("sskd_ss", f"{who}_rep", dtype) for who in ("student", "teacher"))
+        mask = jnp.ones(len(student) // 4, dtype)
+        value, gradient = jax.value_and_grad(term.similarity_loss)(student, teacher, mask)
+        np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+        assert_gradient(gradient, case["grads"]["student_rep"], rtol)
+        target, valid = jnp.repeat(jnp.arange(len(mask)), 3), jnp.ones(3 * len(mask))
+        kept = best_ranked(similarity(teacher), target, valid, term.similarity_share)
+        np.testing.assert_array_equal(np.flatnonzero(kept), case["kept"])
+
+
+@PRECISIONS
+def test_golden_loss_sskd_transform(dtype, rtol):
+    case = CASES["sskd_tf"]
+    term = SSKD(transform_temperature=case["hyper"]["T"], transform_share=case["hyper"]["ratio"])
+    with jax.enable_x64(dtype == "float64"):
+        logits = [draw("sskd_tf", f"{who}_logits", dtype) for who in ("student", "teacher")]
+        mask = jnp.ones(len(logits[0]) // 4, dtype)
+        value, gradient = jax.value_and_grad(term.transform_loss)(*logits, labels(), mask)
+    np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+    assert_gradient(gradient, case["grads"]["student_logits"], rtol)
+
+
+@PRECISIONS
+def test_golden_loss_pskd(dtype, rtol):
+    case = CASES["pskd"]
+    hyper = case["hyper"]
+    with jax.enable_x64(dtype == "float64"):
+        logits = {key: draw("pskd", key, dtype) for key in case["inputs"]}
+        rows = len(logits["student_logits"])
+        term = PSKD(last_share=hyper["alpha_T"], train_size=rows, epochs=hyper["epochs"])
+        table = jax.nn.softmax(logits["teacher_logits"])
+
+        def loss(student_logits):
+            seen = outputs("logits", [student_logits])
+            now = batch(rows, epoch=hyper["epoch"] - 1, labels=labels(rows))
+            of_teacher, new = term.apply(
+                {"memory": {"predictions": table}}, seen, None, now, mutable=["memory"]
+            )
+            of_labels = term.label_loss(seen, now)
+            assert of_teacher.shape == of_labels.shape == (rows,)
+            return (of_labels + of_teacher).mean(), new["memory"]["predictions"]
+
+        student = jnp.asarray(logits["student_logits"])
+        (value, new), gradient = jax.value_and_grad(loss, has_aux=True)(student)
+    np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+    assert_gradient(gradient, case["grads"]["student_logits"], rtol)
+    np.testing.assert_allclose(new, np.float32(jax.nn.softmax(jnp.float32(student))), rtol=1e-5)

@@ -1,0 +1,42 @@
+"""The tensors of a network are found among all that a training script saved."""
+
+import numpy as np
+import pytest
+from pytorch_helpers import state_dict, view, zip_of
+
+from ipwd_jax.errors import UserError
+from ipwd_jax.pytorch import files
+from ipwd_jax.pytorch.state_dicts import unwrap
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "net", "student", "teacher"])
+def test_usual_wrappers(key):
+    tensors = {"a.weight": np.zeros((2, 2))}
+    assert unwrap({key: tensors, "epoch": 3}) == (tensors, {"epoch": 3})
+
+
+def test_several_state_dicts():
+    one, two = {"a.weight": np.zeros((2, 2))}, {"a.weight": np.ones((2, 2))}
+    tree = {"student": one, "teacher": two, "ema": two}
+    with pytest.raises(UserError, match=r"several state dicts.*--key=NAME: student, teacher, ema"):
+        unwrap(tree)
+    assert unwrap(tree, "ema")[0]["a.weight"].all()
+    with pytest.raises(UserError, match="no state dict under 'nope'"):
+        unwrap(tree, "nope")
+    with pytest.raises(UserError, match=r"other names than usual; .*: ema"):
+        unwrap({"ema": two})
+
+
+def test_heads_of_self_supervision_are_left_out(capsys):
+    x = np.zeros((2, 2))
+    tensors, _ = unwrap({"module.backbone.fc.weight": x, "module.proj_head.0.weight": x})
+    assert list(tensors) == ["fc.weight"]
+    assert "left out, not of the classifier: proj_head.0.weight" in capsys.readouterr().out
+
+
+def test_two_state_dicts_of_the_same_numbers(tmp_path):
+    """A script may save a network and its best epoch, which is then the same, in one file."""
+    one = view(4, (2, 2), (2, 1))
+    both = {"model": state_dict({"a": one})[2:-1], "best": state_dict({"a": one})[2:-1]}
+    path = zip_of(state_dict(both), tmp_path / "a.pth", [bytes(16)])
+    assert unwrap(files.load(path))[0]["a"].shape == (2, 2)

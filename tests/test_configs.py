@@ -1,0 +1,94 @@
+"""The recipes of `configs/`: what their docstrings say of each method."""
+
+import numpy as np
+import pytest
+from helpers import config_file
+
+from ipwd_jax import config as config_lib
+from ipwd_jax import data, optim, train, validate
+
+BASELINES, IMAGENET = config_file("cifar_baselines"), config_file("imagenet_ipwd")
+
+
+@pytest.mark.parametrize(
+    ("network", "rate"),
+    [
+        ("MobileNetV2", 0.01),
+        ("MobileNetV2_0.75", 0.01),
+        ("ShuffleV1", 0.01),
+        ("ShuffleV2", 0.01),
+        ("ShuffleV2_0.5", 0.01),
+        ("MobileNetV1", 0.05),
+        ("resnet8x4", 0.05),
+        ("wrn_40_2", 0.05),
+    ],
+)
+def test_first_learning_rate(network, rate):
+    assert config_lib.cifar_learning_rate(network) == rate
+    config = BASELINES.get_config(f"kd,resnet32x4,{network}")
+    assert config.optimizer.learning_rate == rate
+
+
+@pytest.mark.parametrize("method", ["reviewkd", "reviewkd_ipwd", "reviewkd_constant"])
+@pytest.mark.parametrize(("student", "rate"), [("resnet8x4", 0.1), ("ShuffleV2_0.5", 0.02)])
+def test_reviewkd_has_its_authors_recipe(method, student, rate):
+    config = BASELINES.get_config(f"{method},resnet32x4,{student}")
+    validate.validate(config)
+    np.testing.assert_allclose(config.data.mean, np.array([125.3, 123.0, 113.9]) / 255)
+    np.testing.assert_allclose(config.data.std, np.array([63.0, 62.1, 66.7]) / 255)
+    assert config.teacher.train_mode and config.teacher.which == "best"
+    assert config.terms.reviewkd.first_epoch == 0 and config.terms.reviewkd.warmup == 20
+    for side, first in ((config, rate), (config.teacher, 0.1)):
+        assert (side.epochs, side.batch_size) == (240, 128)
+        optimizer = side.optimizer
+        assert (optimizer.nesterov, optimizer.weight_decay, optimizer.momentum) == (True, 5e-4, 0.9)
+        rates = optim.schedule(optimizer, 1, 240)
+        # Their script lowers the rate behind the epochs 150, 180 and 210 counted from 0.
+        for epoch, falls in ((150, 0), (151, 1), (180, 1), (181, 2), (210, 2), (211, 3)):
+            assert rates(epoch) == pytest.approx(first * 0.1**falls), epoch
+
+
+def test_other_methods_have_the_recipe_of_their_table():
+    config = BASELINES.get_config("dkd,resnet32x4,resnet8x4")
+    assert not config.teacher.train_mode and config.teacher.which == "last"
+    assert config.data.mean == () and tuple(config.optimizer.milestones) == (150, 180, 210)
+
+
+@pytest.mark.slow
+def test_a_run_with_the_recipe_of_reviewkd_is_trained(tmp_path):
+    """Its first epoch adds nothing; the teacher is one of its own."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (48, 8, 8, 3), np.uint8), np.arange(48) % 4
+    dataset = data.from_arrays(images[:40], labels[:40], images[40:], labels[40:])
+    config = BASELINES.get_config("reviewkd,resnet8,resnet8")
+    config.epochs, config.teacher.epochs = 2, 1
+    config.batch_size = config.teacher.batch_size = 16
+    config.data.crop_padding = 1
+    train.run(config, tmp_path / "student", dataset)
+    lines = (tmp_path / "student" / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("train_reviewkd")
+    history = [float(line.split(",")[column]) for line in lines[1:]]
+    assert history[0] == 0 and history[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "batch_size", "rate", "nesterov"),
+    [
+        ("at", 512, 0.2, False),
+        ("dkd", 512, 0.2, False),
+        ("crd", 256, 0.1, False),
+        ("reviewkd", 256, 0.1, False),
+        ("ce", 256, 0.1, True),
+        ("kd", 256, 0.1, True),
+        ("wsld", 256, 0.1, True),
+        ("ipwd", 256, 0.1, True),
+    ],
+)
+@pytest.mark.parametrize("student", ["ResNet18_imagenet", "MobileNetV1"])
+def test_optimisers_on_imagenet(method, batch_size, rate, nesterov, student):
+    config = IMAGENET.get_config(f"{method},ResNet50_imagenet,{student}")
+    validate.validate(config)
+    optimizer = config.optimizer
+    assert (config.batch_size, optimizer.learning_rate) == (batch_size, rate)
+    assert optimizer.nesterov == nesterov and optimizer.weight_decay == 1e-4
+    assert tuple(optimizer.milestones) == (30, 60, 90) and config.epochs == 100
