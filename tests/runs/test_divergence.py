@@ -1,0 +1,56 @@
+"""A network that has diverged is never finished, never saved, and never a teacher."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import settings
+
+from ipwd_jax import checkpoint, models, train
+from ipwd_jax.errors import UserError
+from ipwd_jax.state import network_shapes
+
+
+def labels_only(**changes):
+    config = settings(teacher__name="", loss__kd=0.0, loss__cls=0.0, loss__ce=1.0, **changes)
+    config.weighting.name = "uniform"
+    return config
+
+
+def test_a_last_step_that_goes_wrong_ends_the_run(squares, tmp_path):
+    """The loss of the only step is finite; the parameters after it are not."""
+    config = labels_only(epochs=1, batch_size=40, optimizer__learning_rate=1e38)
+    config.optimizer.momentum = 0.0
+    with pytest.raises(UserError) as error:
+        train.run(config, tmp_path, squares)
+    for words in ("after step 1 (epoch 1) of stage 'main'", "not finite", "params/student"):
+        assert words in str(error.value)
+    assert "Last good checkpoint: none" in str(error.value)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_no_checkpoint_after_a_bad_step(squares, tmp_path):
+    config = labels_only(epochs=2, checkpoint__every_seconds=0.0)
+    config.optimizer.learning_rate = 1e38
+    with pytest.raises(UserError, match="Last good checkpoint: none"):
+        train.run(config, tmp_path, squares)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_teacher_that_has_diverged_is_refused(squares, tmp_path):
+    config = settings()
+    train.run(config, tmp_path / "student", squares, teacher_only=True)
+    (folder,) = tmp_path.glob("*tiny*")
+    template = network_shapes(models.create("tiny", 2), (8, 8, 1))
+    variables, _ = checkpoint.load_network(folder, "last", template)
+    leaves, tree = jax.tree.flatten(jax.device_get(variables))
+    leaves[0] = np.full_like(leaves[0], np.nan)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    checkpoint.save_network(bad, jax.tree.unflatten(tree, leaves))
+    (bad / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
+    (bad / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="bad/checkpoints/0/last has diverged: 1 of its arrays"):
+        train.run(settings(teacher__workdir=str(bad)), tmp_path / "other", squares)
+    assert not (tmp_path / "other").exists()

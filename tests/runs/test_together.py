@@ -1,0 +1,96 @@
+"""Several steps in one call, a teacher that looks ahead, a shared order: the same numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import settings
+
+from ipwd_jax import report, train
+from ipwd_jax.errors import UserError
+from ipwd_jax.teacher import compare
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("together")
+
+
+def logits(workdir):
+    return np.load(workdir / "predictions.npz")["last_logits"]
+
+
+def run(name, dataset, folder, **changes):
+    changes = {"teacher__view_cache": "off", **changes}
+    train.run(settings(**changes), folder / name, dataset)
+    return logits(folder / name)
+
+
+@pytest.fixture(scope="module")
+def alone(squares, folder):
+    return {
+        seed: run(f"alone_{seed}", squares, folder, seed=seed, teacher__seed=0) for seed in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher__look_ahead": 2},
+        pytest.param({"steps_per_call": 2}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_call": 50}, marks=pytest.mark.slow),
+    ],
+    ids=["look_ahead", "two", "epoch"],
+)
+def test_steps_of_one_call_are_those_of_several(changes, alone, squares, folder):
+    name = "_".join(f"{key}{value}" for key, value in changes.items())
+    np.testing.assert_allclose(run(name, squares, folder, **changes), alone[0], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch):
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
+    actual = run("scanned", squares, folder, steps_per_call=3)
+    np.testing.assert_allclose(actual, alone[0], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_seeds_that_share_the_order(alone, squares, folder):
+    config = settings(seeds=(0, 1), share_order=True, teacher__view_cache="off")
+    train.run(config, folder / "shared", squares)
+    np.testing.assert_allclose(logits(folder / "shared_seed0"), alone[0], atol=2e-5)
+    other = logits(folder / "shared_seed1")
+    assert np.abs(other - alone[0]).max() > 1e-3 and np.abs(other - alone[1]).max() > 1e-4
+    noted = json.loads((folder / "shared_seed1" / "config.json").read_text())
+    assert noted["config"]["share_order"] is True
+
+
+def test_a_teacher_that_rounds_says_by_how_much(alone, squares, folder):
+    config = settings(teacher__fold=True, teacher__view_cache="off", precision="bfloat16", epochs=1)
+    result = train.run(config, folder / "rounded", squares)
+    assert 1e-4 < result["teacher"]["logits_error"] < 0.03
+    assert result["teacher"]["same_class"] > 0.9
+    assert "% off float32's" in report.summary(result)
+    assert "logits_error" not in json.loads((folder / "alone_0/result.json").read_text())["teacher"]
+
+
+def test_errors_of_logits_by_hand():
+    exact = np.array([[3.0, 4.0], [0.0, 5.0]])
+    assert compare(exact, exact) == {"logits_error": 0.0, "same_class": 1.0}
+    found = compare(exact + np.array([[2.0, 0.0], [0.0, 0.0]]), exact)
+    assert found == {"logits_error": pytest.approx((4 / 50) ** 0.5), "same_class": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"seeds": (1, 1)}, "has a seed twice"),
+        ({"share_order": True}, "needs several config.seeds"),
+        ({"teacher__look_ahead": 4, "teacher__train_mode": True}, "excludes fold and look_ahead"),
+    ],
+)
+def test_refused(changes, hint, squares, folder):
+    with pytest.raises(UserError, match=hint):
+        run("refused", squares, folder, **changes)
