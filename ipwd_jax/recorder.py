@@ -98,12 +98,16 @@ class Recorder:
         last_logits, last = run.test_scores(run.now.state.network())
         best_logits, best = run.test_scores(run.now.best)
         labels = experiment.dataset.test.labels
+        teacher = experiment.teacher
         writers.write_npz(
             run.workdir / "predictions.npz",
             last_logits=last_logits,
             best_logits=best_logits,
             labels=labels,
+            **({"teacher_logits": teacher.test_logits} if teacher else {}),
         )
+        if samples := run.samples():
+            writers.write_npz(run.workdir / "samples.npz", **samples)
         speeds = [row["images_per_second"] for row in position.history]
         speeds = [speed for speed in speeds if not math.isnan(speed)]
         result: dict[str, Any] = {
@@ -124,7 +128,7 @@ class Recorder:
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "versions": writers.versions(),
         }
-        if teacher := experiment.teacher:
+        if teacher:
             about = {"network": experiment.config.teacher.name, **teacher.rounding}
             scores = evaluate.score(teacher.test_logits, labels, teacher.class_mass())
             result["teacher"] = {**about, **scores}

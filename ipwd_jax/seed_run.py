@@ -157,6 +157,19 @@ class SeedRun:
                 row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
         return row
 
+    def samples(self) -> dict[str, np.ndarray]:
+        """What is known of each training sample; empty where nothing is weighted.
+
+        Returns:
+            `label` (N,), `class_mass` (C,), `weight` (N,), the weight after the latest visit, and
+            what else the weighting records of each sample.
+        """
+        if self.stage.weighting is None:
+            return {}
+        memory = jax.device_get(self.now.state.memory["weighting"])
+        labels = self.experiment.dataset.train.labels
+        return {"label": labels, "class_mass": self._class_mass(), **memory}
+
     def _class_mass(self) -> np.ndarray:
         """(C,) the probabilities that the teacher, or the student's own past, gives each class."""
         if self.experiment.teacher:

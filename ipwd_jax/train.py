@@ -73,7 +73,7 @@ def run(
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
-        _claim(runs, checksums)
+        _claim(runs, checksums, dataset)
         teacher = None
         if config.teacher.name:
             teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
@@ -82,7 +82,7 @@ def run(
                 return teacher_result
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
-            _claim(runs, checksums)
+            _claim(runs, checksums, dataset)
         results = _train(config, runs, dataset, teacher)
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
@@ -99,9 +99,11 @@ def _of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Pat
     return runs
 
 
-def _claim(runs: Mapping[pathlib.Path, ConfigDict], checksums: Mapping[str, str]) -> None:
+def _claim(
+    runs: Mapping[pathlib.Path, ConfigDict], checksums: Mapping[str, str], dataset: Dataset
+) -> None:
     for workdir, config in runs.items():
-        workdir_lib.claim(workdir, config, checksums)
+        workdir_lib.claim(workdir, config, checksums, dataset.description())
 
 
 def evaluate_run(
@@ -173,7 +175,7 @@ def _ensure_teacher(
             return _result(workdir)
         if workdir_lib.holds(workdir, config_of_teacher, checksums):
             return _result(workdir)
-        workdir_lib.claim(workdir, config_of_teacher, checksums)
+        workdir_lib.claim(workdir, config_of_teacher, checksums, dataset.description())
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
         runs = {workdir: config_of_teacher}
         return _train(config_of_teacher, runs, dataset, None)[0]

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from ml_collections import ConfigDict
@@ -83,13 +84,19 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
         lock.close()
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str]) -> None:
+def claim(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    checksums: Mapping[str, str],
+    data: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Notes in `config.json` what a work directory is for, or refuses one that is for other things.
 
     Args:
         workdir: of the run.
         config: of the run.
         checksums: of what the run reads (`data`, `teacher`); those noted earlier are kept.
+        data: what a user of the trained network must know of the data: `Dataset.description`.
 
     Raises:
         UserError: the directory is of another config, data or teacher; the message says what
@@ -97,7 +104,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
     """
     path = workdir / "config.json"
     plain = json.loads(config.to_json_best_effort())
-    noted, chosen = {}, {}
+    noted, kept = {}, {}
     if path.exists():
         try:
             there = json.loads(path.read_text())
@@ -116,14 +123,14 @@ def claim(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
                 + "\n  ".join(lines)
                 + "\nChoose another --workdir, or delete this one if it is not needed."
             )
-        chosen = there.get("chosen", {})
+        kept = {key: there[key] for key in ("chosen", "data") if key in there}
     elif any(workdir.glob("checkpoints/*")):
         raise UserError(
             f"{workdir} holds checkpoints but no {path.name}, so it is not known what they are of; "
             "choose another --workdir"
         )
-    note = {"config": plain, "checksums": {**noted, **checksums}}
-    writers.write_json(path, note | ({"chosen": chosen} if chosen else {}))
+    note = {"config": plain, "checksums": {**noted, **checksums}, **kept}
+    writers.write_json(path, note | ({"data": dict(data)} if data else {}))
 
 
 def chosen(workdir: pathlib.Path, setting: str) -> Any:

@@ -1,18 +1,18 @@
-"""What a data set is once it is read: two splits of images in memory."""
+"""The form that every data set has once it is read: two splits of images, and their statistics."""
 
 import dataclasses
 import hashlib
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from ipwd_jax.errors import UserError
 
 TEST_FRACTION = 0.2  # default of `config.data.test_fraction`
-_PIXELS_AT_ONCE = 2**24  # of the statistics, which need eight bytes for each
+_PIXELS_AT_ONCE = 2**24  # counting needs eight bytes for each of them
 
-# Mean and deviation of the training pixels in 0..1, as the published recipes print them.
+# Mean and standard deviation of the training pixels in 0..1, rounded as in the published recipes.
 STATISTICS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -29,7 +29,7 @@ class Streamed(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of what identifies the images."""
+        """A checksum of what identifies the images."""
 
     @property
     def flip(self) -> bool:
@@ -38,10 +38,10 @@ class Streamed(Protocol):
     def batches(
         self, index: np.ndarray, seed: int, epoch: int, train: bool
     ) -> Generator[np.ndarray]:
-        """Yield the uint8 images (B, H, W, channels) of each row of `index` (steps, B)."""
+        """Yield the images (B, H, W, channels) uint8 for each row of `index` (steps, B)."""
 
     def take(self, index: np.ndarray) -> "Streamed":
-        """The images (M,) of `index` alone, in its order."""
+        """Return only the images at the positions `index` (M,), in that order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Split:
 
     @property
     def in_memory(self) -> np.ndarray:
-        """The images where they are not streamed."""
+        """The images, which must not be streamed."""
         assert isinstance(self.images, np.ndarray)
         return self.images
 
@@ -68,12 +68,12 @@ class Dataset:
     """A classification data set.
 
     Attributes:
-        name: for people.
-        train: training split.
-        test: test split.
+        name: its name in messages, results and the default folder of a teacher.
+        train: the training split.
+        test: the test split.
         class_names: one per class, in the order of the labels.
-        mean: (channels,) float32 of the training pixels in 0..1.
-        std: (channels,) float32.
+        mean: (channels,) float32, the mean of the training pixels in 0..1.
+        std: (channels,) float32, their standard deviation.
     """
 
     name: str
@@ -82,6 +82,16 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
+
+    def description(self) -> dict[str, Any]:
+        """What a user of a network that was trained on it must know, as JSON has it."""
+        return {
+            "name": self.name,
+            "class_names": list(self.class_names),
+            "image_shape": list(self.train.images.shape[1:]),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
 
 
 def from_arrays(
@@ -96,21 +106,22 @@ def from_arrays(
     std: Sequence[float] | np.ndarray = (),
     test_fraction: float = TEST_FRACTION,
 ) -> Dataset:
-    """Make a data set of NumPy arrays, with checks.
+    """Make a data set from NumPy arrays, after checking them.
 
     Args:
         train_images: (N, H, W, channels) or (N, H, W) uint8.
-        train_labels: (N,) integers from 0; every class occurs.
-        test_images: likewise, or None: some samples of each class are held out (`hold_out`).
-        test_labels: likewise.
-        name: for people.
-        class_names: one per class; default "0", "1", ...
-        mean: per channel, of pixels in 0..1; default: computed from the training images.
-        std: likewise.
-        test_fraction: share of each class that is held out.
+        train_labels: (N,) integers from 0; every class must occur.
+        test_images: of the same form as `train_images`. If None, some training samples of each
+            class are held out for testing (`hold_out`).
+        test_labels: of the same form as `train_labels`.
+        name: its name in messages, results and the default folder of a teacher.
+        class_names: one per class; the default is "0", "1", ...
+        mean: per channel, of pixels in 0..1; computed from the training images by default.
+        std: per channel, of pixels in 0..1; computed from the training images by default.
+        test_fraction: share of each class that is held out if there are no test images.
 
     Raises:
-        UserError: something about the arrays is wrong; the message says what was found.
+        UserError: something is wrong with the arrays; the message says what was found.
     """
     train = _split(f"{name} training", train_images, train_labels)
     if test_images is None:
@@ -119,8 +130,8 @@ def from_arrays(
         test = _split(f"{name} test", test_images, test_labels)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
-            f"{name}: training images have the shape {train.images.shape[1:]}, "
-            f"test images {test.images.shape[1:]}"
+            f"{name}: the training images have the shape {train.images.shape[1:]}, but the test "
+            f"images have {test.images.shape[1:]}; both need the same shape"
         )
     classes = len(class_names) if class_names else int(train.labels.max()) + 1
     check_classes(name, classes, train.labels, test.labels)
@@ -135,15 +146,20 @@ def from_arrays(
 def check_classes(
     name: str, classes: int, train_labels: np.ndarray, test_labels: np.ndarray
 ) -> None:
-    """Raises `UserError` for one class, a class without training images, or a label of no class."""
+    """Raise `UserError` unless there are two classes or more and every label belongs to a class.
+
+    Every class must also have a training image.
+    """
     if classes < 2:
         raise UserError(f"{name} has {classes} classes; at least 2 are needed")
     trained = set(train_labels.tolist())
     if missing := sorted(set(range(classes)) - trained):
-        raise UserError(f"{name} has {classes} classes, without a training image: {missing[:10]}")
+        raise UserError(
+            f"{name} has {classes} classes, but no training image of the classes {missing[:10]}"
+        )
     if beyond := sorted((trained | set(test_labels.tolist())) - set(range(classes))):
         raise UserError(
-            f"{name} has {classes} classes, but labels that are none of them: {beyond[:10]}"
+            f"{name} has {classes} classes, but some labels belong to none of them: {beyond[:10]}"
         )
 
 
@@ -153,7 +169,12 @@ def checked_statistics(
     mean: Sequence[float] | np.ndarray,
     std: Sequence[float] | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation (channels,) as float32; `UserError` where they are not fit for it."""
+    """Return the mean and the standard deviation (channels,) as float32.
+
+    Raises:
+        UserError: their number differs from `channels`, one is not finite, or a deviation is not
+            positive.
+    """
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if (
         mean.shape != (channels,)
@@ -161,8 +182,8 @@ def checked_statistics(
         or not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all())
     ):
         raise UserError(
-            f"{name} has {channels} channels; mean and std need as many values, std above 0, "
-            f"found mean {mean.tolist()} and std {std.tolist()}"
+            f"{name} has {channels} channels; mean and std must have one finite value per channel, "
+            f"and std must be above 0; found mean {mean.tolist()} and std {std.tolist()}"
         )
     return mean, std
 
@@ -174,7 +195,7 @@ def _split(what: str, images: np.ndarray, labels: np.ndarray | None) -> Split:
     if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
         raise UserError(
             f"{what} images must be (N, H, W, channels) uint8 with pixels in 0..255, found "
-            f"{images.shape} {images.dtype}; floats in 0..1 become so by (255 * x).astype('uint8')"
+            f"{images.shape} {images.dtype}; convert floats in 0..1 by (255 * x).astype('uint8')"
         )
     first, *others = images.shape[1:]
     if first in (1, 3, 4) and first < min(others) and others[-1] not in (1, 3, 4):
@@ -189,21 +210,25 @@ def _split(what: str, images: np.ndarray, labels: np.ndarray | None) -> Split:
         )
     if labels.min() < 0 or labels.max() >= 2**31:
         raise UserError(
-            f"{what} labels start at 0 and fit into 32 bits, found {labels.min()} to {labels.max()}"
+            f"{what} labels must start at 0 and fit into 32 bits, found {labels.min()} to "
+            f"{labels.max()}"
         )
     return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
 def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
-    """Part a split in two, each class alike, evenly over the order of its samples.
+    """Hold out the same share of every class, at even intervals in the order of its samples.
 
     Args:
-        split: what is parted.
-        fraction: share of each class that is held out, in (0, 0.5]; at least one sample of every
-            class that has two.
+        split: the split to divide.
+        fraction: share of each class to hold out, in (0, 0.5]. At least one sample is held out of
+            every class that has two or more.
 
     Returns:
-        What stays and what is held out; a function of the arguments alone.
+        The remaining split and the held-out split. They depend on nothing but the arguments.
+
+    Raises:
+        UserError: the fraction is out of range, or no class has more than one sample.
     """
     if not 0 < fraction <= 0.5:
         raise UserError(f"config.data.test_fraction must be in (0, 0.5], found {fraction}")
@@ -213,7 +238,10 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
         count = max(round(fraction * len(members)), int(len(members) > 1))
         held[members[(np.arange(count) + 1) * len(members) // (count + 1)]] = True
     if not held.any():
-        raise UserError("every class has a single image, so none can be held out for testing")
+        raise UserError(
+            "every class has a single image, so none can be held out for testing; add images, or "
+            "provide a test split"
+        )
     return (
         Split(split.in_memory[~held], split.labels[~held]),
         Split(split.in_memory[held], split.labels[held]),
@@ -221,8 +249,11 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
 
 
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation per channel of pixels in 0..1; 1 for a channel that is constant."""
-    # Exact sums of integers, from how often each of the 256 values occurs.
+    """Return the mean and the standard deviation of the pixels in 0..1, per channel.
+
+    The deviation of a constant channel is given as 1.
+    """
+    # Counting how often each of the 256 values occurs keeps the sums exact.
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for part in np.array_split(images, -(-images.size // _PIXELS_AT_ONCE)):
         for channel in range(images.shape[-1]):
@@ -235,7 +266,7 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Checksum of everything that training and evaluation read: 16 hexadecimal digits."""
+    """Return a checksum of all that training and evaluation read, in 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((dataset.train.images.shape, dataset.test.images.shape)).encode())
     for split in (dataset.train, dataset.test):

@@ -1,0 +1,77 @@
+"""The functions of `import ipwd_jax` that belong to no other module."""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ipwd_jax import losses, models
+from ipwd_jax.config import default as default_config
+from ipwd_jax.config import has_key, unknown_key
+from ipwd_jax.errors import UserError
+from ipwd_jax.models import create as create_model
+
+__all__ = ["create_model", "default_config", "load_config", "networks", "terms", "weightings"]
+
+
+def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
+    """The config of a file, as `--config=PATH` reads it, with some settings changed.
+
+    Args:
+        path: of a file with a function `get_config`; what follows a colon is its argument:
+            "configs/cifar_ipwd.py:resnet110,resnet32".
+        changes: setting -> value, with `__` for the dots of nested ones:
+            `optimizer__learning_rate=0.1`.
+
+    Raises:
+        UserError: the file is missing, raises an error, or there is no such setting.
+    """
+    name, colon, argument = str(path).partition(":")
+    module = load_module(pathlib.Path(name))
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{name} has no function get_config, which every config file needs")
+    config = module.get_config(argument) if colon else module.get_config()
+    for key, value in changes.items():
+        key = key.replace("__", ".")
+        if not has_key(config, key):
+            raise unknown_key(key, config)
+        try:
+            config.update_from_flattened_dict({key: value})
+        except TypeError as error:
+            raise UserError(f"config.{key} cannot be {value!r}: {error}") from error
+    return config
+
+
+def load_module(path: pathlib.Path) -> Any:
+    """Runs a config file, so that what it adds to the registries is known, and returns its module.
+
+    Raises:
+        UserError: it is missing, or raises an error.
+    """
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ImportError("not the name of a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file raises
+        raise UserError(
+            f"the config file {path} cannot be run: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def networks() -> list[str]:
+    """The names of all networks; `wrn_<depth>_<width>` and `MobileNetV2_<width>` are open."""
+    return list(models.NETWORKS)
+
+
+def terms() -> list[str]:
+    """The names of all terms of the loss."""
+    return list(losses.TERMS)
+
+
+def weightings() -> list[str]:
+    """The names of all weightings."""
+    return list(losses.WEIGHTINGS)

@@ -1,0 +1,116 @@
+"""Use from Python: configs, finished runs, and the classifiers that they leave."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT, settings
+from PIL import Image
+
+import ipwd_jax
+from ipwd_jax import train
+from ipwd_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def workdir(squares, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "student"
+    train.run(settings(), workdir, squares)
+    return workdir
+
+
+def test_a_finished_run(workdir, squares):
+    run = ipwd_jax.load_run(workdir)
+    assert run.result == json.loads((workdir / "result.json").read_text())
+    assert run.config.weighting.name == "ipwd" and run.config.teacher.name == "tiny"
+    assert run.data["class_names"] == ["0", "1"] and run.data["image_shape"] == [8, 8, 1]
+    assert [row["epoch"] for row in run.history] == [1, 2]
+    assert run.history[-1]["test_top1"] == run.result["last"]["top1"]
+    samples = run.samples()
+    np.testing.assert_array_equal(samples["label"], squares.train.labels)
+    assert np.average(samples["weight"]) == pytest.approx(run.result["weights"]["weight_mean"])
+    assert samples["class_mass"].sum() == pytest.approx(40, rel=1e-5)
+    teacher = ipwd_jax.load_run(next(workdir.parent.glob("*tiny*")))
+    last = teacher.predictions()["last_logits"]
+    np.testing.assert_allclose(run.predictions()["teacher_logits"], last, atol=1e-5)
+    with pytest.raises(UserError, match=r"has no samples\.npz"):
+        teacher.samples()
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_classifier_has_the_logits_of_the_run(which, workdir, squares):
+    student = ipwd_jax.load_run(workdir).classifier(which)
+    logits = ipwd_jax.load_run(workdir).predictions()[f"{which}_logits"]
+    np.testing.assert_allclose(student.logits(squares.test.images), logits, atol=1e-5)
+    found = student.predict(squares.test.images, batch_size=7)
+    np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits), atol=1e-5)
+    assert found.labels.tolist() == logits.argmax(axis=1).tolist()
+    assert found.names == [str(label) for label in found.labels]
+
+
+def test_files_and_pillow_images_are_those_of_the_arrays(workdir, squares, tmp_path):
+    student, image = ipwd_jax.load_student(workdir), squares.test.images[3]
+    pillow = Image.fromarray(image[..., 0])
+    pillow.save(tmp_path / "a.png")
+    expected = student.predict(image).probabilities
+    for same in (pillow, tmp_path / "a.png", str(tmp_path / "a.png"), [image, pillow]):
+        for row in student.predict(same).probabilities:
+            np.testing.assert_allclose(row, expected[0], atol=1e-6)
+    pillow.resize((40, 40), Image.Resampling.BOX).convert("RGB").save(tmp_path / "large.png")
+    large = student.predict(tmp_path / "large.png").probabilities
+    np.testing.assert_allclose(large, expected, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((2, 8, 8, 3), np.uint8), r"found uint8 and \(8, 8, 3\)"),
+        (np.zeros((8, 8, 1)), "found float64"),
+        ([], "the list is empty"),
+        ("missing.png", "missing.png cannot be read: No such file"),
+        (str(ROOT / "README.md"), "README.md cannot be read as an image"),
+    ],
+)
+def test_images_that_cannot_be_classified(images, words, workdir):
+    with pytest.raises(UserError, match=words):
+        ipwd_jax.load_student(workdir).predict(images)
+
+
+def test_folders_that_hold_no_run(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        ipwd_jax.load_run(tmp_path)
+    shutil.copytree(workdir, tmp_path / "older")
+    noted = json.loads((tmp_path / "older/config.json").read_text())
+    del noted["data"]
+    (tmp_path / "older/config.json").write_text(json.dumps(noted))
+    with pytest.raises(UserError, match="start its command again"):
+        ipwd_jax.load_student(tmp_path / "older")
+    (tmp_path / "older/config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        ipwd_jax.load_run(tmp_path / "older")
+
+
+def test_configs_of_files():
+    config = ipwd_jax.load_config(
+        ROOT / "configs/digits_ipwd.py", epochs=3, optimizer__learning_rate=0.2, seeds=(0, 1)
+    )
+    assert (config.epochs, config.optimizer.learning_rate, config.seeds) == (3, 0.2, (0, 1))
+    other = ipwd_jax.load_config(f"{ROOT / 'configs/digits_ipwd.py'}:resnet14,resnet8")
+    assert other.teacher.name == "resnet14"
+    with pytest.raises(UserError, match="Did you mean config.epochs"):
+        ipwd_jax.load_config(ROOT / "configs/digits_ipwd.py", epoch=3)
+    with pytest.raises(UserError, match=r"config\.epochs cannot be 'many'"):
+        ipwd_jax.load_config(ROOT / "configs/digits_ipwd.py", epochs="many")
+    with pytest.raises(UserError, match=r"none\.py cannot be run"):
+        ipwd_jax.load_config("none.py")
+
+
+def test_everything_that_the_package_names_is_there():
+    for name in ipwd_jax._EXPORTED:
+        assert getattr(ipwd_jax, name) is not None
+    assert "resnet8" in ipwd_jax.networks() and "kd" in ipwd_jax.terms()
+    assert "ipwd" in ipwd_jax.weightings()
+    with pytest.raises(AttributeError):
+        _ = ipwd_jax.nothing
