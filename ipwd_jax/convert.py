@@ -10,33 +10,15 @@ An imported network is used as a teacher by --config.teacher.workdir=DIR and eva
 """
 
 import argparse
-import importlib.util
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import logging
 
+from ipwd_jax.api import load_module
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch import export_file, import_file
-
-
-def load_config_file(path: pathlib.Path) -> None:
-    """Runs a config file, so that the networks that it adds to `models.NETWORKS` are known.
-
-    Raises:
-        UserError: it is missing, or raises an error.
-    """
-    try:
-        spec = importlib.util.spec_from_file_location("config_of_convert", path)
-        if spec is None or spec.loader is None:
-            raise ImportError("not the name of a Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file raises
-        raise UserError(
-            f"the config file {path} cannot be run: {type(error).__name__}: {error}"
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)
     try:
         if given.config:
-            load_config_file(given.config)
+            load_module(given.config)
         if given.command == "import":
             import_file(given.file, given.workdir, given.network, given.key)
             print(f"Written to {given.workdir or pathlib.Path('runs') / given.file.stem}")

@@ -77,8 +77,9 @@ class Classifier:
         It is a JAX function, which can be compiled, differentiated and exported.
         """
         with precision.of_products("float32"):
-            normalized = augment.normalize(images, self.mean, self.std)
-            return self.network.apply(self.variables, normalized).logits
+            mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+            outputs: Any = self.network.apply(self.variables, augment.normalize(images, mean, std))
+            return outputs.logits
 
     def predict(
         self, images: ImageLike | Sequence[ImageLike], batch_size: int = 500
@@ -136,9 +137,9 @@ class Classifier:
 
 
 def _opened(image: str | pathlib.Path | Image.Image) -> Image.Image:
-    file = io.BytesIO(_encoded(image)) if isinstance(image, Image.Image) else pathlib.Path(image)
+    encoded = _encoded(image)
     try:
-        return to_rgb(file)
+        return to_rgb(io.BytesIO(encoded))
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{image} cannot be read as an image: {error}") from error
 
@@ -235,8 +236,8 @@ class Run:
             jax.device_get(variables),
             tuple(self.data["class_names"]),
             shape,
-            np.float32(self.data["mean"]),
-            np.float32(self.data["std"]),
+            np.asarray(self.data["mean"], np.float32),
+            np.asarray(self.data["std"], np.float32),
             centre_crop=self.config.data.streaming,
         )
 
@@ -261,9 +262,7 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         result_path = workdir / "result.json"
         result = json.loads(result_path.read_text()) if result_path.exists() else {}
     except FileNotFoundError:
-        raise UserError(
-            f"{workdir} is not the work directory of a run: {path} is missing"
-        ) from None
+        raise UserError(f"{workdir} is not the folder of a run: {path} is missing") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); is {workdir} a run?") from error
     return Run(workdir, config, data, result)

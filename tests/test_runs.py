@@ -99,7 +99,7 @@ def test_configs_of_files():
     assert (config.epochs, config.optimizer.learning_rate, config.seeds) == (3, 0.2, (0, 1))
     other = ipwd_jax.load_config(f"{ROOT / 'configs/digits_ipwd.py'}:resnet14,resnet8")
     assert other.teacher.name == "resnet14"
-    with pytest.raises(UserError, match="Did you mean config.epochs"):
+    with pytest.raises(UserError, match=r"Did you mean config\.epochs"):
         ipwd_jax.load_config(ROOT / "configs/digits_ipwd.py", epoch=3)
     with pytest.raises(UserError, match=r"config\.epochs cannot be 'many'"):
         ipwd_jax.load_config(ROOT / "configs/digits_ipwd.py", epochs="many")
