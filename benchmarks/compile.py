@@ -1,9 +1,9 @@
-"""Seconds of compiling a train step, without and with the persistent cache of XLA.
+"""Measure how long a training step takes to compile, without and with XLA's persistent cache.
 
     python benchmarks/compile.py [--pair resnet20,resnet8] [--precision bfloat16]
 
-Compiles the step in a fresh process with an empty cache, then in another with what the first one
-left there. Prints one JSON line for each.
+Compiles the step in a fresh process with an empty cache, and then in another fresh process with the
+cache that the first one has filled. Prints one JSON line for each.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ipwd_jax.precision import PRECISIONS
 
 
 def compile_once(arguments: argparse.Namespace) -> dict[str, float | str]:
-    """Compiles the step in this process; seconds of each part."""
+    """Compile the step in this process; return the seconds of each part, and JAX's version."""
     jax.config.update("jax_compilation_cache_dir", arguments.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -42,19 +42,19 @@ def compile_once(arguments: argparse.Namespace) -> dict[str, float | str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pair", default="resnet20,resnet8", help="TEACHER,STUDENT")
+    parser.add_argument("--pair", default="resnet20,resnet8", help="the networks, TEACHER,STUDENT")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--teacher", default="network", choices=("network", "folded"))
-    parser.add_argument("--batch", type=int, default=64, help="images of a step")
-    parser.add_argument("--steps-per-call", type=int, default=1, help="of the compiled program")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
+    parser.add_argument("--steps-per-call", type=int, default=1, help="steps of one call")
     parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Compiles twice, each time in a process of its own, or once where a cache is given."""
+    """Compile twice, each time in a process of its own, or once if a cache is given."""
     if arguments.cache:
         print(json.dumps(compile_once(arguments)))
         return

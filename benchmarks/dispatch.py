@@ -1,10 +1,11 @@
-"""Python's share of a training step: how long the call takes to return, and the step to end.
+"""Measure Python's share of a training step: when its call returns, and when the step has ended.
 
     python benchmarks/dispatch.py [STEPS]
 
-Trains resnet8 with a resnet20 teacher and IPWD on the digits, one step at a time, and prints one
-JSON line of quartiles in microseconds: a call of a program that does nothing with the same arrays,
-the call of the step until it returns, and until its result is there.
+Trains resnet8 on the digits with IPWD and a resnet20 teacher, one step at a time. Prints one JSON
+line with the quartiles of three times in microseconds: `empty_us`, for a program that is called
+with the same arrays and does almost nothing; `call_us`, until the call of the step returns; and
+`step_us`, until the result of that call is ready.
 """
 
 import itertools
@@ -29,7 +30,7 @@ WARM_UP = 20
 
 
 def make_experiment() -> Experiment:
-    """What is trained, with an untrained teacher."""
+    """Return the experiment that is timed; its teacher is untrained."""
     config = config_lib.default()
     config.data.update({"name": "digits", "crop_padding": 1, "flip": False})
     config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
@@ -45,7 +46,7 @@ def make_experiment() -> Experiment:
 def timed(
     step: Callable, states: tuple, fixed: tuple, calls: Sequence[tuple], steps: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each step, once warm, until its call returns and until its result is there."""
+    """Return each warm step's seconds until its call returns, and until its result is ready."""
     returned, ended = [], []
     for rows in itertools.islice(itertools.cycle(calls), WARM_UP + steps):
         started = time.perf_counter()
@@ -57,14 +58,14 @@ def timed(
 
 
 def main(steps: int) -> None:
-    """Times both programs and prints the line."""
+    """Time both programs and print the JSON line."""
     experiment = make_experiment()
     dataset, teacher = experiment.dataset, experiment.teacher
     fixed = parallel.replicate(resident(dataset, dataset.train)), teacher.inputs
     calls = [tuple((x,) for x in rows) for rows in experiment.batches(seed=0, epoch=0)]
     states = (parallel.replicate(experiment.begin(0, experiment.initial_state(seed=0))),)
     leaves = len(jax.tree.leaves((states, fixed)))
-    # The same arrays through a program that does nothing: what a call costs beside its program.
+    # The same arrays, passed to a program that does almost nothing, show what a call itself costs.
     nothing = parallel.compile_train_step(
         lambda states, *_: tuple(state.replace(step=state.step + 1) for state in states)
     )

@@ -1,11 +1,11 @@
-"""Whole runs: augmentation, teacher, student, metrics, checkpoints and evaluation, by the clock.
+"""Time whole runs: augmentation, teacher, student, metrics, checkpoints and evaluation.
 
     python benchmarks/end_to_end.py [--pair resnet32x4,resnet8x4] [--epochs 2] [--size 50000]
 
-Trains the student of an untrained teacher on noise, through the same `train.run` as any run, with
-the teacher asked in each step and with its views cached, and times the usual eager PyTorch loop
-beside it. Prints one JSON line per arm with the seconds that
-240 epochs of 50,000 images would take at that speed, evaluations not counted.
+Trains the student of an untrained teacher on noise, through the same `train.run` as any other run:
+once with the teacher asked in each step, and once with its answers to the views cached. Times the
+usual eager PyTorch loop for comparison. Prints one JSON line per arm, with the seconds that 240
+epochs of 50,000 images would take at the speed of the arm, not counting evaluation.
 """
 
 import argparse
@@ -26,7 +26,7 @@ EPOCHS, TRAIN = 240, 50_000
 
 
 def ours(options: argparse.Namespace, cache: str, folder: pathlib.Path) -> dict[str, float]:
-    """Seconds of a run's epochs, and of what comes once."""
+    """Return a run's images per second, its seconds in all, and the seconds to fill its cache."""
     teacher, student = options.pair.split(",")
     problem = make_problem((teacher, student), 1, options.batch, size=options.size)
     test = options.size // 5
@@ -47,7 +47,7 @@ def ours(options: argparse.Namespace, cache: str, folder: pathlib.Path) -> dict[
     train.run(config, run, dataset)
     whole = time.perf_counter() - started
     rows = np.genfromtxt(run / "metrics.csv", delimiter=",", names=True, dtype=None, encoding=None)
-    speeds = np.atleast_1d(rows["images_per_second"])[1:]  # the first one waits for the compiler
+    speeds = np.atleast_1d(rows["images_per_second"])[1:]  # without the first epoch, which compiles
     result = {"images_per_second": float(np.median(speeds)), "whole_seconds": whole}
     notes = list((workdir / "views").glob("*.json"))
     if cache != "off" and notes:
@@ -56,7 +56,7 @@ def ours(options: argparse.Namespace, cache: str, folder: pathlib.Path) -> dict[
 
 
 def torch_loop(options: argparse.Namespace) -> dict[str, float]:
-    """Images a second of the eager loop."""
+    """Return the images per second of the eager loop."""
     steps = max(2, min(options.epochs * options.size // options.batch, options.torch_steps))
     pair = tuple(options.pair.split(","))
     problem = make_problem(pair, 2 + steps, options.batch, size=options.size)
@@ -67,7 +67,7 @@ def torch_loop(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Times the arms one after the other."""
+    """Time the arms one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         arms = {
             "ours, teacher in the step": lambda: ours(options, "off", pathlib.Path(folder)),
@@ -87,7 +87,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
-"""How fast images become batches: decoding on the host, and augmentation on the device.
+"""Measure how fast images become batches: decoding on the host, augmentation on the device.
 
     python benchmarks/input.py [--images 400] [--seconds 3] [--repeats 3]
 
-Writes synthetic JPEGs of 500x375 pixels at quality 90 to a temporary folder, and prints one JSON
-line about the machine and one per arm: images per second (median of alternating repeats, and the
-slowest and the fastest), and milliseconds of CPU per image, which other work on the machine
-disturbs less. Every arm reads the file, and makes the same random crops of 224x224 pixels.
+Writes synthetic JPEGs of 500x375 pixels at quality 90 to a temporary folder. Prints one JSON line
+about the machine, and one per arm with its images per second (the median of alternating repeats,
+and the slowest and the fastest as `spread`) and its CPU milliseconds per image, which other work on
+the machine disturbs less. Every arm that decodes reads the same files and makes the same random
+crops of 224x224 pixels.
 """
 
 import argparse
@@ -36,7 +37,7 @@ Decoder = Callable[[bytes, int], np.ndarray]
 
 
 def synthetic(rng: np.random.Generator) -> Image.Image:
-    """Octaves of smooth noise, grey more than coloured, as fine and as strong as photographs."""
+    """Return octaves of smooth noise, mostly grey, with the detail and contrast of a photograph."""
     total = np.zeros((375, 500, 3), np.float32)
     for octave in range(1, 9):
         rows, columns = 375 * 2**octave // 256 + 2, 500 * 2**octave // 256 + 2
@@ -51,7 +52,7 @@ def synthetic(rng: np.random.Generator) -> Image.Image:
 
 
 def write_images(folder: pathlib.Path, count: int) -> int:
-    """Write `count` files below `folder`/train/a; returns their size in bytes."""
+    """Write `count` files to `folder`/train/a; return their total size in bytes."""
     rng, total = np.random.default_rng(0), 0
     (folder / "train" / "a").mkdir(parents=True)
     for i in range(count):
@@ -62,7 +63,7 @@ def write_images(folder: pathlib.Path, count: int) -> int:
 
 
 def draw(index: int, height: int, width: int) -> tuple[int, int, int, int, bool]:
-    """The crop, as the edges of a box, and whether it is mirrored."""
+    """Return the top, bottom, left and right edge of a crop, and whether it is mirrored."""
     draws = np.random.Generator(np.random.Philox(key=index)).random(23).tolist()
     top, left, rows, columns = decode.crop_box(height, width, draws)
     return top, top + rows, left, left + columns, draws[-1] < 0.5
@@ -102,7 +103,7 @@ def ours(encoded: bytes, index: int) -> np.ndarray:
 
 
 def pooled(decoder: Decoder, records: streaming.Records, threads: int) -> Iterator[int]:
-    """Batches of a plain thread pool that is always busy."""
+    """Yield the sizes of batches that a plain, always busy thread pool decodes."""
 
     def part(indices: list[int], out: np.ndarray) -> None:
         for index, image in zip(indices, out, strict=True):
@@ -126,7 +127,7 @@ def pooled(decoder: Decoder, records: streaming.Records, threads: int) -> Iterat
 
 
 def streamed(records: streaming.Records, threads: int) -> Iterator[int]:
-    """Batches of this package."""
+    """Yield the sizes of batches that this package streams."""
     index = np.arange(10_000 * BATCH, dtype=np.int32).reshape(-1, BATCH) % len(records.labels)
     loader = streaming.batches(
         records, index, seed=0, epoch=0, size=SIZE, train=True, threads=threads, prefetch=AHEAD
@@ -139,7 +140,7 @@ def streamed(records: streaming.Records, threads: int) -> Iterator[int]:
 
 
 def grained(decoder: Decoder, records: streaming.Records, threads: int) -> Iterator[int]:
-    """Batches of grain's threads."""
+    """Yield the sizes of batches that grain's threads decode."""
     import grain
 
     indices = grain.MapDataset.range(len(records.labels)).repeat()
@@ -154,7 +155,7 @@ def grained(decoder: Decoder, records: streaming.Records, threads: int) -> Itera
 
 
 def arms(records: streaming.Records) -> dict[str, tuple[tuple[str, ...], Callable]]:
-    """Name of an arm: the modules that it needs, and a function from threads to its batches."""
+    """Return each arm's required modules, and its function from a thread count to batches."""
 
     def plain(decoder: Decoder) -> Callable:
         return functools.partial(pooled, decoder, records)
@@ -173,7 +174,7 @@ def arms(records: streaming.Records) -> dict[str, tuple[tuple[str, ...], Callabl
 
 
 def measure(batches: Iterator[int], seconds: float) -> tuple[float, float]:
-    """Images per second, and milliseconds of CPU per image; the first batch is not counted."""
+    """Return images per second and CPU milliseconds per image, not counting the first batch."""
     next(batches)
     started, cpu, images = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - started < seconds:
@@ -193,7 +194,7 @@ def report(arm: str, threads: int, results: list[tuple[float, float]]) -> None:
 
 
 def resident(batch: int) -> Iterator[int]:
-    """Batches of a set of CIFAR's size per image that lives on the device."""
+    """Yield the sizes of augmented batches of CIFAR-sized images that reside on the device."""
     images = jax.random.bits(jax.random.key(0), (4096, 32, 32, 3), np.uint8)
     mean = std = np.full(3, 0.5, np.float32)
 

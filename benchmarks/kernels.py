@@ -1,11 +1,12 @@
-"""What a training step consists of: its kernels, how long each takes, how long the device waits.
+"""List the kernels of a training step, how long each takes, and how long the device is idle.
 
     python benchmarks/kernels.py [--pair TEACHER,STUDENT] [--arm ours_bfloat16] [--steps N]
 
-Traces some steps of an arm of `step.py` with the profiler of its framework. Prints one JSON line,
-with the kernels of a step (on a CPU: operations of the program), the milliseconds that they take
-and the share of the time in which none of them runs (on a CPU, those that a library computes in
-its own threads count as none), then a table of those that take longest.
+Traces some steps of an arm of `step.py` with the profiler of its framework. Prints one JSON line
+with the number of kernels in a step (on a CPU, operations of the program), the milliseconds per
+step, and the share of the time in which no kernel runs. On a CPU, the time of operations that a
+library computes in threads of its own counts as idle. Then prints a table of the kernels that take
+longest.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Event = tuple[str, float, float]  # name, start and end in nanoseconds
 
 
 def traced_by_jax(arm: Any, steps: int) -> Iterator[Event]:
-    """What the device does in so many steps of ours."""
+    """Yield what the device does in this many steps of one of our arms."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             arm.run(steps)
@@ -43,7 +44,7 @@ def traced_by_jax(arm: Any, steps: int) -> Iterator[Event]:
 
 
 def traced_by_torch(arm: Any, steps: int) -> Iterator[Event]:
-    """What the device does in so many steps of PyTorch's."""
+    """Yield what the device does in this many steps of one of PyTorch's arms."""
     import torch
 
     with torch.profiler.profile() as profile:
@@ -55,7 +56,7 @@ def traced_by_torch(arm: Any, steps: int) -> Iterator[Event]:
 
 
 def busy(events: list[Event]) -> float:
-    """Nanoseconds in which at least one event runs."""
+    """Return the nanoseconds during which at least one event runs."""
     total, until = 0.0, 0.0
     for _, start, end in sorted(events, key=lambda event: event[1]):
         total += max(0.0, end - max(start, until))
@@ -64,7 +65,7 @@ def busy(events: list[Event]) -> float:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Traces the arm and prints what was found."""
+    """Trace the arm and print what was found."""
     options.child, options.reference = options.arm, ""
     if flags := our_arms(1).get(options.arm, {}).get("flags"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
@@ -90,13 +91,13 @@ def main(options: argparse.Namespace) -> None:
     for name, start, end in events:
         spent[name] += (end - start) / options.steps / 1e6
         count[name] += 1 / options.steps
-    print(f"{'ms a step':>10}{'calls':>8}  kernel")
+    print(f"{'ms/step':>10}{'calls':>8}  kernel")
     for name, ms in spent.most_common(options.top):
         print(f"{ms:10.3f}{count[name]:8.1f}  {name[:80]}")
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,11 +106,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arm", default="ours_bfloat16" if ON_GPU else "ours_float32", choices=arms
     )
-    parser.add_argument("--batch", type=int, default=64, help="images of a step")
-    parser.add_argument("--images", type=int, default=50_000, help="of the made-up data set")
-    parser.add_argument("--steps", type=int, default=50 if ON_GPU else 3, help="that are traced")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
+    parser.add_argument("--images", type=int, default=50_000, help="size of the random data set")
+    parser.add_argument("--steps", type=int, default=50 if ON_GPU else 3, help="traced steps")
     parser.add_argument("--steps-per-call", type=int, default=50 if ON_GPU else 1)
-    parser.add_argument("--top", type=int, default=15, help="rows of the table")
+    parser.add_argument("--top", type=int, default=15, help="rows of the printed table")
     return parser.parse_args()
 
 

@@ -1,15 +1,17 @@
-"""What each loss term adds to a training step: its time beside that of plain KD, and its memory.
+"""Measure what each loss term adds to a training step: time relative to plain KD, and memory.
 
     python benchmarks/losses.py [--pair TEACHER,STUDENT] [--batch 64] [--steps N] [--terms a,b,...]
 
-Each term is trained with its published weights in the compiled step of a run, on random images of
-the size of CIFAR-100 that live on the device, and calls of its step alternate with calls of plain
-KD's (0.1 cross-entropy + 0.9 KD). Both have the same batch; `ab` and `fsp`, losses of a first
-stage, are timed as losses of the main one. Prints one JSON line on the machine, one for each term
-and a table. Of a ratio, the term's time over KD's, come the quartiles over the pairs of calls.
+Each term is trained with its published loss weights in the compiled step of a run, on a random data
+set of CIFAR-100's size that resides on the device. Calls of its step alternate with calls of the
+step of plain KD (0.1 cross-entropy + 0.9 KD) with the same batch size. `ab` and `fsp`, the losses
+of a first stage, are timed as losses of the main stage. Prints one JSON line about the machine, one
+per term, and a table. `ratio` is the time of a call of the term's step over that of the paired call
+of KD's, as the median and, in `ratio_quartiles`, the outer quartiles over all pairs.
 
-`temp_mib` is what the compiled step needs beside its arguments. `peak_mib` is the most that the
-device has held since the process began, so it never falls: name a single term to get its own.
+`temp_mib` is the memory that the compiled step needs in addition to its arguments and results.
+`peak_mib` is the most memory that the device has held since the process began. It never falls, so
+run a single term to get the peak of that term.
 """
 
 import argparse
@@ -40,7 +42,7 @@ IMAGES, SHAPE, CLASSES, EPOCHS = 50_000, (32, 32, 3), 100, 240
 WARMUP_CALLS = 2
 CONFIG = pathlib.Path(__file__).resolve().parent.parent / "configs" / "cifar_baselines.py"
 KD = {"ce": 0.1, "kd": 0.9}
-# Terms that are no method of their own in the published tables.
+# Terms that are not methods of their own in the published tables.
 WEIGHTS = {
     "cls": {**KD, "cls": 1.0},
     "kd_head": {**KD, "kd_head": 0.9},
@@ -56,11 +58,11 @@ class Bench:
     """What all arms share.
 
     Attributes:
-        config: of a run, without losses.
-        dataset: random images.
-        teacher: with random parameters.
+        config: the config of a run, in which every loss weight is 0.
+        dataset: a data set of random images.
+        teacher: a teacher with random parameters.
         data: the training set, on all devices.
-        calls: what each call of a step takes beside these, used in turn.
+        calls: the remaining arguments of each call of a step, which are used in turn.
     """
 
     config: ConfigDict
@@ -71,15 +73,16 @@ class Bench:
 
 
 class Arm:
-    """A compiled train step and the state that it carries.
+    """A compiled training step and its state.
 
     Attributes:
-        temp_bytes: what the program needs beside its arguments and results; None: not known.
-        compile_seconds: of its compilation.
+        temp_bytes: memory that the program needs in addition to its arguments and results, or None
+            if it is not known.
+        compile_seconds: how long the compilation took.
     """
 
     def __init__(self, bench: Bench, weights: Mapping[str, float]) -> None:
-        """Compiles the step whose loss has these weights, and takes its first steps."""
+        """Compile the step for a loss with these weights, and take its first steps untimed."""
         self._bench, self._called = bench, 0
         config = bench.config.copy_and_resolve_references()
         config.loss.update(weights)
@@ -95,7 +98,7 @@ class Arm:
             self.call()
 
     def call(self) -> float:
-        """Milliseconds a step of the next call, until its result is there."""
+        """Make the next call, wait for its result, and return its milliseconds per step."""
         bench = self._bench
         rows = bench.calls[self._called % len(bench.calls)]
         self._called += 1
@@ -106,18 +109,18 @@ class Arm:
         return 1e3 * (time.perf_counter() - started) / len(index)
 
     def finite(self) -> bool:
-        """Whether all losses have been finite so far."""
+        """Return whether all losses have been finite so far."""
         return all(int(first) < 0 for first in self._state.nonfinite.values())
 
 
 def make_bench(teacher: str, student: str, batch: int, steps_per_call: int) -> Bench:
-    """Random data and a random teacher on all devices."""
+    """Put random data and a random teacher on all devices."""
     for name in (teacher, student):
         models.check_input(name, *SHAPE[:2])
     config = config_lib.default()
     config.model.name, config.teacher.name = student, teacher
     config.batch_size, config.epochs, config.steps_per_call = batch, EPOCHS, steps_per_call
-    # So small that the answers of an untrained teacher cannot drive a loss to infinity.
+    # This rate is so small that an untrained teacher's answers cannot drive a loss to infinity.
     config.optimizer.learning_rate = 1e-6
     config.loss.ce = 0.0
     rng = np.random.default_rng(0)
@@ -128,14 +131,17 @@ def make_bench(teacher: str, student: str, batch: int, steps_per_call: int) -> B
     dataset = Dataset("noise", train, train, names, mean, std)
     network = models.create(teacher, CLASSES)
     variables = jax.jit(network.init)(jax.random.key(1), np.zeros((1, *SHAPE), np.float32))
-    # What a term may ask about its answers on the training set: in all a random mass of each class.
+    # Terms can read the teacher's logits on the training set; these give each class a random mass.
     mass = np.random.default_rng(1).dirichlet(np.ones(CLASSES))
     asked = dataclasses.replace(
         from_variables(config, variables, dataset), train_logits=np.log(mass)[None]
     )
-    full = IMAGES // batch  # the last batch of an epoch may be padded
+    full = IMAGES // batch  # without the last batch of an epoch, which can have padding rows
     if full < steps_per_call:
-        raise UserError(f"--batch {batch} leaves fewer than {steps_per_call} steps in an epoch")
+        raise UserError(
+            f"--batch {batch} leaves {full} full steps in an epoch, but one call takes "
+            f"{steps_per_call}; choose a smaller batch size"
+        )
     feed = assemble(config, dataset, asked).batches(
         seed=0, epoch=0, end=full // steps_per_call * steps_per_call
     )
@@ -144,9 +150,9 @@ def make_bench(teacher: str, student: str, batch: int, steps_per_call: int) -> B
 
 
 def compare(name: str, weights: Mapping[str, float], bench: Bench, kd: Arm, calls: int) -> dict:
-    """The numbers of a term: `calls` calls of its step alternate with as many of KD's."""
+    """Return a term's numbers, from `calls` calls of its step alternating with as many of KD's."""
     arm = Arm(bench, weights)
-    kd.call()  # what compilation has pushed out of the caches comes back
+    kd.call()  # refills the caches that compilation has evicted
     of_term, of_kd = [], []
     for i in range(calls):
         pair = [(arm, of_term), (kd, of_kd)]
@@ -173,13 +179,13 @@ def _mib(size: int | None) -> float | None:
 
 
 def weights_of(name: str) -> dict[str, float]:
-    """Weights of the losses with which a term is timed: the published ones where there are any."""
+    """Return the loss weights that a term is timed with, the published ones if there are any."""
     published = runpy.run_path(str(CONFIG))["LOSSES"]
     return WEIGHTS.get(name) or published.get(name) or {"ce": 1.0, name: 1.0}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The lines of the terms below each other."""
+    """Format the lines of the terms as a table."""
     cells = [COLUMNS]
     for row in rows:
         found = (row.get(column, "") for column in COLUMNS)
@@ -197,7 +203,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def environment(options: argparse.Namespace, steps_per_call: int) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     device = jax.local_devices()[0]
     about = {
         "platform": device.platform,
@@ -214,21 +220,21 @@ def environment(options: argparse.Namespace, steps_per_call: int) -> dict[str, A
         "precision": config_lib.default().precision,
     }
     if options.small:
-        about["note"] = "a small pair and few steps by default on a CPU; choose with --pair"
+        about["note"] = "on a CPU the default is a small pair and few steps; choose with --pair"
     return about
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with defaults that fit the platform.
+    """Parse the options, whose defaults suit the platform.
 
     Raises:
-        UserError: a value is wrong; the message says which.
+        UserError: a value is wrong; the message says which one.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pair", default="", help="TEACHER,STUDENT")
-    parser.add_argument("--batch", type=int, default=64, help="images of a step")
-    parser.add_argument("--steps", type=int, default=0, help="timed steps of each arm")
-    parser.add_argument("--terms", default="", help="names with commas; default: all")
+    parser.add_argument("--pair", default="", help="the networks, TEACHER,STUDENT")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps per arm")
+    parser.add_argument("--terms", default="", help="comma-separated names; default: all terms")
     options = parser.parse_args(arguments)
     on_cpu = jax.default_backend() == "cpu"
     options.small = on_cpu and not options.pair
@@ -236,9 +242,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.steps = options.steps or (10 if on_cpu else 200)
     options.terms = options.terms.split(",") if options.terms else list(losses.TERMS)
     if options.pair.count(",") != 1:
-        raise UserError(f"--pair takes TEACHER,STUDENT, found {options.pair!r}")
+        raise UserError(f"--pair must be two networks, TEACHER,STUDENT, found {options.pair!r}")
     if min(options.batch, options.steps) < 1:
-        raise UserError("--batch and --steps must be at least 1")
+        raise UserError(
+            f"--batch and --steps must be at least 1, found {options.batch} and {options.steps}"
+        )
     for name in options.terms:
         if name not in losses.TERMS:
             raise unknown_name("loss term", name, losses.TERMS)
@@ -246,9 +254,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time the terms and print what they cost."""
+    """Time the terms and print what they add to a step."""
     options = parse(arguments)
-    # As in a run: steps of one call hide Python where a step is short, and do not pay on a CPU.
+    # As in a run: several steps per call hide Python's time if steps are short, but not on a CPU.
     steps_per_call = 1 if jax.default_backend() == "cpu" else 10
     bench = make_bench(*options.pair.split(","), options.batch, steps_per_call)
     print(json.dumps(environment(options, steps_per_call)), flush=True)
@@ -257,7 +265,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in options.terms:
         try:
             row = compare(name, weights_of(name), bench, kd, -(-options.steps // steps_per_call))
-        except Exception as error:  # the others are timed all the same
+        except Exception as error:  # the other terms are timed all the same
             row = {"term": name, "error": str(error).partition("\n")[0] or repr(error)}
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -1,6 +1,6 @@
-"""Our training step with everything that it reads: what the benchmarks run.
+"""Our training step and all of its inputs, as the benchmarks run it.
 
-Both frameworks start from a `Problem`: the same weights, images, batches and views.
+Both frameworks start from the same `Problem`: the same weights, images, batches and views.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ class Problem:
     """What every arm of a pair starts from.
 
     Attributes:
-        teacher: its name.
-        student: its name.
-        variables: parameters and statistics of each, by those two names' roles.
-        images: (N, H, H, 3) uint8, noise.
-        labels: (N,) int32, noise.
-        mean: (3,) float32, or float64 for arms that compute in it.
-        std: as `mean`.
+        teacher: name of the teacher's network.
+        student: name of the student's network.
+        variables: parameters and running statistics, with the keys "teacher" and "student".
+        images: (N, H, H, 3) uint8, random.
+        labels: (N,) int32, random.
+        mean: (3,) float32, or float64 for arms that compute in float64.
+        std: like `mean`.
         index: (steps, B) int32, the images of each step.
-        view: (steps, B) int32, as our step draws them.
-        learning_rate: of SGD, a float32 number.
-        padding: of the crops.
+        view: (steps, B) int32, the views of these images, as our step draws them.
+        learning_rate: learning rate of SGD, rounded to float32.
+        padding: padding of the random crops in pixels.
     """
 
     teacher: str
@@ -63,17 +63,17 @@ class Problem:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches of an epoch; the last, short one is left out."""
+        """Number of full batches in an epoch; a short last batch is left out."""
         return len(self.images) // self.index.shape[1]
 
     def dataset(self) -> Dataset:
-        """Images and labels as a data set, which is tested on what it is trained on."""
+        """Return the images and labels as a data set whose test split is its training split."""
         split = Split(self.images, self.labels)
         names = tuple(map(str, range(CLASSES)))
         return Dataset("noise", split, split, names, self.mean, self.std)
 
     def double(self) -> "Problem":
-        """The same in float64."""
+        """Return the same problem in float64."""
         mean, std, variables = jax.tree.map(
             lambda x: x.astype(np.float64), (self.mean, self.std, self.variables)
         )
@@ -83,14 +83,14 @@ class Problem:
 def make_problem(
     pair: tuple[str, str], steps: int, batch: int = 64, size: int = 50_000, side: int = 32
 ) -> Problem:
-    """Everything for so many steps, a function of the arguments alone.
+    """Make a problem, which depends on nothing but the arguments.
 
     Args:
         pair: names of the teacher and of the student.
-        steps: of any arm, over all of its runs.
-        batch: images of a step.
-        size: images in all.
-        side: pixels a side.
+        steps: number of steps that an arm takes over all of its runs.
+        batch: images per step.
+        size: number of images in all.
+        side: height and width of an image in pixels.
     """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (size, side, side, 3), np.uint8)
@@ -122,16 +122,17 @@ def make_problem(
 
 
 def _as_if_trained(name: str, variables: Any, images: np.ndarray, rng: Any) -> Any:
-    """A teacher with random running statistics near the true ones, and logits of deviation 4.
+    """Return a teacher with random running statistics near the true ones and logits of deviation 4.
 
-    With any other statistics the maps of a deep network grow or vanish from block to block, and a
-    teacher that is certain, or that knows nothing, tests nothing.
+    With any other statistics, the feature maps of a deep network grow or vanish from block to
+    block, and the answers of a teacher that is always certain or never certain test nothing.
     """
     network = models.create(name, CLASSES)
     images = (images.astype(np.float32) - 127.5) / 64
     train = jax.jit(functools.partial(network.apply, train=True, mutable=["batch_stats"]))
     updated = traverse_util.flatten_dict(jax.device_get(train(variables, images)[1]["batch_stats"]))
-    # A step from mean 0 and variance 1 goes a tenth of the way to the statistics of the batch.
+    # One step moves the running statistics from mean 0 and variance 1 a tenth of the way to those
+    # of the batch.
     var = {k[:-1]: (x - 0.9) / 0.1 for k, x in updated.items() if k[-1] == "var"}
     stats = {}
     for path, x in updated.items():
@@ -149,7 +150,7 @@ def _as_if_trained(name: str, variables: Any, images: np.ndarray, rng: Any) -> A
 
 
 def untrained_teacher(workdir: pathlib.Path, variables: Any) -> None:
-    """Writes the work directory of a teacher with these variables."""
+    """Write the work directory of a teacher with these variables, as if its run were finished."""
     workdir.mkdir()
     checkpoint.save_network(workdir, variables)
     (workdir / "config.json").write_text(json.dumps({"config": {}, "checksums": {}}))
@@ -157,15 +158,15 @@ def untrained_teacher(workdir: pathlib.Path, variables: Any) -> None:
 
 
 class OurArm:
-    """Our compiled step with its state, ready to be run.
+    """Our compiled step with its state, ready to run.
 
     Attributes:
-        problem: where it started.
-        experiment: what it trains.
-        now: its state; changes with every step.
-        compiled: the step of a single seed, as of `Experiment.train_step`.
-        steps_per_call: steps of one call of it.
-        done: steps taken.
+        problem: the problem that the arm started from.
+        experiment: the experiment that the arm trains.
+        now: the current state, which every step replaces.
+        compiled: the step of a single seed, from `Experiment.train_step`.
+        steps_per_call: number of steps that one call of `compiled` takes.
+        done: number of steps taken.
     """
 
     def __init__(
@@ -175,15 +176,16 @@ class OurArm:
         teacher: str = "network",
         steps_per_call: int = 1,
     ) -> None:
-        """Sets everything up; `compiled` compiles at its first call.
+        """Set everything up; the first call of `compiled` compiles it.
 
         Args:
-            problem: where to start.
-            precision: of `config.precision`.
-            teacher: "network", asked in each step; "ahead", asked for all steps of a call at
-                once; "folded", without BatchNorm; "cached", asked before; "" for none, with
-                cross-entropy alone as the loss.
-            steps_per_call: steps of one compiled call.
+            problem: the problem to start from.
+            precision: the value of `config.precision`.
+            teacher: how the teacher is asked: "network", in each step; "ahead", once per call for
+                all of its steps; "folded", in each step, with BatchNorm folded into the
+                convolutions; "cached", before the first step. "" stands for no teacher and a loss
+                of cross-entropy alone.
+            steps_per_call: number of steps of one compiled call.
         """
         self.problem, self.steps_per_call, self.done = problem, steps_per_call, 0
         self.experiment = experiment = _experiment(problem, precision, teacher, steps_per_call)
@@ -202,15 +204,15 @@ class OurArm:
         self.compiled = experiment.train_step(0)
 
     def next_arguments(self, seeds: int = 1) -> tuple:
-        """What the next call of a step takes after the states, the same batch for each seed."""
+        """Return the arguments of the next call after the states; all seeds get the same batch."""
         rows = slice(self.done, self.done + self.steps_per_call)
         batch = (self._index[rows],) * seeds, (self._mask[rows],) * seeds, (None,) * seeds
         return self._data, self._inputs, *batch
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Takes steps; seconds until the device has done them, and their mean loss.
+        """Take steps; return the seconds until the device has finished, and their mean loss.
 
-        That mean is meaningful within the first epoch.
+        The mean loss is meaningful only within the first epoch.
         """
         before, started = self._losses(), time.perf_counter()
         for _ in range(steps // self.steps_per_call):
@@ -224,12 +226,12 @@ class OurArm:
         return float(self.now.metrics["loss"].total)
 
     def peak_memory(self) -> int | None:
-        """Bytes that the device held at most so far, whatever for; None where it is not counted."""
+        """Return the most bytes the device has held so far, for anything; None if not counted."""
         return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _experiment(problem: Problem, precision: str, kind: str, steps_per_call: int) -> Experiment:
-    """What an arm trains, with a teacher of that kind."""
+    """Return the experiment that an arm trains, with a teacher that is asked in this way."""
     config, dataset = _config(problem, precision, kind, steps_per_call), problem.dataset()
     teacher = None
     if kind:
@@ -238,7 +240,7 @@ def _experiment(problem: Problem, precision: str, kind: str, steps_per_call: int
         cache = parallel.replicate(_cache(teacher, problem, precision))
         teacher = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
     experiment = assemble(config, dataset, teacher)
-    # The views of a problem are those of epochs without the last, short batch.
+    # A problem's views are those of epochs without the short last batch.
     return dataclasses.replace(experiment, steps_per_epoch=problem.steps_per_epoch)
 
 
@@ -255,7 +257,7 @@ def _config(problem: Problem, precision: str, kind: str, steps_per_call: int) ->
 
 
 def _cache(teacher: Teacher, problem: Problem, precision: str) -> ViewCache:
-    """The teacher's logits for every view that the problem's steps see."""
+    """Return the teacher's logits for every view that the problem's steps see."""
     views = augment.num_views(problem.padding, True)
     drawn = np.unique(problem.index * views + problem.view)
 
@@ -267,7 +269,7 @@ def _cache(teacher: Teacher, problem: Problem, precision: str) -> ViewCache:
             return precision_lib.at_least_float32(teacher.ask(inputs, images).logits)
 
     each = problem.index.shape[1]
-    # The last batch is filled up.
+    # The last batch is filled up with views that were already asked about.
     asked = np.resize(drawn, -(-len(drawn) // each) * each).reshape(-1, each)
     answers = [
         np.asarray(logits(teacher.inputs, problem.images[rows // views], rows % views))

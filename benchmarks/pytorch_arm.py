@@ -1,10 +1,10 @@
-"""The distillation step as one writes it in plain PyTorch: what ours is compared with.
+"""The distillation step in plain PyTorch that ours is compared with.
 
-The networks carry the tensor names of the public implementations, so that
-`ipwd_jax.pytorch.names.to_torch` gives them their weights. The step is the usual eager one:
-the teacher answers under `no_grad`, the loss is 0.1 CE + 0.9 KD, `torch.optim.SGD` does the rest.
-Unlike the usual scripts it reads no number back to the host and has no data loader: the images
-are on the device, as ours.
+The networks use the tensor names of the public implementations, so that they can load the weights
+that `ipwd_jax.pytorch.names.to_torch` returns. The step is the usual eager one: the teacher answers
+under `no_grad`, the loss is 0.1 CE + 0.9 KD, and `torch.optim.SGD` updates the student. Unlike the
+usual scripts, it copies no number back to the host in each step and has no data loader: the images
+are on the device, as they are for our step.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from torch.nn import functional as F
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size of the map but for its stride."""
+    """Make a convolution without bias that changes the size of the map only by its stride."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def normed(module: nn.Module, *layers: nn.Conv2d) -> None:
-    """Gives a module the layers conv1, bn1, conv2, bn2 and so on."""
+    """Add the layers conv1, bn1, conv2, bn2 and so on to a module."""
     for number, layer in enumerate(layers, start=1):
         module.add_module(f"conv{number}", layer)
         module.add_module(f"bn{number}", nn.BatchNorm2d(layer.out_channels))
 
 
 def pooled(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) -> (B, C), the mean of each map."""
+    """Return the mean of each map, (B, C, H, W) -> (B, C)."""
     return x.mean((2, 3))
 
 
 def shuffled(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """The channels of `groups` groups, dealt out in turn."""
+    """Shuffle the channels, so that the channels of the `groups` groups alternate."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """BatchNorm and ReLU before each of two convolutions; the projection reads what they give."""
+    """Two convolutions after BatchNorm and ReLU; the projection reads the first activation."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class PreactBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN of depth 6 * blocks + 4, without dropout."""
+    """A WRN of depth 6 * blocks + 4 without dropout."""
 
     def __init__(self, blocks: int, width: int, classes: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class WideResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Five blocks of convolutions, of which the first three end in a halving."""
+    """Five blocks of convolutions; max pooling halves the map after each of the first three."""
 
     def __init__(self, repeats: int, classes: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class VGG(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, linear projection."""
+    """An expansion, a depthwise convolution and a linear projection."""
 
     def __init__(self, inputs: int, width: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class MobileNetV2(nn.Module):
 
 
 class ShuffleUnitV1(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1."""
+    """A grouped 1x1 convolution, a shuffle, a depthwise 3x3 and a grouped 1x1 convolution."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class DownUnitV2(nn.Module):
 
 
 class BasicUnitV2(nn.Module):
-    """Three convolutions of one half of the channels."""
+    """Three convolutions on one half of the channels."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -246,10 +246,10 @@ class ShuffleNet(nn.Module):
 
 
 def create(name: str, classes: int) -> nn.Module:
-    """The network of that name, as `ipwd_jax.models.create` names it.
+    """Create the network that has this name in `ipwd_jax.models.create`.
 
     Raises:
-        ValueError: it is none of those written here.
+        ValueError: this file does not have the network.
     """
     if match := re.fullmatch(r"resnet(\d+)(x4)?", name):
         widths = (32, 64, 128, 256) if match[2] else (16, 16, 32, 64)
@@ -261,7 +261,8 @@ def create(name: str, classes: int) -> nn.Module:
     others = {"vgg8": (VGG, 1), "vgg13": (VGG, 2)}
     others |= {"ShuffleV1": (ShuffleNet, 1), "ShuffleV2": (ShuffleNet, 2)}
     if name not in others:
-        raise ValueError(f"no PyTorch network {name!r} here; only resnet*, wrn_* and {[*others]}")
+        known = ", ".join(["resnet*", "wrn_*", "MobileNetV2", *others])
+        raise ValueError(f"there is no PyTorch network {name!r} here; choose one of {known}")
     kind, which = others[name]
     return kind(which, classes)
 
@@ -277,12 +278,12 @@ class Variant:
 
 
 class TorchArm:
-    """A student and its teacher on the device, with the data, ready to take steps."""
+    """A student, its teacher and the data on the device, ready to take steps."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, problem: Any, variant: Variant):
-        """`problem` is an `our_arm.Problem`, in whose type the step computes.
+        """Move the networks and the data to the device; the networks are changed in place.
 
-        Both networks are changed in place.
+        `problem` is an `our_arm.Problem`; the step computes in the type of its `mean`.
         """
         self.device, self.variant, self.done = device(), variant, 0
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
@@ -311,7 +312,7 @@ class TorchArm:
             self._loss = torch.compile(self._eager_loss, mode=mode)
 
     def _cut(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-        """The views of a batch, (B, 3, H, W) float32, as `augment.apply_views` cuts them."""
+        """Return normalised views (B, 3, H, W), cut in the same way as by `augment.apply_views`."""
         side, pixels = 2 * self._padding + 1, torch.arange(self._size, device=self.device)
         crop, mirrored = view // 2, (view % 2)[:, None]
         rows = (crop // side)[:, None] + pixels
@@ -339,22 +340,22 @@ class TorchArm:
         return loss.detach()
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Takes steps; seconds until the device has done them, and their mean loss."""
+        """Take steps; return the seconds until the device has finished, and their mean loss."""
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = self.variant.tf32
         torch.backends.cuda.matmul.allow_tf32 = self.variant.tf32
         started = time.perf_counter()
-        mean = (sum(self._step() for _ in range(steps)) / steps).item()  # waits
+        mean = (sum(self._step() for _ in range(steps)) / steps).item()  # waits for the device
         return time.perf_counter() - started, mean
 
     def peak_memory(self) -> int | None:
-        """Bytes at most since it was made, less those of before; None on a CPU."""
+        """Return the most bytes held since the arm was made, less those before; None on a CPU."""
         peak = _memory(torch.cuda.max_memory_allocated)
         return peak and peak - self._used_before
 
 
 def device() -> str:
-    """`cuda` where PyTorch has one, else `cpu`."""
+    """Return `cuda` if PyTorch can use a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,11 +1,12 @@
-"""Several seeds in one program: the time of a step of S students over that of one.
+"""Measure how the time of a step grows with the number of seeds in one program.
 
     python benchmarks/seeds.py [--pair resnet32x4,resnet8x4] [--seeds 1,2,3,5] [--steps N]
 
-The students differ in their parameters and see the same batches, with the teacher's answers cached
-unless `--teacher=network`. Unrolled in one program (what `config.seeds` does), against `jax.vmap`
-over the seeds, which turns every convolution into a grouped one. The arms take turns; prints one
-JSON line per case.
+The students differ in their parameters and see the same batches; the teacher's answers are cached
+unless `--teacher` says otherwise. One program has the unrolled steps of all seeds, as a run with
+`config.seeds` does. With `--vmap`, a step under `jax.vmap` over the seeds, which turns every
+convolution into a grouped one, is timed for comparison. The cases take turns. Prints one JSON line
+per case.
 """
 
 import argparse
@@ -44,7 +45,7 @@ class Together:
         )
 
     def run(self, steps: int) -> float:
-        """Takes steps; seconds of one."""
+        """Make `steps` calls; return the seconds per step."""
         rest = self.arm.next_arguments(self.seeds)
         started = time.perf_counter()
         for _ in range(steps):
@@ -54,7 +55,7 @@ class Together:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Times every number of seeds and prints a line for each."""
+    """Time every number of seeds and print one line for each."""
     pair, counts = tuple(options.pair.split(",")), sorted(map(int, options.seeds.split(",")))
     problem = make_problem(pair, max(options.chunk, 2) * 2, options.batch, size=4096)
     arm = OurArm(problem, options.precision, options.teacher, options.chunk)
@@ -82,19 +83,19 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pair", default="resnet32x4,resnet8x4" if ON_GPU else "resnet20,resnet8")
     parser.add_argument("--seeds", default="1,2,3,5" if ON_GPU else "1,2,3")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20 if ON_GPU else 10, help="calls of a run")
+    parser.add_argument("--steps", type=int, default=20 if ON_GPU else 10, help="calls per repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--chunk", type=int, default=50 if ON_GPU else 1, help="steps of a call")
+    parser.add_argument("--chunk", type=int, default=50 if ON_GPU else 1, help="steps per call")
     parser.add_argument("--precision", default="bfloat16" if ON_GPU else "float32")
     parser.add_argument("--teacher", default="cached", choices=("cached", "network", "folded"))
-    parser.add_argument("--vmap", action="store_true", help="time vmap over seeds too")
+    parser.add_argument("--vmap", action="store_true", help="also time vmap over the seeds")
     return parser.parse_args()
 
 

@@ -1,18 +1,20 @@
-"""Our training step against plain PyTorch's, with the same maths: images a second.
+"""Compare the speed of our training step with that of plain PyTorch's for the same maths.
 
     python benchmarks/step.py [--pairs resnet32x4,resnet8x4;wrn_40_2,wrn_16_2] [--steps N]
 
-First the gate: both frameworks start from the same weights and take ten steps on the same views of
-the same images, in float64 and with a hundredth of the learning rate. Losses must agree to 1e-9
-and weights to 1e-6 of the distance that they moved, or the pair is not timed and the exit code is
-1. With neither, rounding would decide: a change in the last digit flips the ReLUs whose input is
-near zero, and a light network with batch statistics doubles such a difference several times in
-each step of the usual length, in either framework. How far apart the usual float32 steps end is
-printed too. Then the arms take turns in one process, one that needs flags of its own in a child
-process. Prints one JSON line for each gate and each arm.
+Each pair must first pass a gate: both frameworks start from the same weights and take ten steps on
+the same views of the same images, in float64 and with a hundredth of the learning rate. The losses
+must agree to 1e-9 and the weights to 1e-6 of the distance that they moved; otherwise the pair is
+not timed and the exit code is 1. With float32 or the full learning rate, rounding would decide: a
+change in the last digit flips the ReLUs whose input is near zero, and a light network with batch
+statistics doubles such a difference several times in each step of the usual length, in either
+framework. How far apart ten float32 steps of the usual length end is printed, too.
+
+Then the arms, which are ways of taking the step, take turns in one process. An arm that needs flags
+of its own runs in a child process. Prints one JSON line per gate and one per arm.
 
 On a CPU the machine must be idle: PyTorch's threads wait for each other by spinning, and beside
-another busy process each of its operations may take ten times as long.
+another busy process each of its operations can take ten times as long.
 """
 
 import argparse
@@ -45,7 +47,7 @@ EIGEN, GRAPHS = (" ".join(xla.PROFILES[name].flags) for name in ("cpu-eigen", "g
 
 
 def torch_arms() -> dict[str, dict[str, Any]]:
-    """Arms of PyTorch: the fields of `pytorch_arm.Variant`."""
+    """Return the fields of `pytorch_arm.Variant` of each of PyTorch's arms."""
     arms = {
         "torch_nchw": {"channels_last": False},
         BASELINE: {},
@@ -60,9 +62,9 @@ def torch_arms() -> dict[str, dict[str, Any]]:
 
 
 def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
-    """Our arms: the arguments of `OurArm` beside the problem, and `flags` for XLA.
+    """Return the arguments of `OurArm` after the problem, and `flags` for XLA, of each of our arms.
 
-    One more way to take the same step is one more line here.
+    Another way to take the same step needs one more line here.
     """
     arms: dict[str, dict[str, Any]] = {
         "ours_float32": {},
@@ -91,7 +93,7 @@ def our_arms(chunk: int) -> dict[str, dict[str, Any]]:
 
 
 class Child:
-    """An arm in a process of its own, whose XLA has other flags; waits between its runs."""
+    """An arm in a child process whose XLA has other flags; it waits between its runs."""
 
     def __init__(self, name: str, pair: tuple[str, str], flags: str) -> None:
         flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
@@ -106,35 +108,35 @@ class Child:
         self._peak: int | None = None
 
     def run(self, steps: int) -> tuple[float, float]:
-        """As `OurArm.run`."""
+        """Run `OurArm.run` in the child process and return its result."""
         try:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, which the next line notices
+            pass  # the child has ended, which the next line notices
         if not (line := self._process.stdout.readline()):
             raise RuntimeError(f"the child process ended with code {self._process.wait()}")
         seconds, loss, self._peak = json.loads(line)
         return seconds, loss
 
     def peak_memory(self) -> int | None:
-        """As `OurArm.peak_memory`."""
+        """Return `OurArm.peak_memory` of the child process after its latest run."""
         return self._peak
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the child process."""
         self._process.stdin.close()
         self._process.wait()
 
 
 def serve(arm: OurArm) -> None:
-    """The child's side: numbers of steps in, seconds, losses and bytes out."""
+    """Read numbers of steps in the child process; print seconds, mean losses and peak bytes."""
     for line in sys.stdin:
         print(json.dumps([*arm.run(int(line)), arm.peak_memory()]), flush=True)
 
 
 def torch_networks(problem: Problem, reference: str) -> list[Any]:
-    """Student and teacher in PyTorch, with our weights."""
+    """Return the student and the teacher in PyTorch, with our weights."""
     import pytorch_arm
     import torch
 
@@ -157,7 +159,7 @@ def torch_networks(problem: Problem, reference: str) -> list[Any]:
 
 
 def make_arm(name: str, problem: Problem, arguments: argparse.Namespace) -> Any:
-    """The arm of that name, on the device."""
+    """Make the arm of this name on the device."""
     if name in (variants := torch_arms()):
         import pytorch_arm
 
@@ -172,7 +174,7 @@ def make_arm(name: str, problem: Problem, arguments: argparse.Namespace) -> Any:
 
 
 def ten_steps(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
-    """How far ours and PyTorch's are apart in each of ten steps, and after them."""
+    """Return how far our steps and PyTorch's are apart in each of ten steps and after them."""
     ours, theirs = (make_arm(n, problem, arguments) for n in ("ours_float32", BASELINE))
     pairs = [(ours.run(1)[1], theirs.run(1)[1]) for _ in range(GATE_STEPS)]
     found = to_torch(jax.device_get(ours.now.network()))
@@ -195,7 +197,7 @@ def ten_steps(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]
 
 
 def gate(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whether ten steps of ours and of PyTorch's agree, and by how much."""
+    """Return whether ten of our steps agree with PyTorch's, and how closely."""
     slower = GATE_LEARNING_RATE * problem.learning_rate
     with jax.enable_x64(True):
         found = ten_steps(
@@ -213,7 +215,7 @@ def gate(problem: Problem, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_arms(problem: Problem, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Runs the arms in turns, every other turn backwards; what was measured of each."""
+    """Run the arms in turn, in reverse order every other time; return what each one measured."""
     arms: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
     for name in arguments.arms:
@@ -244,7 +246,7 @@ def time_arms(problem: Problem, arguments: argparse.Namespace) -> dict[str, dict
 def report(
     name: str, found: dict[str, Any], baseline: float | None, problem: Problem
 ) -> dict[str, Any]:
-    """The line of an arm, from what was measured of it and the baseline's milliseconds."""
+    """Return the line of an arm, from its measurements and the milliseconds of the baseline."""
     if "skipped" in found:
         return {"arm": name, **found}
     times = found.pop("ms_of_runs")
@@ -263,7 +265,7 @@ def report(
 
 @functools.cache
 def matmul_speed(rounding: str) -> float:
-    """FLOP/s of the fastest of ten products of two large matrices on this device."""
+    """Return the FLOP/s of the fastest of ten products of two large matrices on this device."""
     size = 8192 if ON_GPU else 2048
     dtype = jax.numpy.bfloat16 if rounding == "bfloat16" else jax.numpy.float32
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -278,10 +280,10 @@ def matmul_speed(rounding: str) -> float:
 
 
 def arithmetic(name: str, problem: Problem, ms: float) -> dict[str, float]:
-    """FLOP/s of an arm, and its share of what a product of matrices reaches.
+    """Return the TFLOP/s of an arm, and its share of the speed of a matrix product.
 
-    A step is the teacher's forward pass, where it is asked, and three of the student's; of the
-    first convolution, whose input needs no gradient, that is a little more than is computed.
+    A step counts as one forward pass of the teacher, if the step asks it, and three of the student.
+    For the first convolution, whose input needs no gradient, that is a bit more than is computed.
     """
     settings = {**torch_arms(), **our_arms(1)}[name]
     networks = {problem.student: 3}
@@ -293,13 +295,13 @@ def arithmetic(name: str, problem: Problem, ms: float) -> dict[str, float]:
     of_torch = "bfloat16" if "bfloat16" in settings else "tf32" if "tf32" in settings else "float32"
     rounding = settings.get("precision", of_torch)
     found = {"tflops": round(speed / 1e12, 3)}
-    if ON_GPU or rounding == "float32":  # XLA's products of bfloat16 are not a CPU's fastest
+    if ON_GPU or rounding == "float32":  # on a CPU, XLA's bfloat16 products are slow
         found["share_of_matmul"] = round(speed / matmul_speed(rounding), 3)
     return found
 
 
 def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Versions, device and settings, for every line."""
+    """Return the versions, the device and the settings, which every line repeats."""
     found = {"jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
     if not arguments.child:
         import torch
@@ -319,7 +321,7 @@ def surroundings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_pair(pair: tuple[str, str], arguments: argparse.Namespace, common: dict[str, Any]) -> bool:
-    """Prints the lines of a pair; whether the gate let it pass."""
+    """Print the lines of a pair; return whether it passed the gate."""
     per_run = (arguments.steps_per_call, arguments.warm_up, arguments.repeats * arguments.steps)
     problem = make_problem(
         pair,
@@ -347,41 +349,44 @@ def run_pair(pair: tuple[str, str], arguments: argparse.Namespace, common: dict[
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, with defaults that a CPU can bear or that a GPU needs."""
+    """Parse the command line, whose defaults depend on whether there is a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     headline = "resnet32x4,resnet8x4" if ON_GPU else "resnet20,resnet8"
     parser.add_argument("--pairs", default=headline, help="TEACHER,STUDENT[;TEACHER,STUDENT...]")
-    parser.add_argument("--batch", type=int, default=64, help="images of a step")
-    parser.add_argument("--steps", type=int, default=500 if ON_GPU else 5, help="of each run")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--warm-up", type=int, default=50 if ON_GPU else 2, help="steps before")
+    parser.add_argument("--batch", type=int, default=64, help="images per step")
+    parser.add_argument("--steps", type=int, default=500 if ON_GPU else 5, help="steps per run")
+    parser.add_argument("--repeats", type=int, default=3, help="runs per arm")
+    parser.add_argument("--warm-up", type=int, default=50 if ON_GPU else 2, help="untimed steps")
     parser.add_argument(
-        "--steps-per-call", type=int, default=50 if ON_GPU else 1, help="of the arms *_chunk"
+        "--steps-per-call", type=int, default=50 if ON_GPU else 1, help="of the *_chunk* arms"
     )
     known = [*torch_arms(), *our_arms(1)]
-    parser.add_argument("--arms", default=",".join(known), help="which, of the default's")
-    parser.add_argument("--reference", default="", help="checkout whose models/ PyTorch runs")
+    parser.add_argument("--arms", default=",".join(known), help="a subset of the default")
+    parser.add_argument("--reference", default="", help="folder whose models/ PyTorch runs")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)) if ON_GPU else 2
     )
-    parser.add_argument("--images", type=int, default=50_000, help="of the made-up data set")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--gate-only", action="store_true", help="time nothing")
+    parser.add_argument("--images", type=int, default=50_000, help="size of the random data set")
+    parser.add_argument("--image-size", type=int, default=32, help="height and width in pixels")
+    parser.add_argument("--gate-only", action="store_true", help="check the gate, but time nothing")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     found = parser.parse_args(arguments)
     found.arms = found.arms.split(",")
     if unknown := [name for name in found.arms if name not in known]:
-        parser.error(f"no arm {unknown[0]!r}; there are {', '.join(known)}")
+        parser.error(f"unknown arm {unknown[0]!r} in --arms; choose from {', '.join(known)}")
     chunk = found.steps_per_call
     if found.steps % chunk or found.warm_up % chunk:
-        parser.error(f"--steps and --warm-up must be multiples of --steps-per-call, {chunk}")
+        parser.error(
+            f"--steps and --warm-up must be multiples of --steps-per-call, which is {chunk}; found "
+            f"{found.steps} and {found.warm_up}"
+        )
     return found
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Runs all pairs; the exit code."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some too
-    # XLA has a thread for each core that it may use.
+    """Run all pairs; return the exit code."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+    # XLA starts a thread for each core that the process is allowed to use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     common = surroundings(arguments)
     pairs = [tuple(pair.split(",")) for pair in arguments.pairs.split(";")]

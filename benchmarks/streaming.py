@@ -1,11 +1,11 @@
-"""Training on JPEG files that are decoded meanwhile, beside decoding alone and training alone.
+"""Compare training on streamed JPEG files with decoding alone and with training alone.
 
     python benchmarks/streaming.py [--pair TEACHER,STUDENT] [--image-size 64] [--files 2000]
 
 Writes synthetic JPEGs of 500x375 pixels to a temporary folder and trains a student of an untrained
-teacher on them through `train.run`. Prints one JSON line per arm; `over_bound` is the speed over
-what the two parts allow: the slower one where a GPU computes the step, and where both share the
-CPU's cores the two in turn.
+teacher on them through `train.run`. Prints one JSON line per arm. `over_bound` is the speed of
+streamed training over the most that its two parts allow: the speed of the slower part if a GPU
+computes the step, and of one part after the other if both share the cores of the CPU.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from ipwd_jax.data import streaming
 
 
 def write_folder(folder: pathlib.Path, files: int) -> None:
-    """`files` for training, of which 400 differ and the others are links, and 64 for testing."""
+    """Write `files` training and 64 test images, which are hard links to at most 400 images."""
     write_images(folder, min(files, 400))
     there = sorted((folder / "train" / "a").iterdir())
     for label in ("a", "b"):
@@ -42,7 +42,7 @@ def write_folder(folder: pathlib.Path, files: int) -> None:
 
 
 def decoded(folder: pathlib.Path, options: argparse.Namespace) -> float:
-    """Images a second of the threads alone."""
+    """Return the images per second of the decoding threads alone."""
     records = streaming.folder_records(folder, "train")
     steps = len(records.labels) // options.batch
     index = np.arange(steps * options.batch).reshape(steps, options.batch)
@@ -57,7 +57,7 @@ def decoded(folder: pathlib.Path, options: argparse.Namespace) -> float:
 def trained(
     options: argparse.Namespace, folder: pathlib.Path, dataset: data.Dataset | None
 ) -> float:
-    """Images a second of a run's epochs after the first, which waits for the compiler."""
+    """Return the median images per second of a run's epochs after the first, which compiles."""
     config = config_lib.default()
     config.data.update({"name": f"folder:{folder / 'images'}", "streaming": dataset is None})
     config.data.image_size = options.image_size
@@ -75,7 +75,7 @@ def trained(
 
 
 def main(options: argparse.Namespace) -> None:
-    """Times the three arms one after the other."""
+    """Time the three arms one after the other."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write_folder(folder / "images", options.files)
@@ -99,7 +99,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,10 @@
-"""How fast a teacher answers, and how far its logits are from those in float32.
+"""Measure how fast a teacher answers, and how far its logits are from those in float32.
 
     python benchmarks/teacher.py [--network resnet32x4] [--batches 64,1024] [--repeats 5]
 
-Prints one JSON line for each precision, with BatchNorm folded and not, and each batch size: images
-a second (median of the repeats), the speed in TFLOP/s, and the errors that a run reports.
+Prints one JSON line for each precision, with and without folded BatchNorm, and for each batch size.
+It has the images per second (the median of the repeats), the speed in TFLOP/s, and the same errors
+that a run reports.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from ipwd_jax.teacher import compare, from_variables
 
 
 def forms(problem: Problem) -> Iterator[tuple[dict[str, Any], Callable, Any]]:
-    """The settings of each form of the teacher, its compiled answer, and what that is given."""
+    """Yield the settings of each form of the teacher, its compiled function, and its variables."""
     mean, std = jnp.asarray(problem.mean), jnp.asarray(problem.std)
     for rounding, folded in itertools.product(PRECISIONS, (False, True)):
         config = config_lib.default()
@@ -47,7 +48,7 @@ def forms(problem: Problem) -> Iterator[tuple[dict[str, Any], Callable, Any]]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Times all combinations."""
+    """Time all combinations."""
     sizes = [int(size) for size in options.batches.split(",")]
     problem = make_problem((options.network, "resnet8"), 1, max(sizes), max(sizes))
     network, shape = models.create(options.network, CLASSES), problem.images.shape[1:]
@@ -78,14 +79,14 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", default="resnet32x4" if ON_GPU else "resnet20")
     parser.add_argument("--batches", default="64,256,1024,4096" if ON_GPU else "64")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=100 if ON_GPU else 3, help="of a repeat")
+    parser.add_argument("--calls", type=int, default=100 if ON_GPU else 3, help="calls per repeat")
     return parser.parse_args()
 
 

@@ -1,18 +1,21 @@
-"""Every method of the paper's CIFAR-100 tables, with the settings that its numbers were made with.
+"""Every method of the paper's CIFAR-100 tables, with the settings that produced its numbers.
 
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:crd,wrn_40_2,wrn_16_2
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dkd_ipwd,resnet32x4,resnet8x4
 
-240 epochs, batch 64, SGD with learning rate 0.05 (0.01 for MobileNetV2, ShuffleV1 and ShuffleV2)
-falling tenfold after epochs 150, 180 and 210 (Tian et al., 2020). Loss weights are those of
-RepDistiller, mdistiller and the authors' repositories. A method followed by `_ipwd` has its
-distillation loss weighted by IPWD, and by `_constant` its control with the constant weight 2.
+A run has 240 epochs, batches of 64 images, and SGD with a learning rate of 0.05 (0.01 for
+MobileNetV2, ShuffleV1 and ShuffleV2) that is divided by ten after epochs 150, 180 and 210 (Tian et
+al., 2020). The loss weights are those of RepDistiller, mdistiller and the authors' repositories. In
+METHOD_ipwd, IPWD weights the distillation loss of a method; METHOD_constant is its control, with a
+constant weight of 2.
 
-ReviewKD has the recipe of its authors' script, for the teacher too: batch 128, Nesterov momentum,
-twice the learning rate, which falls after epochs 151, 181 and 211, and other constants to normalise
-the images by. Its loss weighs 0 in the first epoch and all from the 21st on. The teacher is that of
-the best epoch and normalises by the batch, because the script never switches it to evaluation; so
-its answers cannot be cached. Not as there: the script reports the best epoch, we report both.
+ReviewKD follows its authors' script, for the teacher too: batches of 128 images, Nesterov momentum,
+twice the learning rate, which is divided by ten after epochs 151, 181 and 211, and different
+constants to normalise the images. The weight of its loss is 0 in the first epoch, and has risen to
+its full value by the 21st. The teacher is that of the best epoch. It normalises by the statistics
+of the batch, because the script never switches it to evaluation mode, so its answers cannot be
+cached. There is one difference: the script reports the best epoch, and a run here reports both the
+best and the last.
 """
 
 from ipwd_jax.config import cifar_learning_rate, default
@@ -63,7 +66,7 @@ LOSSES = {
     "ipwd_star": {"ce": 0.1, "kd": 0.9, "cls": 1.0},
     "ipwd_dagger": {"ce": 0.1, "kd": 0.9, "cls": 1.0, "kd_head": 0.9},
 }
-# Terms that `_ipwd` and `_constant` can weigh.
+# Terms that can be weighted, as TERM_ipwd and TERM_constant.
 WEIGHED = ("kd", "kd_la", "fitnet", "at", "vid", "ft", "nst", "reviewkd", "dkd", "ofd")
 METHODS = (
     *LOSSES,
@@ -71,7 +74,7 @@ METHODS = (
     *(f"{term}_constant" for term in WEIGHED),
 )
 
-# DKD's beta where it is not 8 (mdistiller).
+# DKD's beta for the pairs for which it is not 8 (mdistiller).
 DKD_BETA = {
     ("resnet56", "resnet20"): 2.0,
     ("resnet110", "resnet32"): 2.0,
@@ -80,8 +83,9 @@ DKD_BETA = {
     ("wrn_40_2", "wrn_16_2"): 6.0,
     ("wrn_40_2", "wrn_40_1"): 6.0,
 }
-# ReviewKD's weight where it is not 5. The authors released it for eight pairs; 30 is what a user
-# matched their number with, at batch 64 and learning rate 0.01. Of the other pairs it is not known.
+# ReviewKD's weight for the pairs for which it is not 5. The authors released it for eight pairs. 30
+# is the weight with which a user reproduced their number, with a batch size of 64 and a learning
+# rate of 0.01. For the other pairs it is not known.
 REVIEWKD_WEIGHT = {
     ("resnet32x4", "ShuffleV2"): 8.0,
     ("resnet56", "resnet20"): 0.6,
@@ -91,10 +95,10 @@ REVIEWKD_WEIGHT = {
 
 
 def get_config(arg: str = "kd,resnet32x4,resnet8x4"):
-    """A method's run.
+    """Run a method on a pair of networks.
 
     Args:
-        arg: `METHOD,TEACHER,STUDENT`; the networks may be any.
+        arg: `METHOD,TEACHER,STUDENT`; the pair need not be one of `PAIRS`.
     """
     parts = arg.split(",")
     if len(parts) != 3:

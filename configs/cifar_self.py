@@ -1,12 +1,13 @@
-"""Self-distillation in one stage on CIFAR-100: no teacher but the network's own past answers.
+"""One-stage self-distillation on CIFAR-100: the teacher is the network's own past answers.
 
     python -m ipwd_jax.main --config=configs/cifar_self.py:pskd_ipwd,PreActResNet18
     python -m ipwd_jax.main --config=configs/cifar_self.py:label_smoothing,DenseNet121
 
-300 epochs, batch 128, SGD with Nesterov momentum and learning rate 0.1 falling tenfold after epochs
-150 and 225, as in PS-KD (Kim et al., 2021), which reports 20.82 % errors for PreAct ResNet-18, and
-24.18 % without distillation. IPWD's weights start late, as its paper says they should; the epoch is
-not published, and is that of the first fall of the learning rate here.
+A run has 300 epochs, batches of 128 images, and SGD with Nesterov momentum and a learning rate of
+0.1 that is divided by ten after epochs 150 and 225, as in PS-KD (Kim et al., 2021), which reports
+an error of 20.82 % for PreAct ResNet-18, and of 24.18 % without distillation. IPWD's weights start
+late, as its paper recommends. The paper does not give the epoch; here they start when the learning
+rate first falls.
 """
 
 from ipwd_jax.config import default
@@ -17,10 +18,10 @@ NETWORKS = ("PreActResNet18", "ResNet101", "DenseNet121", "ResNeXt29_8x64d")
 
 
 def get_config(arg: str = "pskd_ipwd,PreActResNet18"):
-    """A network's run.
+    """Run a method on one network.
 
     Args:
-        arg: `METHOD,NETWORK`; the network may be any.
+        arg: `METHOD,NETWORK`; the network need not be one of `NETWORKS`.
     """
     parts = arg.split(",")
     if len(parts) != 2:

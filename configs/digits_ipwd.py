@@ -1,6 +1,8 @@
-"""IPWD on 1,797 real handwritten digits (8x8 pixels): the whole of a run in a minute on a CPU.
+"""IPWD on 1,797 real handwritten digits (8x8 pixels): a complete run in minutes on a CPU.
 
-python -m ipwd_jax.main --config=configs/digits_ipwd.py
+    python -m ipwd_jax.main --config=configs/digits_ipwd.py
+
+Nothing is downloaded, because the images come with scikit-learn.
 """
 
 from ipwd_jax.config import default, teacher_and_student
@@ -10,14 +12,14 @@ def get_config(arg: str = ""):
     """Train resnet20, then distil it into resnet8.
 
     Args:
-        arg: `TEACHER,STUDENT`, two networks in place of resnet20 and resnet8.
+        arg: `TEACHER,STUDENT`, which replaces resnet20 and resnet8.
     """
     config = default()
     teacher, student = teacher_and_student(arg, "resnet20", "resnet8")
     config.name = f"digits_ipwd_{teacher}_{student}"
     config.data.name = "digits"
     config.data.crop_padding = 1
-    config.data.flip = False  # a mirrored digit is another sign
+    config.data.flip = False  # a mirrored digit is a different character
     config.model.name = student
     config.teacher.name = teacher
     config.epochs = config.teacher.epochs = 30

@@ -5,17 +5,18 @@
         --config=configs/imagenet_ipwd.py:kd,ResNet34_imagenet,ResNet18_imagenet \
         --config.data.name=folder:/data/imagenet --config.teacher.workdir=runs/resnet34
 
-100 epochs, batch 256, SGD with Nesterov momentum, learning rate 0.1 falling tenfold after epochs
-30, 60 and 90, weight decay 1e-4; CE + 2.5 T^2 soft cross-entropy at T 2 (Zhou et al., 2021). Their
-script also has a 101st epoch and a teacher that normalises by the batch. The paper's 72.65 % is for
-ResNet-50 -> MobileNetV1. Images are decoded, cropped and mirrored by threads of the host while the
-device computes. Teachers are those of torchvision, version 1:
+A run has 100 epochs, batches of 256 images, and SGD with Nesterov momentum, a weight decay of 1e-4
+and a learning rate of 0.1 that is divided by ten after epochs 30, 60 and 90. The loss is CE + 2.5
+T^2 soft cross-entropy at temperature T = 2 (Zhou et al., 2021). Their script also has a 101st epoch
+and a teacher that normalises by the statistics of the batch. The 72.65 % of the paper is for
+ResNet-50 -> MobileNetV1. Threads of the host decode, crop and mirror the images while the device
+computes. The teachers are torchvision's, with weights of version 1:
 `python -m ipwd_jax.convert import resnet50-0676ba61.pth`.
 
-`at`, `crd`, `dkd` and `reviewkd` have the settings of mdistiller: no Nesterov momentum, and batch
-512 with learning rate 0.2 for AT and DKD. Not as there: CRD's negatives are drawn without
-replacement, and ReviewKD fuses MobileNetV1's maps in 256 channels, which is what mdistiller's file
-and the authors' code say, while its program takes 512.
+`at`, `crd`, `dkd` and `reviewkd` have the settings of mdistiller: no Nesterov momentum, and for AT
+and DKD batches of 512 images and a learning rate of 0.2. There are two differences: CRD's negatives
+are drawn without replacement, and ReviewKD fuses MobileNetV1's maps in 256 channels, as in
+mdistiller's config file and the authors' code, whereas mdistiller's program uses 512.
 """
 
 from ipwd_jax.config import default
@@ -31,12 +32,12 @@ LOSSES = {
     "dkd": {"ce": 1.0, "dkd": 1.0},
     "reviewkd": {"ce": 1.0, "reviewkd": 1.0},
 }
-# Batch size and first learning rate of mdistiller, whose SGD has no Nesterov momentum.
+# Batch size and initial learning rate in mdistiller, whose SGD has no Nesterov momentum.
 MDISTILLER = {"at": (512, 0.2), "dkd": (512, 0.2), "crd": (256, 0.1), "reviewkd": (256, 0.1)}
 
 
 def get_config(arg: str = "ipwd,ResNet50_imagenet,MobileNetV1"):
-    """A method's run.
+    """Run a method on a pair of networks.
 
     Args:
         arg: `METHOD,TEACHER,STUDENT`.

@@ -1,11 +1,12 @@
-"""A data source of one's own: some of the ten digits.
+"""A data source of your own: some of the ten digits.
 
     python -m ipwd_jax.main --config=examples/own_data.py
     python -m ipwd_jax.main --config=examples/own_data.py --config.data.name=some_digits:0,8
 
-A source is a function of `config.data`, and of what follows the colon where its name has one, that
-returns a `Dataset`; `from_arrays` makes one of NumPy arrays, and checks them. Settings that only
-some sources read are refused for all others: `USED_BY` says that this one reads `test_fraction`.
+A source is a function that returns a `Dataset`. Its arguments are `config.data` and, if the name of
+the source has a colon, the text after it. `from_arrays` checks NumPy arrays and makes a `Dataset`
+from them. A setting that only some sources read is refused for all others, so `USED_BY` has to
+say that this one reads `test_fraction`.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from ipwd_jax.config import default
 
 
 def some_digits(config, which):
-    """Images (N, 8, 8) uint8 of the digits `which`, such as "3,5"; classes in that order."""
+    """Return the images of the digits `which`, such as "3,5", with the classes in that order."""
     digits = [int(digit) for digit in which.split(",")]
     bunch = load_digits()
     images, digit_of = np.uint8(bunch.images * 15), bunch.target
@@ -33,7 +34,7 @@ data.USED_BY["test_fraction"] += ("some_digits",)
 
 
 def get_config():
-    """Train resnet8 with labels to tell 3, 5 and 8 apart."""
+    """Train resnet8 on labels only to tell 3, 5 and 8 apart."""
     config = default()
     config.name = "own_data"
     config.data.update({"name": "some_digits:3,5,8", "crop_padding": 1, "flip": False})

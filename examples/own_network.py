@@ -1,11 +1,12 @@
-"""A network of one's own, as student and, twice as wide, as teacher.
+"""A network of your own, as the student and, twice as wide, as the teacher.
 
     python -m ipwd_jax.main --config=examples/own_network.py
     python -m ipwd_jax.convert export --config=examples/own_network.py runs/own_network_seed0 it.pth
 
-It is built from the layers in `ipwd_jax/models/base.py`: their BatchNorm leaves out rows that only
-pad, takes statistics with all devices and stands still in frozen modules. Names of modules are
-those of the PyTorch state dict. `features` and `preact` are what feature losses compare.
+The network is built from the layers in `ipwd_jax/models/base.py`. Their BatchNorm ignores padding
+rows, computes its statistics over all devices, and uses the running statistics in frozen modules.
+The modules have the names that a PyTorch state dict gives them. `features` and `preact` are the
+maps that feature losses compare.
 """
 
 from functools import partial
@@ -19,9 +20,9 @@ from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class Plain(nn.Module):
-    """Three 3x3 convolutions, of which two halve the map, and a classifier of the mean."""
+    """Three 3x3 convolutions, two of which halve the map, and a classifier of the mean."""
 
-    classes: int  # these two are given by the run
+    classes: int  # the run sets this field and the next one
     axis_name: str | None = None
     width: int = 16
     smallest_image: ClassVar[int] = 4
@@ -42,7 +43,7 @@ models.NETWORKS |= {"plain": Plain, "plain_x2": partial(Plain, width=32)}
 
 
 def get_config():
-    """Distil the wide one into the narrow one on the digits, with KD and AT."""
+    """Distil the wide network into the narrow one on the digits, with KD and AT."""
     config = default()
     config.name = "own_network"
     config.data.update({"name": "digits", "crop_padding": 1, "flip": False})

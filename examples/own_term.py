@@ -1,12 +1,12 @@
-"""A loss term of one's own: the student's logits are to be the teacher's, up to a constant.
+"""A loss term of your own: the student's logits should equal the teacher's up to a constant.
 
     python -m ipwd_jax.main --config=examples/own_term.py
     python -m ipwd_jax.main --config=examples/own_term.py --config.terms.logit_gap.scale=0.5
 
-The name under which the class stands in `TERMS` is the name everywhere: `config.loss.logit_gap` is
-its weight, `config.terms.logit_gap` has its fields, `train_logit_gap` is its column in metrics.csv,
-and `config.weighting.terms` may name it. `ipwd_jax/losses/base.py` says what else a term can have:
-trained parts, memories, extra heads, rotated images, a first stage.
+The key of the class in `TERMS` is its name everywhere: `config.loss.logit_gap` is its weight,
+`config.terms.logit_gap` has its fields, `train_logit_gap` is its column in metrics.csv, and
+`config.weighting.terms` can name it. `ipwd_jax/losses/base.py` describes what else a term can have:
+trained parts, memories, extra heads, rotated images and a first stage.
 """
 
 import jax
@@ -19,18 +19,18 @@ from ipwd_jax.models.base import Outputs
 
 
 class LogitGap(Term):
-    """Mean square of what the teacher's logits exceed the student's by, less its mean."""
+    """Variance over the classes of `scale` times the difference of the two networks' logits."""
 
     scale: float = 1.0  # every field is a setting and needs a default
     paper = "Ba and Caruana, 2014: Do deep nets really need to be deep?"
-    teacher_taps = ("logits",)  # nothing else is computed for it, or kept
+    teacher_taps = ("logits",)  # no other outputs are computed or cached for it
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         gap = self.scale * (teacher.logits - student.logits)
         return jnp.square(gap - gap.mean(axis=1, keepdims=True)).mean(axis=1)  # (B,)
 
 
-losses.TERMS["logit_gap"] = LogitGap  # before `default()`, which makes its settings
+losses.TERMS["logit_gap"] = LogitGap  # before `default()`, which creates its settings
 
 
 def get_config():

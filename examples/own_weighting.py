@@ -1,11 +1,12 @@
-"""A weighting of one's own: samples count as much as the teacher trusts their labels.
+"""A weighting of your own: a sample counts as much as the teacher trusts its label.
 
     python -m ipwd_jax.main --config=examples/own_weighting.py
     python -m ipwd_jax.main --config=examples/own_weighting.py --config.weighting.sharpness=2
 
-Clipping, running means, normalisation and `start_epoch` of `config.weighting` apply to it as to all
-others. What `memory` names is remembered of every training sample, and so is its weight; both are
-in the checkpoints. Fields are settings of `config.weighting`.
+The settings of `config.weighting` for clipping, running means, normalisation and the start epoch
+apply to it as to every weighting. The values that `memory` names and the weight are remembered for
+every training sample, and both are in the checkpoints. The fields of the class become settings of
+`config.weighting`.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from ipwd_jax.config import default
 
 @dataclasses.dataclass(frozen=True)
 class Trust(losses.Weighting):
-    """The teacher's probability of the label, to the power of `sharpness`."""
+    """The teacher's probability of the label, raised to the power of `sharpness`."""
 
     sharpness: float = 1.0
     teacher_taps = ("logits",)
@@ -31,7 +32,7 @@ class Trust(losses.Weighting):
         return trust**self.sharpness, {"trust": trust}
 
 
-losses.WEIGHTINGS["trust"] = Trust  # before `default()`, which makes its settings
+losses.WEIGHTINGS["trust"] = Trust  # before `default()`, which creates its settings
 
 
 def get_config():

@@ -1,4 +1,4 @@
-"""The functions of `import ipwd_jax` that belong to no other module."""
+"""The functions that `import ipwd_jax` offers and that belong to no other module."""
 
 import importlib.util
 import pathlib
@@ -16,16 +16,17 @@ __all__ = ["create_model", "default_config", "load_config", "networks", "terms",
 
 
 def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
-    """The config of a file, as `--config=PATH` reads it, with some settings changed.
+    """Read the config of a file as `--config=PATH` does, and change some of its settings.
 
     Args:
-        path: of a file with a function `get_config`; what follows a colon is its argument:
-            "configs/cifar_ipwd.py:resnet110,resnet32".
-        changes: setting -> value, with `__` for the dots of nested ones:
-            `optimizer__learning_rate=0.1`.
+        path: path of a file with a function `get_config`. Anything after a colon is the argument of
+            that function, as in "configs/cifar_ipwd.py:resnet110,resnet32".
+        changes: new value of each setting to change. A double underscore stands for the dot in the
+            name of a nested setting, as in `optimizer__learning_rate=0.1`.
 
     Raises:
-        UserError: the file is missing, raises an error, or there is no such setting.
+        UserError: the file is missing or raises an error; or a setting does not exist, or cannot
+            have the new value.
     """
     name, colon, argument = str(path).partition(":")
     module = load_module(pathlib.Path(name))
@@ -44,10 +45,10 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
 
 
 def load_module(path: pathlib.Path) -> Any:
-    """Runs a config file, so that what it adds to the registries is known, and returns its module.
+    """Run a config file, which can add entries to the registries, and return its module.
 
     Raises:
-        UserError: it is missing, or raises an error.
+        UserError: the file is missing or raises an error.
     """
     try:
         spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -63,15 +64,18 @@ def load_module(path: pathlib.Path) -> Any:
 
 
 def networks() -> list[str]:
-    """The names of all networks; `wrn_<depth>_<width>` and `MobileNetV2_<width>` are open."""
+    """Return the names of the networks.
+
+    Networks of other sizes can be named `wrn_<depth>_<width>` and `MobileNetV2_<width>`.
+    """
     return list(models.NETWORKS)
 
 
 def terms() -> list[str]:
-    """The names of all terms of the loss."""
+    """Return the names of all loss terms."""
     return list(losses.TERMS)
 
 
 def weightings() -> list[str]:
-    """The names of all weightings."""
+    """Return the names of all weightings."""
     return list(losses.WEIGHTINGS)

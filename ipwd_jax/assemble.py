@@ -1,14 +1,16 @@
-"""What a run is, put together in one place from its config: start reading here.
+"""A run, assembled in one place from its config: start reading the code here.
 
-`assemble(config, dataset, teacher)` returns an `Experiment`: networks, heads, loss terms, stages,
-optimisers, and what each stage trains. It is immutable and holds no parameters. From it come
+`assemble(config, dataset, teacher)` returns an `Experiment`: the networks, heads, loss terms,
+stages and optimisers of a run, and what each stage trains. It is immutable and holds no parameters.
+It provides
 
 * `initial_state(seed)`: the `TrainState` before the first step, a pytree that each step replaces;
-* `begin(stage, state)`: that state at the first step of a stage, with a fresh optimiser;
-* `train_step(stage)`: the compiled step of a stage, of one seed or of several in one program;
-* `batches(seed, epoch)`: which samples each step of an epoch sees, a function of seed and epoch.
+* `begin(stage, state)`: the state at the first step of a stage, with a fresh optimiser;
+* `train_step(stage)`: the compiled step of a stage, for one seed or for several in one program;
+* `batches(seed, epoch)`: the samples that each step of an epoch sees, which depend on nothing but
+  the seed and the epoch.
 
-The loop (`loop.py`), the tests, the benchmarks and notebooks all build runs through it, as in
+The loop (`loop.py`), the tests, the benchmarks and the notebooks all build runs in this way:
 
     experiment = assemble(config, dataset, teacher)
     state = parallel.replicate(experiment.begin(0, experiment.initial_state(seed=0)))
@@ -16,8 +18,9 @@ The loop (`loop.py`), the tests, the benchmarks and notebooks all build runs thr
     for index, mask, _ in experiment.batches(seed=0, epoch=0):
         (state,) = step((state,), data, teacher_inputs, (index,), (mask,), (None,))
 
-A run has one stage, or a first one before it that trains what a term prepares (`Term.pretrain`).
-The computation of a step is in `step.py`, the terms are in `losses/`, the networks in `models/`.
+A run has a main stage and, if the config asks for it, a first stage before it, in which a term can
+train parameters that it needs in the main stage (`Term.first_stage_params`). The computation of a
+step is in `step.py`, the terms are in `losses/`, and the networks are in `models/`.
 """
 
 import contextlib
@@ -49,16 +52,17 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: "main", or "first" for one before it.
-        epochs: how long it is.
-        pretrains: whether it comes before the main one, so that terms are applied by `pretrain`.
-        loss: weight of each active term.
+        name: "main", or "first" for the stage before it.
+        epochs: number of epochs.
+        pretrains: whether this is the first stage, in which terms with `first_stage_params` are
+            applied by their method `pretrain`.
+        loss: weight of each active term in the loss.
         terms: the active terms, by name.
-        weighting: `config.weighting` where it multiplies terms of this stage, else None.
-        learning_rate: of each of its steps.
-        optimizer: of everything, with what is not trained left as it is.
-        trainable: bools like `TrainState.params`.
-        first_step: steps of the stages before it.
+        weighting: `config.weighting` if the stage is weighted, else None.
+        learning_rate: learning rate of each step.
+        optimizer: optimiser of all parameters, which leaves those that are not trained unchanged.
+        trainable: bools in the structure of `TrainState.params`.
+        first_step: number of steps in the stages before this one.
     """
 
     name: str
@@ -75,17 +79,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What stays the same from the first step of a run to its last, whatever the seed.
+    """The part of a run that is the same for every seed and from the first step to the last.
 
     Attributes:
-        config: of the run.
-        dataset: that it trains and is measured on.
-        teacher: that it learns from; None: there is none.
+        config: config of the run.
+        dataset: data set on which the student is trained and evaluated.
+        teacher: the teacher, or None if there is none.
         network: the student.
-        heads: its extra heads.
-        stages: in order; the last one is the main stage.
-        steps_per_epoch: steps of an epoch, the last of which may be short.
-        steps_per_call: steps that one call of the compiled program takes.
+        heads: the student's extra heads.
+        stages: the stages in order; the last one is the main stage.
+        steps_per_epoch: number of steps in an epoch; the last of them can have fewer samples.
+        steps_per_call: number of steps in one call of the compiled program.
     """
 
     config: ConfigDict
@@ -99,37 +103,40 @@ class Experiment:
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages together."""
+        """Number of steps in all stages together."""
         return self.stages[-1].first_step + self.stages[-1].epochs * self.steps_per_epoch
 
     @property
     def teacher_taps(self) -> frozenset[str]:
-        """Fields of the teacher's `Outputs` that any stage reads."""
+        """Names of the fields of the teacher's `Outputs` that any stage reads."""
         stages = range(len(self.stages))
         return frozenset().union(*(self.step_spec(stage).teacher_taps for stage in stages))
 
     @property
     def rotated(self) -> bool:
-        """Whether any stage sees every image in four rotations."""
+        """Whether the networks see every image in four rotations in any stage."""
         return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
 
     def order_seed(self, seed: int) -> int:
-        """The seed of order and views of the run of `seed`: its own, or a shared first one."""
+        """Return the seed that decides the order and the views of the samples.
+
+        This is `seed` itself, or the first seed if `config.share_order` is set.
+        """
         return self.config.seeds[0] if self.config.share_order else seed
 
     def initial_state(self, seed: int) -> TrainState:
-        """The state of the run of `seed` before its first step, without an optimiser's."""
+        """Return the state of the run of `seed` before its first step, without optimiser state."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
         return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
 
     def begin(self, stage: int, before: TrainState) -> TrainState:
-        """The state at the first step of a stage."""
+        """Return the state at the first step of a stage, made from the state `before` it."""
         names = ["loss", *self.stages[stage].terms, "top1"]
         return state.begin_stage(before, self.stages[stage].optimizer, names)
 
     def step_spec(self, stage: int) -> step.StepSpec:
-        """The static part of the steps of a stage."""
+        """Return the static part of the steps of a stage."""
         config, this = self.config, self.stages[stage]
         return step.StepSpec(
             crop_padding=config.data.crop_padding,
@@ -150,16 +157,18 @@ class Experiment:
         )
 
     def train_step(self, stage: int) -> Callable:
-        """The compiled step of a stage, of as many seeds as it is given states.
+        """Compile the step of a stage for as many seeds as it is called with.
 
         Returns:
-            `step(states, data, teacher_inputs, index, mask, streamed) -> states`, with a tuple of
-            one element a seed for all but `data` and `teacher_inputs`: states as of `begin`, on all
-            devices and donated; `index`, `mask` and `streamed` as of `batches`.
+            `step(states, data, teacher_inputs, index, mask, streamed) -> states`. All arguments but
+            `data` and `teacher_inputs` are tuples with one element per seed: `states` as `begin`
+            returns them, but on all devices, and donated; `index`, `mask` and `streamed` as
+            `batches` yields them.
         """
         spec = self.step_spec(stage)
 
-        # Unrolled: under vmap every convolution would become a grouped one, which is slower.
+        # The seeds are unrolled, because vmap would turn every convolution into a grouped one,
+        # which is slower.
         def together(
             states: tuple[TrainState, ...],
             data: Resident,
@@ -169,7 +178,8 @@ class Experiment:
             streamed: tuple[jax.Array | None, ...],
         ) -> tuple[TrainState, ...]:
             if self.config.share_order:
-                # Equal inputs by name, so that the compiler asks the teacher once for all.
+                # All seeds read the same key and step, so that the compiler recognises that they
+                # ask the teacher about the same images, and computes its answers only once.
                 first = states[0]
                 states = tuple(
                     dataclasses.replace(s, key=first.key, step=first.step) for s in states
@@ -184,19 +194,19 @@ class Experiment:
     def batches(
         self, seed: int, epoch: int, begin: int = 0, end: int | None = None
     ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Yield index, mask and streamed images, if they are, of each call of an epoch.
+        """Yield the index, the mask and any streamed images for each call of an epoch.
 
-        Calls end at multiples of their length, also when they begin within an epoch.
+        Calls end at multiples of `steps_per_call`, even if the first one begins in between.
 
         Args:
-            seed: of the run.
-            epoch: from 0, within its stage.
-            begin: first step.
-            end: step before which to stop; None: the end of the epoch.
+            seed: seed of the run.
+            epoch: number of the epoch within its stage, from 0.
+            begin: the first step.
+            end: the step before which to stop; None stands for the end of the epoch.
 
         Yields:
-            `index` int32, `mask` float32 and `streamed` uint8 or None, each (steps, devices, rows,
-            ...).
+            `index` int32, `mask` float32, and `streamed` uint8 or None, each of shape (steps,
+            devices, rows, ...).
         """
         train, order_seed = self.dataset.train, self.order_seed(seed)
         key = state.order_key(jax.random.key(order_seed))
@@ -219,17 +229,18 @@ class Experiment:
 
 
 def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Experiment:
-    """Puts a run together; nothing is computed on a device.
+    """Assemble a run, without computing anything on a device.
 
     Args:
-        config: of the run, as `validate.validate` accepts it.
-        dataset: that it trains and is measured on.
-        teacher: that it learns from. Without it everything is checked as with it, so that nothing
-            is trained for a run that does not fit.
+        config: config of the run, as `validate.validate` accepts it.
+        dataset: data set on which the student is trained and evaluated.
+        teacher: the teacher. If it is None although the config names one, the parts of the run are
+            checked against the shapes of its network, so that no teacher is trained for a run whose
+            parts do not fit together.
 
     Raises:
-        UserError: terms do not fit the data, the networks or each other, or `trainable` names
-            nothing.
+        UserError: the terms do not fit the data, the networks or each other, or `trainable` names
+            something that does not exist.
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
@@ -275,7 +286,7 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
 def _terms(
     config: ConfigDict, stage: ConfigDict, dataset: Dataset, teacher: Teacher | None
 ) -> dict[str, Term]:
-    """The terms of a stage, once they have seen the data and the teacher."""
+    """Return the terms of a stage, checked against the data and adapted to the teacher."""
     of_run = {
         "axis_name": parallel.AXIS,
         "train_size": len(dataset.train.labels),
@@ -308,13 +319,13 @@ def _shapes_of_params(
     heads: Heads,
     terms: Sequence[Mapping[str, Term]],
 ) -> PyTree:
-    """Shapes of `TrainState.params`."""
+    """Return the shapes of `TrainState.params`."""
     of_all = {name: term for of_stage in terms for name, term in of_stage.items()}
     try:
         return jax.eval_shape(
             lambda: _initial_state(config, dataset, network, heads, of_all, seed=0).params
         )
-    except ValueError as error:  # a term says which shapes it cannot bring together
+    except ValueError as error:  # a term or the weighting cannot process the shapes
         raise UserError(str(error)) from error
 
 
@@ -325,7 +336,10 @@ def _trainable(
     network: nn.Module,
     heads: Heads,
 ) -> PyTree:
-    """Bools like `params`: what a stage trains, which is nothing that only other stages use."""
+    """Return bools in the structure of `params`: whether a stage trains each parameter.
+
+    A stage does not train parameters that only other stages use.
+    """
     used = {source for term in terms.values() for source in term.heads.items()}
     frozen = [
         f"heads/{'network' if source == 'network' else name}"

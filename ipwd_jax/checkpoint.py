@@ -1,9 +1,10 @@
-"""Checkpoints of a run, written by Orbax: asynchronous, atomic, and resumed bit for bit.
+"""Checkpoints of a run, written asynchronously and atomically by Orbax, and resumed bit for bit.
 
-A checkpoint has four items: `last` and `best`, the variables of the student after the latest and
-after the best evaluated epoch; `state`, everything else of the `TrainState`; `meta`, JSON of the
-position in the run and of a checksum of each item, because changed bytes in a file of numbers go
-unnoticed otherwise. What a teacher or an evaluation needs is one item.
+A checkpoint has four items: `last`, the variables of the student when the checkpoint is taken;
+`best`, its variables after the epoch with the best test accuracy so far; `state`, everything else
+in the `TrainState`; and `meta`, JSON with the position of the run and a checksum of each item,
+because changed bytes in a file of numbers would otherwise go unnoticed. A teacher or an evaluation
+needs only the numbers of `last` or those of `best`.
 """
 
 import contextlib
@@ -30,14 +31,15 @@ _FOLDER = "checkpoints"
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is, beside its arrays.
+    """The position of a run: everything that it has to remember besides its arrays.
 
     Attributes:
-        stage: index into `config.stages`.
-        step: steps taken in this stage.
-        seconds: wall time spent training so far, over all processes.
-        best_epoch: epoch of the main stage with the best top-1 so far; 0 before any.
-        best_top1: its test accuracy in percent; -1 before any.
+        stage: index of the stage in the list that `config.stages` returns.
+        step: number of steps taken in this stage.
+        seconds: wall time spent on training so far, over all processes.
+        best_epoch: epoch of the main stage with the best test accuracy so far; 0 before the first
+            evaluation.
+        best_top1: that accuracy in percent; -1 before the first evaluation.
         history: one row of metrics per finished epoch.
     """
 
@@ -49,18 +51,19 @@ class Position:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def epochs_of(self, stage: str) -> int:
-        """Finished epochs of the stage of this name."""
+        """Return the number of finished epochs of the stage with this name."""
         return sum(row["stage"] == stage for row in self.history)
 
 
 @dataclasses.dataclass
 class Snapshot:
-    """All that a run needs to go on: what a checkpoint holds.
+    """Everything that a run needs in order to resume, which is what a checkpoint holds.
 
     Attributes:
-        state: arrays of the run, on all devices.
-        best: variables of the student after its best epoch so far (the first ones before any).
-        position: the rest.
+        state: the arrays of the run, on all devices.
+        best: the variables of the student after its best epoch so far, or its initial variables
+            before the main stage is first evaluated.
+        position: everything else.
     """
 
     state: TrainState
@@ -84,11 +87,11 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
-        """Numbers of the complete checkpoints, oldest first."""
+        """Return the numbers of the complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, number: int, snapshot: Snapshot) -> None:
-        """Starts writing a checkpoint; a number that exists already is left as it is.
+        """Start writing a checkpoint; if there is one with this number, it is left unchanged.
 
         Raises:
             UserError: this or the previous checkpoint could not be written.
@@ -108,7 +111,7 @@ class Checkpoints:
             self._manager.save(number, args=args, force=True)
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises `UserError` as `save` does."""
+        """Wait until everything is on disk, and raise `UserError` as `save` does."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -123,25 +126,26 @@ class Checkpoints:
             raise UserError(
                 f"a checkpoint could not be written to {self.folder} ({free:.0f} MiB free): "
                 f"{_first_line(error)}. Newest complete checkpoint: {kept}. "
-                "Make space and run the same command again; it goes on from there."
+                "Free some space and run the same command again; it resumes from there."
             ) from error
 
     def restore(self, template: Callable[[Position], TrainState]) -> Snapshot | None:
-        """The newest checkpoint that can be read, or None where there is none.
+        """Restore the newest checkpoint that can be read; return None if there are no checkpoints.
 
-        Newer ones that cannot be read are set aside under another name, with a warning.
+        Newer checkpoints that cannot be read are renamed, with a warning.
 
         Args:
-            template: a state of the stage that a position is in, of which only shapes are read.
+            template: a function that returns, for a position, a state of the stage in which that
+                position is. Only the shapes of this state are used.
 
         Raises:
-            UserError: there are checkpoints but none can be read.
+            UserError: there are checkpoints, but none of them can be read.
         """
         damaged = {}
         for number in reversed(self.steps()):
             try:
                 restored = self._restore(number, template)
-            except Exception as error:  # Orbax and TensorStore raise many kinds
+            except Exception as error:  # Orbax and TensorStore raise many types
                 damaged[number] = error
                 continue
             self._set_aside(damaged)
@@ -178,7 +182,7 @@ class Checkpoints:
                 name += "-again"
             print(
                 f"warning: checkpoint {number} in {self.folder} cannot be read "
-                f"({_first_line(error)}). It is called {name} now, and an older one is used.",
+                f"({_first_line(error)}). It has been renamed to {name}, and an older one is used.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -198,55 +202,65 @@ class Checkpoints:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    """The numbers of the complete checkpoints in `folder`, oldest first."""
+    """Return the numbers of the complete checkpoints in `folder`, oldest first."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
 def newest(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of a run's newest complete checkpoint. Raises `UserError` if there is none."""
+    """Return the folder of a run's newest complete checkpoint.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
     folder = workdir.resolve() / _FOLDER
     if not (steps := _steps(folder)):
-        raise UserError(f"no checkpoint in {folder}; train first, or choose another --workdir")
+        raise UserError(
+            f"there is no checkpoint in {folder}; train first, or choose another --workdir"
+        )
     return folder / str(steps[-1])
 
 
 def saved_arrays(path: pathlib.Path) -> PyTree:
-    """The shapes and dtypes of one item of a checkpoint, of which no array is read.
+    """Return the shapes and dtypes of one item of a checkpoint, without reading its arrays.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the item is missing or damaged.
     """
     try:
         return ocp.StandardCheckpointer().metadata(path).item_metadata
-    except Exception as error:  # Orbax raises many kinds
+    except Exception as error:  # Orbax raises many types
         raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
 
 
 def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[PyTree, Position]:
-    """The variables of the network that a run trained, on all devices, and how far it was.
+    """Return the variables of the network that a run trained, and the position of the run.
 
     Args:
-        workdir: of the run.
+        workdir: work directory of the run.
         which: "last" or "best".
         template: shapes of the expected network's variables.
 
+    Returns:
+        The variables, on all devices, and the position at which the newest checkpoint was taken.
+
     Raises:
-        UserError: no checkpoint is there, it cannot be read, it is of another network, or the
-            network's numbers are not finite.
+        UserError: there is no checkpoint, it cannot be read, it is of another network, or some of
+            the variables are not finite.
     """
     folder = newest(workdir)
     path = folder / which
     shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved_arrays(path))}
     wanted = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(template)}
     wrong = [
-        f"{name}: {shapes.get(name, 'missing')} there, {wanted.get(name, 'none')} wanted"
+        f"{name}: found {shapes.get(name, 'none')}, expected {wanted.get(name, 'none')}"
         for name in sorted({*shapes, *wanted})
         if shapes.get(name) != wanted.get(name)
     ]
     if wrong:
         raise UserError(
             f"the checkpoint {path} is of another network or number of classes; "
-            f"{len(wrong)} tensors differ, for example {'; '.join(wrong[:3])}"
+            f"{len(wrong)} tensors differ, for example {'; '.join(wrong[:3])}. Check which network "
+            "and which data it was trained with."
         )
     try:
         shapes_and_devices = parallel.replicated_shapes(template)
@@ -258,18 +272,19 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
     if bad := not_finite(variables):
         raise UserError(
-            f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or near "
-            f"to it, among them {', '.join(bad[:3])}. Train it again with a lower learning rate."
+            f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or close "
+            f"to overflow, among them {', '.join(bad[:3])}. Train it again with a lower learning "
+            "rate."
         )
     return variables, position
 
 
 def save_network(workdir: pathlib.Path, variables: PyTree) -> None:
-    """Writes the variables of a network trained elsewhere where `load_network` finds them.
+    """Write the variables of a network trained elsewhere to where `load_network` finds them.
 
     Args:
-        workdir: without checkpoints so far; both "last" and "best" become this network.
-        variables: of the network, float32 arrays.
+        workdir: a work directory without checkpoints; the network becomes both "last" and "best".
+        variables: variables of the network, float32 arrays.
 
     Raises:
         UserError: the checkpoint could not be written.
@@ -285,14 +300,18 @@ def save_network(workdir: pathlib.Path, variables: PyTree) -> None:
 
 
 def _meta(position: Position, items: dict[str, PyTree]) -> dict[str, Any]:
-    """The JSON of a checkpoint: the position, and checksums of it and of the items."""
+    """Return the JSON of a checkpoint: the position, and checksums of it and of the items."""
     plain = dataclasses.asdict(position)
     checksums = {name: checksum(item) for name, item in items.items()}
     return {**plain, "checksums": {"position": _checksum_of_json(plain), **checksums}}
 
 
 def _read_meta(meta: dict[str, Any]) -> tuple[Position, dict[str, str]]:
-    """The position and the checksums of a checkpoint; raises ValueError for a changed position."""
+    """Return the position and the checksums of a checkpoint.
+
+    Raises:
+        ValueError: the position has changed since it was saved.
+    """
     plain = {key: value for key, value in meta.items() if key != "checksums"}
     if _checksum_of_json(plain) != meta["checksums"]["position"]:
         raise ValueError("the position has changed since it was saved")
@@ -305,12 +324,12 @@ def _verify(name: str, item: PyTree, checksums: dict[str, str]) -> None:
 
 
 def checksum(tree: PyTree) -> str:
-    """CRC-32 over all leaves of a pytree, in order: 8 hexadecimal digits."""
+    """Return the CRC-32 over all leaves of a pytree, in order, as 8 hexadecimal digits."""
     crc = 0
     for leaf in jax.tree.leaves(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        # An array is a buffer, but its type says so only from Python 3.12 on.
+        # An array is a buffer, but its type declares this only from Python 3.12 on.
         crc = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)), crc)  # type: ignore[arg-type]
     return f"{crc:08x}"
 

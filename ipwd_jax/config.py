@@ -21,13 +21,13 @@ def default() -> ConfigDict:
     """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off."""
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
-    config.seeds = ()  # several runs in one program, each as if alone, NAME_seed0, NAME_seed1...
-    config.share_order = False  # with seeds: all see the first one's order, crops and flips
+    config.seeds = ()  # train several runs in one program, NAME_seed0, NAME_seed1..., each as if alone
+    config.share_order = False  # whether all of `seeds` see the first one's order, crops and flips
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 
     config.data = _data()
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
-    config.sync_batch_norm = True  # statistics of the global batch; False: of each device's rows
+    config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
 
     config.teacher = _teacher()
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
@@ -49,11 +49,11 @@ def default() -> ConfigDict:
     config.first_stage.optimizer = _optimizer()
     config.first_stage.trainable = ()
 
-    config.eval_every_epochs = 1  # test-set evaluation; the last epoch always has one
+    config.eval_every_epochs = 1  # evaluate on the test set; always after the last epoch
     config.eval_batch_size = 500
     config.log_every_steps = 50  # progress line and check for non-finite losses
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_seconds = 60.0  # at most this much work is lost to a kill
+    config.checkpoint.every_seconds = 60.0  # a run that is killed loses at most this much work
     config.checkpoint.keep = 2  # newest checkpoints kept; each also holds the best epoch
     return config
 
@@ -72,8 +72,8 @@ def _data() -> ConfigDict:
     config.threads = 0  # of decoding; 0: all CPUs
     config.mean = ()  # per channel, pixels in 0..1; empty: known or computed
     config.std = ()
-    config.crop_padding = 4  # black pixels on each side before a random crop; 0, as streaming
-    # needs, which has crops of its own: no crop
+    config.crop_padding = 4  # black pixels on each side before a random crop; 0: no crop.
+    # Streamed images have random resized crops instead, and need 0.
     config.flip = True  # random horizontal flip
     return config
 
@@ -105,7 +105,7 @@ def _weighting() -> ConfigDict:
     config.clip = 0.0  # largest weight; 0: none
     config.batch_normalize = False  # divide by the mean weight of the global batch
     config.average = 0.0  # decay of a running mean per sample over epochs; 0: none
-    # The fields of all weightings; what they mean stands in ipwd_jax.losses.weighting.
+    # The fields of all weightings, which ipwd_jax.losses.weighting explains.
     config.update(losses.weighting.settings())
     return config
 

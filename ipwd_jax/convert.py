@@ -1,12 +1,18 @@
-"""Import PyTorch checkpoints into work directories, and export them; PyTorch is not needed.
+"""Import PyTorch checkpoints as work directories, and export the networks of runs.
 
   python -m ipwd_jax.convert import resnet32x4.pth
   python -m ipwd_jax.convert import teacher.safetensors --workdir=runs/teacher --network=wrn_40_2
   python -m ipwd_jax.convert export runs/digits_ipwd_seed0 student.pth --which=best
+  python -m ipwd_jax.convert export runs/digits_ipwd_seed0 student.stablehlo
+  python -m ipwd_jax.convert export runs/digits_ipwd_seed0 student.onnx
   python -m ipwd_jax.convert export runs/own_seed0 it.pth --config=examples/own_network.py
 
-An imported network is used as a teacher by --config.teacher.workdir=DIR and evaluated by
-`python -m ipwd_jax.main --config=FILE --workdir=DIR --mode=eval`.
+The suffix of an exported file decides its format. PyTorch files (.pth, .pt or .safetensors) hold
+the weights alone; they are read and written without PyTorch. StableHLO and ONNX files hold the
+whole computation, from uint8 images to logits, and run without ipwd_jax (see `ipwd_jax.export`).
+
+`--config.teacher.workdir=DIR` uses an imported network as the teacher of a run, and
+`python -m ipwd_jax.main --config=FILE --workdir=DIR --mode=eval` evaluates it.
 """
 
 import argparse
@@ -16,33 +22,36 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from ipwd_jax import export
 from ipwd_jax.api import load_module
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch import export_file, import_file
 
+_SUFFIXES = (".pth", ".pt", ".safetensors", *export.SUFFIXES)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Exits with 2 on a user's mistake."""
+    """Run the command line; exit with status 2 after a mistake of the user."""
     parser = argparse.ArgumentParser(
         prog="python -m ipwd_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    into = commands.add_parser("import", help="PyTorch's file -> work directory of a teacher")
-    into.add_argument("file", type=pathlib.Path, help=".pth, .pt or .safetensors")
-    into.add_argument("--workdir", type=pathlib.Path, help="default: runs/ and the file's name")
-    into.add_argument("--network", default="", help="default: inferred from names and shapes")
-    into.add_argument("--key", default="", help="entry of the file that has the state dict")
-    out = commands.add_parser("export", help="work directory -> PyTorch's file")
-    out.add_argument("workdir", type=pathlib.Path)
-    out.add_argument("file", type=pathlib.Path, help="ends in .pth, .pt or .safetensors")
-    out.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
+    into = commands.add_parser("import", help="turn a PyTorch file into the run of a teacher")
+    into.add_argument("file", type=pathlib.Path, help=".pth, .pt or .safetensors file to read")
+    into.add_argument("--workdir", type=pathlib.Path, help="default: runs/ plus the file's name")
+    into.add_argument("--network", default="", help="default: inferred from its tensors")
+    into.add_argument("--key", default="", help="entry of the file that holds the state dict")
+    out = commands.add_parser("export", help="write the network of a run to a file")
+    out.add_argument("workdir", type=pathlib.Path, help="work directory of the run")
+    out.add_argument("file", type=pathlib.Path, help=f"file to write: {', '.join(_SUFFIXES)}")
+    out.add_argument("--which", choices=("last", "best"), default="last", help="epoch to export")
     for command in (into, out):
         command.add_argument(
             "--config",
             type=lambda name: pathlib.Path(name.partition(":")[0]),
-            help="config file that adds the network, if it is not one of ipwd_jax",
+            help="config file that adds the network, if ipwd_jax does not have it",
         )
     given = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
@@ -53,11 +62,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             import_file(given.file, given.workdir, given.network, given.key)
             print(f"Written to {given.workdir or pathlib.Path('runs') / given.file.stem}")
         else:
-            fit = export_file(given.workdir, given.file, given.which)
-            print(f"{fit.name}, {fit.classes} classes, written to {given.file}")
+            network, classes = _export(given.workdir, given.file, given.which)
+            print(f"{network}, {classes} classes, written to {given.file}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _export(workdir: pathlib.Path, file: pathlib.Path, which: str) -> tuple[str, int]:
+    """Write a file in the format of its suffix; return the network's name and number of classes."""
+    if file.suffix not in _SUFFIXES:
+        raise UserError(
+            f"the file to write must end in one of {', '.join(_SUFFIXES)}, found {file}"
+        )
+    if file.suffix in export.SUFFIXES:
+        about = export.export_run(workdir, file, which)
+        return about["network"], len(about["class_names"])
+    fit = export_file(workdir, file, which)
+    return fit.name, fit.classes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a run ends early: by the user's mistake, or at the user's wish."""
+"""The exceptions that end a run early: a mistake of the user, or a signal to stop."""
 
 import difflib
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something that the user can mend: a wrong name, value, file or directory.
+    """A problem that the user can fix: a wrong name, value, file or directory.
 
     The message says what is wrong, what was found and what to do. The command line prints it
     without a traceback and exits with status 2.
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and everything is saved; `signum` says which signal."""
+    """A signal asked the run to stop, and everything has been saved; `signum` is its number."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
-    """A `UserError` for a `name` that is not among the `valid` ones, naming the nearest of them."""
+    """Return a `UserError` for a `name` that is not `valid`, which suggests a similar valid one."""
     valid = sorted(valid)
     folded = {v.lower(): v for v in valid}
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.8)

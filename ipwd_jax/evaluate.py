@@ -16,14 +16,15 @@ from ipwd_jax.typing import PyTree
 
 
 def make_predict(apply: Callable[[PyTree, jax.Array], Any]) -> Callable[..., jax.Array]:
-    """Compiles `predict(variables, data, index, images) -> logits`, unaugmented, for inference.
+    """Compile `predict(variables, data, index, images) -> logits` for unaugmented images.
 
-    `index` (devices, B) int32 selects rows of `data`, unless `images` (devices, B, H, W, channels)
-    uint8 are given; the result is (devices, B, C).
+    `index` (devices, B) int32 selects images of `data`, unless `images` (devices, B, H, W,
+    channels) uint8 are given. The logits are (devices, B, C).
 
     Args:
-        apply: `apply(variables, images) -> Outputs`, as a network's (in Flax's declaration its
-            result may be anything); float32 unless it says otherwise.
+        apply: `apply(variables, images) -> Outputs`, for example the `apply` of a network, whose
+            result Flax declares as `Any`. Products are computed in float32 unless it sets another
+            precision itself.
     """
 
     def predict(
@@ -44,14 +45,14 @@ def predict_all(
     split: Split,
     batch_size: int,
 ) -> np.ndarray:
-    """Logits (N, C) of every image of a split, whatever N and the number of devices.
+    """Return the logits (N, C) of all images of a split, for any N and any number of devices.
 
     Args:
-        predict: of `make_predict`.
-        variables: of the network, on all devices.
-        data: the part of the split that lives on all devices.
+        predict: what `make_predict` returns.
+        variables: variables of the network, on all devices.
+        data: the part of the split that lives on the devices.
         split: the split.
-        batch_size: images of a call over all devices; it does not change the result.
+        batch_size: number of images per call, over all devices; it does not change the result.
     """
     size = len(split.labels)
     order = np.arange(size, dtype=np.int32)
@@ -64,7 +65,7 @@ def predict_all(
 
 
 def _images(split: Split, index: np.ndarray) -> Generator[np.ndarray | None]:
-    """Yields the images of each step (devices, B, H, W, channels), or None if they are resident."""
+    """Yield the images of each call, (devices, B, H, W, channels); None if they are in memory."""
     if isinstance(split.images, np.ndarray):
         yield from [None] * len(index)
         return
@@ -78,7 +79,10 @@ def _images(split: Split, index: np.ndarray) -> Generator[np.ndarray | None]:
 def score(
     logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray | None = None
 ) -> dict[str, float]:
-    """`metrics.evaluate`, with `recall_group1`... (head to tail) if a teacher ranks the classes.
+    """Return the scores of `metrics.evaluate` and, given `class_mass`, the recall of class groups.
+
+    The recalls are called `recall_group1`, `recall_group2` and so on, from the head to the tail of
+    the ranking of the classes by `class_mass`.
 
     Args:
         logits: (N, C).

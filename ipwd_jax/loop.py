@@ -15,34 +15,35 @@ from ipwd_jax.seed_run import SeedRun
 
 
 class Loop:
-    """Trains the runs of several seeds of one experiment to their end; usually there is one.
+    """The training of the runs of one or more seeds of an experiment.
 
-    All are part of one compiled program and share the data and the teacher; each gives the
-    numbers that it gives alone.
+    All runs are part of one compiled program and share the data and the teacher. Each of them gives
+    the same numbers as if it were trained alone.
 
     Attributes:
-        runs: one for each seed; all are at the same step.
-        recorders: of the runs.
+        runs: one run per seed; all of them are at the same step.
+        recorders: the recorders of the runs, in the same order.
     """
 
     def __init__(
         self, runs: Sequence[SeedRun], recorders: Sequence[Recorder], stopped_by: list[int]
     ) -> None:
-        """`stopped_by` is filled from outside with the signals that ask the loop to stop."""
+        """The signal handlers append to `stopped_by` the signals that ask the loop to stop."""
         self.runs, self.recorders, self.stopped_by = runs, recorders, stopped_by
         self.experiment = runs[0].experiment
         self._saved_at = time.monotonic()
-        self._compiled: set[int] = set()  # numbers of steps in a call
+        self._compiled: set[int] = set()  # lengths in steps of the calls that are compiled
 
     def train(self, until: int | None = None) -> None:
-        """Trains all stages and saves.
+        """Train all stages, and save.
 
         Args:
-            until: steps of all stages together after which to stop; None: the end of the run.
+            until: number of steps, over all stages, after which to stop; None stands for the end of
+                the run.
 
         Raises:
             UserError: the training diverged, or a checkpoint could not be written.
-            Interrupted: a signal came; the runs are saved.
+            Interrupted: a signal arrived, and the runs have been saved.
         """
         experiment, position = self.experiment, self.runs[0].now.position
         data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
@@ -71,7 +72,7 @@ class Loop:
             run.checkpoints.wait()
 
     def _train_epoch(self, train_step: Callable, data: Resident, end: int) -> float:
-        """Takes the steps that are left of this epoch up to `end`; returns images/s of all runs."""
+        """Take the remaining steps of this epoch up to `end`, and return images/s over all runs."""
         steps, position = self.experiment.steps_per_epoch, self.runs[0].now.position
         epoch, begin = divmod(position.step, steps)
         end = min(end - epoch * steps, steps)
@@ -87,19 +88,25 @@ class Loop:
                 seconds, count = self._call(train_step, data, rows)
                 started, images = started + seconds, images + count
                 begin += len(rows[0][0])
-                if begin < steps:  # the end of the epoch is saved after its row is written
+                if begin < steps:  # `train` saves the end of the epoch, after writing its row
                     self._between_calls(begin, len(rows[0][0]), images, started)
         for run in self.runs:
             run.averages()  # waits for the last step
         return _speed(images, started)
 
     def _call(self, train_step: Callable, data: Resident, rows: tuple) -> tuple[float, int]:
-        """Takes the steps of one call: seconds that went into compiling it, or images trained."""
+        """Take the steps of one call.
+
+        Returns:
+            The seconds that the call took and 0 if it had to be compiled; otherwise 0 and the
+            number of images that it trained on.
+        """
         index, mask, streamed = zip(*rows, strict=True)
         teacher, steps = self.experiment.teacher, len(index[0])
         states = tuple(run.now.state for run in self.runs)
         compiles = steps not in self._compiled
         if compiles:
+            self.recorders[0].compiles()
             jax.block_until_ready(states)
         before = time.monotonic()
         inputs = teacher.inputs if teacher else {}
@@ -129,7 +136,7 @@ class Loop:
         return time.monotonic() - self._saved_at >= every
 
     def _save(self) -> None:
-        """Saves, and ends the runs when a signal asked for it."""
+        """Save the runs, and raise `Interrupted` if a signal asked the loop to stop."""
         for run, recorder in zip(self.runs, self.recorders, strict=True):
             recorder.saves()
             run.save()
@@ -141,5 +148,5 @@ class Loop:
 
 
 def _speed(images: int, started: float) -> float:
-    """Images a second; nan where none were counted, since every call was compiled first."""
+    """Return images per second, or NaN if no image was counted because every call was compiled."""
     return images / (time.monotonic() - started) if images else math.nan

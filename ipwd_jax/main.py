@@ -6,7 +6,7 @@
   python -m ipwd_jax.main --config=configs/digits_ipwd.py --mode=eval
 
 Any setting of the config is changed with --config.NAME=VALUE; ipwd_jax/config.py lists them all
-with their meaning. The same command goes on where a run was stopped. A run leaves in its work
+with their meaning. The same command resumes a run that was stopped. A run leaves in its work
 directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, result.json.
 """
 
@@ -21,6 +21,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from ipwd_jax import signals
 from ipwd_jax.errors import Interrupted, UserError
 
 # Imports that take seconds are made within functions: `main` reports an interrupt of them.
@@ -39,6 +40,9 @@ _MODE = flags.DEFINE_enum(
     "directory.",
 )
 
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print what the run would do and how much disk space it needs; write nothing."
+)
 _XLA_PROFILE = flags.DEFINE_string(
     "xla_profile", "", "Compiler settings: one of ipwd_jax.xla.PROFILES. Empty: JAX's own."
 )
@@ -48,7 +52,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; what is wrong with them, the config or its overrides becomes one line."""
+    """Parse the flags; a mistake in them, in the config or in its overrides becomes one line."""
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.present:
@@ -62,7 +66,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _explained(error: Exception, argv: list[str]) -> UserError:
-    """What is wrong with the flags, the config file or its overrides."""
+    """Say what is wrong with the flags, the config file or its overrides."""
     chain: list[BaseException] = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -88,7 +92,7 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
 
 
 def _in_config_file(error: BaseException) -> UserError | None:
-    """What Python says of the config file and where in it; None: it has not raised the error."""
+    """Say where in the config file the error was raised; None if it comes from elsewhere."""
     lines: list[tuple[str, int | None]] = [
         (frame.f_code.co_filename, number)
         for frame, number in traceback.walk_tb(error.__traceback__)
@@ -106,7 +110,7 @@ def _in_config_file(error: BaseException) -> UserError | None:
 
 
 def _config_path(argv: list[str]) -> str:
-    """The file that --config names, without the argument after its colon."""
+    """Return the file that --config names, without the argument after its colon."""
     for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -135,25 +139,32 @@ def _main(argv: list[str]) -> None:
     config = _CONFIG.value
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
+    if _DRY_RUN.value:
+        print(train.planned(config, workdir))
+        return
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:
         result = train.run(config, workdir, teacher_only=_MODE.value == "teacher")
     print(report.summary(result))
-    print(f"Written to {workdir}{'_seed*' if 'seeds' in result else ''}")
+    workdirs = f"{workdir}{'_seed*' if 'seeds' in result else ''}"
+    print(f"Written to {workdirs}")
+    if _MODE.value == "train":
+        print(f"Next: python -m ipwd_jax.report {workdirs}")
 
 
 def main() -> None:
-    """The command line. Exits with 2 on a user's mistake, with 128 + signal when stopped."""
+    """Run the command line; exit with 2 on a user's mistake, with 128 + signal when stopped."""
     try:
-        app.run(_main, flags_parser=_parse)
+        with signals.acknowledged():
+            app.run(_main, flags_parser=_parse)
     except UserError as error:
         _exit(error)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
     except Interrupted as stop:
-        print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+        print(f"\n{stop}; the same command resumes from here", file=sys.stderr)
         sys.exit(128 + stop.signum)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a classifier, computed by NumPy in float64 from the logits of a whole test set."""
+"""Metrics of a classifier, computed with NumPy in float64 from the logits of a whole test set."""
 
 import numpy as np
 import scipy.special
@@ -6,15 +6,15 @@ import scipy.stats
 
 
 def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Computes all scalar metrics of a prediction.
+    """Compute all scalar metrics of a prediction.
 
     Args:
         logits: (N, C).
         labels: (N,) integers in 0..C-1.
 
     Returns:
-        `top1`, `top5`, `ece` in percent; `nll` in nats; `brier` (summed over classes, 0..2);
-        `aurc`, `eaurc` times 1000.
+        `top1`, `top5` and `ece` in percent; `nll` in nats; `brier`, which is summed over the
+        classes and lies in 0..2; `aurc` and `eaurc`, multiplied by 1000.
     """
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     confidence, correct = np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == labels
@@ -35,10 +35,12 @@ def evaluate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error over equal bins `(lo, hi]` (Guo et al., 2017; PS-KD's code).
+    """Compute the expected calibration error over bins `(lo, hi]` of equal width.
+
+    Guo et al., 2017, as in PS-KD's code.
 
     Args:
-        confidence: (N,) largest probability, in (0, 1].
+        confidence: (N,) largest probability of each sample, in (0, 1].
         correct: (N,) bool.
         bins: number of bins.
 
@@ -55,13 +57,13 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
 
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
-    """Area under the risk-coverage curve and its excess over the best possible order.
+    """Compute the area under the risk-coverage curve, and its excess over the best possible order.
 
-    Geifman et al., 2019, as in PS-KD's code: the risk among the k most confident samples,
-    averaged over k = 1..N; the best order puts every error last.
+    Geifman et al., 2019, as in PS-KD's code: the area is the risk among the k most confident
+    samples, averaged over k = 1..N. The best order puts all errors last.
 
     Args:
-        confidence: (N,).
+        confidence: (N,) largest probability of each sample.
         correct: (N,) bool.
 
     Returns:
@@ -78,20 +80,20 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, f
 def group_recall(
     logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray, groups: int = 4
 ) -> list[float]:
-    """Mean per-class recall of classes grouped by how much mass the teacher gives them.
+    """Compute the mean recall of classes that are grouped by the mass that the teacher gives them.
 
-    Niu et al., 2022, Table 1: classes are ranked by the teacher's total predicted probability,
-    most first, and cut into equal groups.
+    Niu et al., 2022, Table 1: the classes are ranked by the teacher's total predicted probability
+    in descending order, and the ranking is divided into equal groups.
 
     Args:
         logits: (N, C).
-        labels: (N,) integers; a class without a sample is left out of its group's mean.
-        class_mass: (C,) the teacher's probabilities summed over the training set.
+        labels: (N,) integers; a class without samples is left out of the mean of its group.
+        class_mass: (C,) the teacher's probabilities, summed over the training set.
         groups: number of groups.
 
     Returns:
-        Percent of each group, from the head of the ranking to its tail; nan for a group without
-        samples.
+        The mean recall of each group in percent, from the head of the ranking to its tail; nan for
+        a group without samples.
     """
     classes = logits.shape[1]
     hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
@@ -105,13 +107,13 @@ def group_recall(
 
 
 def weight_summary(weights: np.ndarray) -> dict[str, float]:
-    """Mean, extremes, deciles and effective sample size of per-sample weights.
+    """Compute the mean, extremes, deciles and effective sample size of per-sample weights.
 
     Args:
         weights: (N,) positive.
 
     Returns:
-        `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, Kish's
+        `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, which is Kish's
         `(sum w)^2 / sum w^2` as a share of N.
     """
     weights = weights.astype(np.float64)
@@ -126,14 +128,17 @@ def weight_summary(weights: np.ndarray) -> dict[str, float]:
 
 
 def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.ndarray) -> float:
-    """Spearman rank correlation over classes of the mean weight with the teacher's mass.
+    """Compute Spearman's rank correlation of the mean weight and the teacher's mass of the classes.
 
-    An inverse propensity must be negatively correlated. nan where either side is constant.
+    An inverse propensity must be negatively correlated with the mass.
 
     Args:
-        weights: (N,) of the training samples.
-        labels: (N,) integers; every class has a sample.
-        class_mass: (C,) the teacher's probabilities summed over the training set.
+        weights: (N,) weights of the training samples.
+        labels: (N,) integers; every class must have a sample.
+        class_mass: (C,) the teacher's probabilities, summed over the training set.
+
+    Returns:
+        The correlation, or nan if the mean weights or the masses are constant.
     """
     means = np.bincount(labels, weights, len(class_mass)) / np.bincount(
         labels, minlength=len(class_mass)

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent and learning rates with PyTorch's semantics."""
+"""Stochastic gradient descent and learning-rate schedules with PyTorch's semantics."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,17 @@ from ipwd_jax.typing import PyTree
 
 
 def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
-    """The learning rate of each step of a stage.
+    """Return the learning rate as a function of the step of a stage.
 
-    `step` multiplies it by `decay` once each of `milestones` epochs is finished (Tian et al., 2020:
-    with milestone 150, epochs 1 to 150 have the full rate). `cosine` lowers it with every step,
-    from the full rate to 0 at the end of the stage.
+    The schedule `step` multiplies the rate by `decay` when the number of finished epochs reaches
+    each of `milestones` (Tian et al., 2020: with a milestone of 150, epochs 1 to 150 have the full
+    rate). `cosine` lowers the rate with every step, from the full rate to 0 at the end of the
+    stage.
 
     Args:
-        optimizer: a config with `schedule`, `learning_rate`, `milestones`, `decay`.
-        steps_per_epoch: steps of one epoch.
-        epochs: epochs of the stage.
+        optimizer: a config with `schedule`, `learning_rate`, `milestones` and `decay`.
+        steps_per_epoch: number of steps in an epoch.
+        epochs: number of epochs in the stage.
     """
     if optimizer.schedule == "cosine":
         return optax.cosine_decay_schedule(optimizer.learning_rate, steps_per_epoch * epochs)
@@ -31,10 +32,10 @@ def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.
 
 
 def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """`torch.optim.SGD`: g += wd p;  v = mu v + g;  p -= lr v, or lr (g + mu v) with nesterov.
+    """Return `torch.optim.SGD`: g += wd p; v = mu v + g; p -= lr v, or lr (g + mu v) with Nesterov.
 
-    Weight decay reaches every parameter, biases and BatchNorm included; the learning rate scales
-    the step, not the velocity.
+    Weight decay applies to every parameter, including biases and those of BatchNorm. The learning
+    rate scales the step and not the velocity.
     """
     return optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay),
@@ -46,11 +47,11 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
 def only(
     trainable: PyTree, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """An optimiser of the leaves that are trained; the others have no state and stay as they are.
+    """Restrict an optimiser to the trained leaves; the others have no state and never change.
 
     Args:
-        trainable: bools like the parameters.
-        optimizer: of the leaves where it is True.
+        trainable: a pytree of bools with the structure of the parameters.
+        optimizer: the optimiser of the leaves for which `trainable` is True.
     """
     if all(jax.tree.leaves(trainable)):
         return optimizer
@@ -65,21 +66,21 @@ def trainable_mask(
     frozen: Sequence[str] = (),
     empty: Sequence[str] = (),
 ) -> PyTree:
-    """A pytree of bools like `params`: whether a leaf is trained.
+    """Return a pytree of bools with the structure of `params`, True for every leaf that is trained.
 
-    Paths are written `student/layer1.0/conv1/kernel`; a prefix ends at a `/`.
-    `student/features` stands for the student without `head_modules`.
+    Paths have the form `student/layer1.0/conv1/kernel`, and a prefix consists of whole names
+    between the slashes. `student/features` stands for the student without its `head_modules`.
 
     Args:
-        params: of `TrainState`.
-        prefixes: what is trained; none at all means everything.
-        head_modules: of the student's network.
-        frozen: prefixes of what is not trained even if `prefixes` match it.
-        empty: prefixes that are accepted although they match nothing: those of terms without
-            parameters.
+        params: the parameters of a `TrainState`.
+        prefixes: prefixes of the paths that are trained; if there are none, everything is trained.
+        head_modules: the modules of the student's network that belong to its head.
+        frozen: prefixes of the paths that are not trained even if `prefixes` match them.
+        empty: prefixes that are accepted although they match nothing, because they belong to terms
+            without parameters.
 
     Raises:
-        UserError: a prefix matches nothing; the message lists what there is.
+        UserError: a prefix matches nothing; the message lists the prefixes that exist.
     """
     modules = {f"student/{m}" for m in params["student"]}
     features = sorted(modules - {f"student/{m}" for m in head_modules})
@@ -97,6 +98,6 @@ def trainable_mask(
         there = [f"{group}/{module}" for group, tree in params.items() for module in tree]
         raise UserError(
             f"config.trainable names {missing[0]!r}, but there is only student/features, "
-            f"{', '.join(there)} and what is inside these"
+            f"{', '.join(there)} and the paths inside these; name some of them"
         )
     return mask

@@ -1,7 +1,7 @@
-"""Data parallelism over the devices of one process; the only file that names `pmap`.
+"""Data parallelism over the devices of one process; no other file uses `pmap`.
 
-A step is written for one device's rows. The devices meet in collectives over the axis `AXIS`; the
-state has no device axis and is the same on all of them.
+A step is written for the rows of one device. The devices communicate through collectives over the
+axis `AXIS`. The state has no device axis and is the same on all devices.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ AXIS = "batch"
 
 
 def devices() -> list[jax.Device]:
-    """The devices over which a batch is spread."""
+    """Return the devices over which a batch is distributed."""
     return jax.local_devices()
 
 
 def device_count() -> int:
-    """The number of these devices."""
+    """Return the number of these devices."""
     return len(devices())
 
 
@@ -29,21 +29,21 @@ def _everywhere() -> jax.NamedSharding:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Puts the leaves of a pytree on all devices, whole on each."""
+    """Put a copy of every leaf of a pytree on each device."""
     return jax.device_put(tree, _everywhere())
 
 
 def replicated_shapes(tree: PyTree) -> PyTree:
-    """Shapes and dtypes of a pytree, to be restored whole on each device."""
+    """Return the shapes and dtypes of a pytree that is to be restored whole on each device."""
     everywhere = _everywhere()
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
 
 def compile_train_step(step: Callable) -> Callable:
-    """Compiles `step(state, data, teacher_inputs, index, mask, images) -> state`.
+    """Compile `step(state, data, teacher_inputs, index, mask, images) -> state`.
 
-    `index`, `mask` and, if they are streamed, `images` (steps, devices, rows, ...) have a device
-    axis. Everything else is replicated, and the state is donated.
+    `index`, `mask` and, if they are streamed, `images` have the shape (steps, devices, rows, ...),
+    with a device axis. Everything else is replicated, and the state is donated.
     """
     return jax.pmap(
         step,
@@ -56,10 +56,10 @@ def compile_train_step(step: Callable) -> Callable:
 
 
 def compile_predict(predict: Callable) -> Callable:
-    """Compiles `predict(variables, data, index, images)`; the last two have a device axis."""
+    """Compile `predict(variables, data, index, images)`; the last two have a device axis."""
     return jax.pmap(predict, AXIS, in_axes=(None, None, 0, 0), devices=devices())
 
 
 def compile_views(ask: Callable) -> Callable:
-    """Compiles `ask(inputs, data, index, view)`; the last two have a device axis."""
+    """Compile `ask(inputs, data, index, view)`; the last two have a device axis."""
     return jax.pmap(ask, AXIS, in_axes=(None, None, 0, 0), devices=devices())

@@ -1,7 +1,7 @@
-"""Number formats of the networks: what is rounded, and what never is.
+"""The number formats of the networks: what is rounded, and what never is.
 
-Parameters, BatchNorm statistics, softmax, losses and the optimiser are float32 whatever the
-setting, which decides the numbers that convolutions and matrix products read.
+Parameters, BatchNorm statistics, softmax, losses and the optimiser are in float32 whatever the
+setting. The setting decides the format of the numbers that convolutions and matrix products read.
 """
 
 import contextlib
@@ -11,20 +11,22 @@ import jax.numpy as jnp
 
 from ipwd_jax.typing import PyTree
 
-# float32: the reference. tf32: float32 numbers whose products round to 10 bits of mantissa (NVIDIA
-# GPUs from 2020; elsewhere as float32). bfloat16: kernels and maps in bfloat16.
+# float32: the reference.
+# tf32: NVIDIA GPUs from 2020 on round the float32 inputs of products to 10 bits of mantissa; on all
+#   other devices, it is the same as float32.
+# bfloat16: kernels and maps are bfloat16; products of float32 numbers are computed as with tf32.
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 def of_products(precision: str) -> contextlib.AbstractContextManager:
-    """A context in which products are computed as `precision` says; enter it while tracing."""
+    """Return a context in which products have this precision; it must be entered while tracing."""
     return jax.default_matmul_precision({"float32": "highest"}.get(precision, "tensorfloat32"))
 
 
 def cast(precision: str, tree: PyTree) -> PyTree:
-    """Casts kernels and images of a pytree to the type that the networks compute in.
+    """Cast the kernels and images of a pytree to the type in which the networks compute.
 
-    Vectors, the parameters of BatchNorm and the biases, stay as they are.
+    Vectors, which are the variables of BatchNorm and the biases, are left unchanged.
     """
     if precision != "bfloat16":
         return tree
@@ -32,5 +34,5 @@ def cast(precision: str, tree: PyTree) -> PyTree:
 
 
 def at_least_float32(tree: PyTree) -> PyTree:
-    """Casts floats of fewer than 32 bits in a pytree to float32."""
+    """Cast the floats with fewer than 32 bits in a pytree to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

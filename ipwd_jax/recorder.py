@@ -1,4 +1,4 @@
-"""Everything that a run writes and shows while it trains: the loop says what happened, no more."""
+"""Everything that a run writes and shows while it trains; the loop only says what happened."""
 
 import math
 import os
@@ -13,65 +13,86 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from ipwd_jax import evaluate, parallel, writers
+from ipwd_jax.progress import Progress, duration
 from ipwd_jax.seed_run import SeedRun
 
+# Column -> width of the table of epochs, which is at most 79 characters wide.
+_WIDTHS = {"seed": 5, "epoch": 11, "loss": 8, "train %": 9, "test %": 9, "rate": 9}
+_WIDTHS |= {"weights to": 12, "images/s": 10, "left": 8}
 # The effective sample size, as a share of the samples, below which a run warns.
 _FEW = 0.1
 
 
 class Recorder:
-    """Writes `metrics.csv`, TensorBoard, `predictions.npz`, `result.json`, and progress lines."""
+    """Writes `metrics.csv`, TensorBoard, predictions and results, and shows the progress."""
 
-    def __init__(self, run: SeedRun) -> None:
+    def __init__(self, run: SeedRun, progress: Progress) -> None:
+        """`progress` is shared by the recorders of all seeds."""
         self.run = run
-        self._line = writers.ProgressLine()
+        self._progress = progress
         folder = run.workdir / "tensorboard"
         self._tensorboard = SummaryWriter(str(folder), purge_step=run.number() + 1)
         self._warned = False
         self.start()
 
     def start(self) -> None:
-        """Counts the time from now on, and the steps that it is spent on."""
+        """Start to measure the training time and the speed on which the time left is based."""
         self._started, self._first_number = time.monotonic(), self.run.number()
         self._seconds_before = self.run.now.position.seconds
         self._compile_seconds, self._compile_steps = 0.0, 0
 
+    def compiles(self) -> None:
+        """Show that the next call is compiled first, which takes seconds."""
+        self._progress.count(self.run.number(), "compiling")
+
     def compiled(self, seconds: float, steps: int) -> None:
-        """Leaves a call that was compiled first out of the estimate of the time left."""
+        """Leave a call that was compiled first out of the estimate of the time left."""
         self._compile_seconds += seconds
         self._compile_steps += steps
 
     def saves(self) -> None:
-        """Notes the time that was spent, before a checkpoint is taken."""
+        """Update the position's training time, before a checkpoint is taken."""
         self.run.now.position.seconds = self._seconds_before + time.monotonic() - self._started
 
     def show(self, speed: float, row: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Shows where the run is, and its `row` at the end of an epoch, whose line stays."""
-        run, position = self.run, self.run.now.position
-        experiment, averages, stage = run.experiment, run.averages(), run.stage
-        steps = experiment.steps_per_epoch
-        losses = " ".join(f"{name} {averages[name]:.3f}" for name in ("loss", *stage.terms))
-        text = f"seed {run.seed} " if len(experiment.config.seeds) > 1 else ""
-        text += (
-            f"epoch {math.ceil(position.step / steps)}/{stage.epochs} "
-            f"step {(position.step - 1) % steps + 1}/{steps}  "
-            f"{losses}  train top1 {100 * averages['top1']:.2f}"
-        )
-        text += f"  test top1 {row['test_top1']:.2f}" if "test_top1" in row else ""
-        if "weight_max" in row:
-            share = 100 * row["weight_effective_sample_size"]
-            text += f"  weights up to {row['weight_max']:.3g}, effective {share:.0f} %"
-        text += "" if math.isnan(speed) else f"  {speed:,.0f} images/s"
-        self._line.show(f"{text}  {self._time_left()} left", final=position.step % steps == 0)
+        """Show the progress, or the metrics of an epoch, `row`, as a line that stays."""
+        run, stage, cells = self.run, self.run.stage, self._cells(speed, row)
+        of_stage = "" if stage.name == "main" else f", stage {stage.name!r}"
+        header = _table_row({name: name for name in cells})
+        self._progress.title(f"Training {run.experiment.config.model.name}{of_stage}\n{header}")
+        text = _table_row(cells)
+        if row:
+            self._progress.line(text)
+        self._progress.count(run.number(), f"epoch {cells['epoch']}", passing=text)
+
+    def _cells(self, speed: float, row: Mapping[str, Any]) -> dict[str, str]:
+        run, position, stage = self.run, self.run.now.position, self.run.stage
+        averages = run.averages()
+        epoch = position.step / run.experiment.steps_per_epoch
+        cells = {"seed": str(run.seed)} if len(run.experiment.config.seeds) > 1 else {}
+        cells |= {
+            "epoch": f"{epoch:.{0 if epoch == int(epoch) else 2}f}/{stage.epochs}",
+            "loss": f"{averages['loss']:.3f}",
+            "train %": f"{100 * averages['top1']:.2f}",
+            "test %": "",
+            "rate": f"{stage.learning_rate(position.step - 1):.3g}",
+        }
+        if "test_top1" in row:
+            is_best = not stage.pretrains and row["epoch"] == position.best_epoch
+            cells["test %"] = f"{row['test_top1']:.2f}{'*' if is_best else ' '}"
+        if stage.weighting is not None:
+            cells["weights to"] = f"{row['weight_max']:.3g}" if "weight_max" in row else ""
+        cells["images/s"] = "" if math.isnan(speed) else f"{speed:,.0f}"
+        return {**cells, "left": self._time_left()}
 
     def _time_left(self) -> str:
         number = self.run.number()
         done = max(1, number - self._first_number - self._compile_steps)
         seconds = time.monotonic() - self._started - self._compile_seconds
-        return writers.duration(seconds / done * (self.run.experiment.total_steps - number))
+        return duration(seconds / done * (self.run.experiment.total_steps - number))
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
-        """Writes and shows the metrics of an epoch."""
+        """Write and show the metrics of an epoch."""
         writers.write_csv(self.run.workdir / "metrics.csv", self.run.now.position.history)
         for name, value in row.items():
             if name not in ("stage", "step") and math.isfinite(value):
@@ -92,7 +113,7 @@ class Recorder:
             )
 
     def finish(self) -> dict[str, Any]:
-        """Writes predictions and `result.json` of a run that is trained; returns the latter."""
+        """Write the predictions and `result.json` of a finished run; return the latter."""
         run, position = self.run, self.run.now.position
         experiment = run.experiment
         last_logits, last = run.test_scores(run.now.state.network())
@@ -137,5 +158,9 @@ class Recorder:
         return result
 
     def close(self) -> None:
-        """Ends the threads that write."""
+        """End the threads that write."""
         self._tensorboard.close()
+
+
+def _table_row(cells: Mapping[str, str]) -> str:
+    return "".join(f"{text:>{_WIDTHS[name]}}" for name, text in cells.items()).rstrip()

@@ -1,8 +1,10 @@
-"""Runs as a notebook or another program reads them: results, history, and the trained classifier.
+"""The results, the history and the trained classifier of a run, for notebooks and other programs.
 
-run = ipwd_jax.load_run("runs/digits_ipwd_resnet20_resnet8_seed0")
-run.result["last"]["top1"], run.history[-1]["test_top1"]
-run.classifier().predict(["cat.jpg", "dog.jpg"]).names
+For example:
+
+    run = ipwd_jax.load_run("runs/digits_ipwd_resnet20_resnet8_seed0")
+    run.result["last"]["top1"], run.history[-1]["test_top1"]
+    run.classifier().predict(["cat.jpg", "dog.jpg"]).names
 """
 
 import contextlib
@@ -35,12 +37,12 @@ ImageLike = np.ndarray | str | pathlib.Path | Image.Image
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of N images.
+    """The predictions of a classifier for N images.
 
     Attributes:
         probabilities: (N, C) float32.
-        labels: (N,) int, the most probable class of each.
-        names: its name.
+        labels: (N,) int, the most probable class of each image.
+        names: the name of each of these classes.
     """
 
     probabilities: np.ndarray
@@ -50,17 +52,18 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A trained network with everything that it needs to classify an image.
+    """A trained network, with everything that is needed to classify an image.
 
     Attributes:
         network: the Flax module.
-        variables: of the module, `params` and `batch_stats`.
-        class_names: in the order of the logits.
-        image_shape: (H, W, channels) of the images that it was trained on.
-        mean: (channels,) of the training pixels in 0..1, which it subtracts.
-        std: (channels,) by which it divides.
-        centre_crop: whether files are resized and cropped as for streamed data, which leaves a
-            margin away, or as a whole.
+        variables: `params` and `batch_stats` of the module.
+        class_names: names of the classes, in the order of the logits.
+        image_shape: (H, W, channels) of the images on which the network was trained.
+        mean: (channels,), which is subtracted from the pixels in 0..1.
+        std: (channels,), by which the difference is divided.
+        centre_crop: whether files and Pillow images are resized and cropped like streamed test
+            images, which cuts off a margin. Otherwise, they are cropped only as far as is necessary
+            to give them the proportions of `image_shape`.
     """
 
     network: nn.Module
@@ -72,9 +75,9 @@ class Classifier:
     centre_crop: bool = False
 
     def logits(self, images: jax.Array) -> jax.Array:
-        """Logits (N, C) float32 of images (N, H, W, channels), pixels from 0 to 255.
+        """Return the logits (N, C) float32 of images (N, H, W, channels) with pixels in 0..255.
 
-        It is a JAX function, which can be compiled, differentiated and exported.
+        This is a JAX function, which can be compiled, differentiated and exported.
         """
         with precision.of_products("float32"):
             mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
@@ -84,23 +87,24 @@ class Classifier:
     def predict(
         self, images: ImageLike | Sequence[ImageLike], batch_size: int = 500
     ) -> Predictions:
-        """Classifies images.
+        """Classify images.
 
         Args:
-            images: an array (N, H, W, channels) or (H, W, channels) of uint8, a file, a Pillow
-                image, or a list of these. Files and Pillow images are resized and cropped as the
-                test images of the run were; arrays must have the size of the training images.
-            batch_size: images that the device sees at once.
+            images: a uint8 array (N, H, W, channels) or (H, W, channels), a file, a Pillow image,
+                or a list of single images. Files and Pillow images are resized and cropped like the
+                test images of the run; arrays must have the size of the training images.
+            batch_size: number of images that the device processes at once.
 
         Raises:
-            UserError: a file cannot be read, or an array has another shape or type.
+            UserError: a file cannot be read, an array has another shape or type, or there is no
+                image.
         """
         pixels = self._pixels(images)
         compiled = jax.jit(lambda x: jax.nn.softmax(self.logits(x)))
         parts = []
         for start in range(0, len(pixels), batch_size):
             rows = pixels[start : start + batch_size]
-            missing = min(batch_size, len(pixels)) - len(rows)  # one shape, one compilation
+            missing = min(batch_size, len(pixels)) - len(rows)  # for a single compilation
             padded = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), np.uint8)])
             parts.append(np.asarray(compiled(jnp.asarray(padded)))[: len(rows)])
         probabilities = np.concatenate(parts)
@@ -108,7 +112,7 @@ class Classifier:
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
 
     def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
-        """The images as one array (N, H, W, channels) uint8."""
+        """Return the images as one array (N, H, W, channels) uint8."""
         if isinstance(images, np.ndarray):
             images = images[None] if images.ndim == len(self.image_shape) else images
         elif isinstance(images, str | pathlib.Path | Image.Image):
@@ -140,12 +144,12 @@ def _opened(image: str | pathlib.Path | Image.Image) -> Image.Image:
     encoded = _encoded(image)
     try:
         return to_rgb(io.BytesIO(encoded))
-    except Exception as error:  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many types
         raise UserError(f"{image} cannot be read as an image: {error}") from error
 
 
 def _encoded(image: str | pathlib.Path | Image.Image) -> bytes:
-    """The bytes of a file, or of one that holds the same pixels as a Pillow image."""
+    """Return the bytes of a file, or of a PNG file with the pixels of a Pillow image."""
     if isinstance(image, Image.Image):
         file = io.BytesIO()
         image.save(file, "PNG")
@@ -161,11 +165,11 @@ class Run:
     """What a run has left in its work directory.
 
     Attributes:
-        workdir: the directory.
-        config: its settings.
-        data: name, class names, image shape, mean and deviation of its data; empty for an imported
-            network.
-        result: what `result.json` holds; empty while the run is not finished.
+        workdir: the work directory.
+        config: the config of the run.
+        data: name, class names, image shape, mean and standard deviation of its data; empty if the
+            network was imported or trained by an older version.
+        result: the content of `result.json`; empty while the run is not finished.
     """
 
     workdir: pathlib.Path
@@ -177,7 +181,7 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """One row of metrics per epoch, from `metrics.csv`; numbers are floats.
 
-        `pandas.DataFrame(run.history)` makes a table of it.
+        `pandas.DataFrame(run.history)` turns it into a table.
         """
         path = self.workdir / "metrics.csv"
         if not path.exists():
@@ -186,7 +190,11 @@ class Run:
             return [{k: _number(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
     def predictions(self) -> dict[str, np.ndarray]:
-        """`last_logits`, `best_logits` and `teacher_logits` (N, C) on the test set, `labels` (N,).
+        """Return the logits on the test set, and its labels.
+
+        Returns:
+            `last_logits`, `best_logits` and, if the run has a teacher, `teacher_logits`, each
+            (N, C), and `labels` (N,).
 
         Raises:
             UserError: the run is not finished.
@@ -194,39 +202,45 @@ class Run:
         return self._arrays("predictions.npz")
 
     def samples(self) -> dict[str, np.ndarray]:
-        """Weight, label and further records of every training sample; see `SeedRun.samples`.
+        """Return the label, the weight and other records of the training samples.
+
+        `SeedRun.samples` describes them.
 
         Raises:
-            UserError: the run is not finished, or weights no samples.
+            UserError: the run is not finished, or does not weight its samples.
         """
         return self._arrays("samples.npz")
 
     def _arrays(self, name: str) -> dict[str, np.ndarray]:
         try:
-            with np.load(self.workdir / name) as file:
-                return dict(file)
+            with (self.workdir / name).open("rb") as file, np.load(file) as arrays:
+                return dict(arrays)
         except FileNotFoundError:
-            raise UserError(f"{self.workdir} has no {name}; is the run finished?") from None
-        except Exception as error:  # NumPy and zipfile raise many kinds
+            raise UserError(
+                f"{self.workdir} has no {name}; a run writes this file when it finishes, and "
+                "samples.npz only if it weights its samples"
+            ) from None
+        except Exception as error:  # NumPy and zipfile raise many types
             raise UserError(f"{self.workdir / name} cannot be read: {error}") from error
 
     def classifier(self, which: str = "last") -> Classifier:
-        """The trained network, ready to classify images.
+        """Return the trained network, ready to classify images.
 
         Args:
-            which: "last" or "best" epoch.
+            which: the epoch from which the network is taken, "last" or "best".
 
         Raises:
-            UserError: there is no readable checkpoint, or it is not known on which data the
-                network was trained, as of an imported one.
+            UserError: `which` is something else, there is no readable checkpoint, or it is not
+                recorded on which data the network was trained, as for an imported one.
         """
         if which not in ("last", "best"):
-            raise UserError(f"which epoch is 'last' or 'best', found {which!r}")
+            raise UserError(f"`which` must be 'last' or 'best', found {which!r}")
         if not self.data:
             raise UserError(
-                f"{self.workdir} does not say which classes its network knows and how to normalise "
-                "images for it. If it is a run of an older version, start its command again, which "
-                "adds this and trains nothing; if it was imported, make an ipwd_jax.runs.Classifier"
+                f"{self.workdir} does not record the class names of its network and how to "
+                "normalise images for it. If an older version trained the network, run its command "
+                "again, which adds this record without training; if the network was imported, "
+                "create an ipwd_jax.runs.Classifier"
             )
         shape = tuple(self.data["image_shape"])
         network = models.create(self.config.model.name, len(self.data["class_names"]))
@@ -249,10 +263,10 @@ def _number(text: str) -> float | str:
 
 
 def load_run(workdir: str | pathlib.Path) -> Run:
-    """Reads what a run has left in its work directory, whether or not it is finished.
+    """Read what a run has left in its work directory, whether or not it is finished.
 
     Raises:
-        UserError: the directory is missing, holds no run or a damaged one.
+        UserError: the directory is missing, or holds no run or a damaged one.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -262,12 +276,16 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         result_path = workdir / "result.json"
         result = json.loads(result_path.read_text()) if result_path.exists() else {}
     except FileNotFoundError:
-        raise UserError(f"{workdir} is not the folder of a run: {path} is missing") from None
+        raise UserError(
+            f"{workdir} is not the work directory of a run: {path} is missing"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); is {workdir} a run?") from error
+        raise UserError(
+            f"{path} cannot be read ({error}); check that {workdir} is the work directory of a run"
+        ) from error
     return Run(workdir, config, data, result)
 
 
 def load_student(workdir: str | pathlib.Path, which: str = "last") -> Classifier:
-    """The network that a run trained, ready to classify images: `load_run(...).classifier(...)`."""
+    """Return the network that a run trained, as `load_run(workdir).classifier(which)` does."""
     return load_run(workdir).classifier(which)

@@ -1,4 +1,4 @@
-"""One seed's run: where it is, and what it measures there."""
+"""The run of one seed: its state and position, and what is measured there."""
 
 import dataclasses
 import math
@@ -21,15 +21,15 @@ from ipwd_jax.typing import PyTree
 
 
 class SeedRun:
-    """The run of one seed of an experiment, where it was stopped or at its beginning.
+    """The run of one seed of an experiment, at its beginning or where it was stopped.
 
     Attributes:
-        experiment: what stays the same.
-        seed: of the run.
-        workdir: of the run.
-        now: where it is; changes with every step.
-        checkpoints: of its work directory.
-        resumed: whether it was stopped before.
+        experiment: the part of the run that stays the same.
+        seed: seed of the run.
+        workdir: work directory of the run.
+        now: the current state and position, which change with every step.
+        checkpoints: the checkpoints in the work directory.
+        resumed: whether the run resumes from a checkpoint.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SeedRun:
         checkpoints: Checkpoints,
         predict: Callable,
     ) -> None:
-        """`predict` is of `evaluate.make_predict` for the student's network."""
+        """`predict` is what `evaluate.make_predict` returns for the student's network."""
         self.experiment, self.seed, self.workdir = experiment, seed, workdir
         self.checkpoints, self._predict = checkpoints, predict
         initial = experiment.initial_state(seed)
@@ -59,19 +59,19 @@ class SeedRun:
         return self.experiment.stages[self.now.position.stage]
 
     def number(self) -> int:
-        """Steps of all stages so far: the number of a checkpoint taken now."""
+        """Return the number of steps taken in all stages: the number of a checkpoint saved now."""
         return self.stage.first_step + self.now.position.step
 
     def begin(self, stage: int) -> None:
-        """Goes to the first step of a stage."""
+        """Move to the first step of a stage."""
         self.now.position.stage, self.now.position.step = stage, 0
         self.now.state = parallel.replicate(self.experiment.begin(stage, self.now.state))
 
     def averages(self) -> dict[str, float]:
-        """What the steps of this epoch have averaged to; waits for the latest step.
+        """Wait for the latest step, and return the averages over the steps of this epoch so far.
 
         Raises:
-            UserError: a loss of an earlier step was not finite.
+            UserError: a loss was not finite at some step of this stage.
         """
         averages, nonfinite = jax.device_get((self.now.state.metrics, self.now.state.nonfinite))
         bad = {name: int(first) for name, first in nonfinite.items() if first >= 0}
@@ -84,17 +84,17 @@ class SeedRun:
         return {name: float(average.compute()) for name, average in averages.items()}
 
     def check_state(self) -> None:
-        """Raises `UserError` where the last steps led to numbers that are not finite.
+        """Raise `UserError` if a loss, or the state after the latest step, is not finite.
 
-        The loss of a step says nothing about the parameters that the step ends with.
+        The loss alone is not enough: it says nothing about the parameters after the same step.
         """
         self.averages()
         state = self.now.state
-        # Weights of samples may be as large as their formula makes them.
+        # The memory of the weighting is left out, because per-sample weights can be very large.
         if bad := not_finite(dataclasses.replace(state, memory=state.memory["terms"])):
             raise self._diverged(
-                f"after {self._place(self.now.position.step)} {len(bad)} arrays of the state are "
-                f"not finite or near to it, among them {', '.join(bad[:3])}"
+                f"after {self._place(self.now.position.step)}, {len(bad)} arrays of the state are "
+                f"not finite or close to overflow, among them {', '.join(bad[:3])}"
             )
 
     def _place(self, step: int) -> str:
@@ -105,11 +105,14 @@ class SeedRun:
         saved = self.checkpoints.steps()
         return UserError(
             f"{what}. Last good checkpoint: {f'step {saved[-1]}' if saved else 'none'} in "
-            f"{self.workdir}. Try a lower learning rate, and another --workdir."
+            f"{self.workdir}. Try a lower learning rate with another --workdir."
         )
 
     def end_epoch(self, images_per_second: float) -> dict[str, Any]:
-        """Measures the run at the end of an epoch, keeps the best network, returns the metrics."""
+        """Measure the run at the end of an epoch, and return the row of metrics.
+
+        The student is kept if its test accuracy is the best in the main stage so far.
+        """
         self.check_state()
         experiment, position, stage = self.experiment, self.now.position, self.stage
         epoch, averages = position.step // experiment.steps_per_epoch, self.averages()
@@ -133,20 +136,25 @@ class SeedRun:
         return row
 
     def test_scores(self, variables: PyTree) -> tuple[np.ndarray, dict[str, float]]:
-        """Logits (N, C) of a network on the test set, and what they are worth."""
+        """Return the logits (N, C) of a network on the test set, and their metrics.
+
+        Raises:
+            UserError: some logits are not finite.
+        """
         experiment, test = self.experiment, self.experiment.dataset.test
         logits = evaluate.predict_all(
             self._predict, variables, self._test, test, experiment.config.eval_batch_size
         )
         if not np.isfinite(logits).all():
             raise self._diverged(
-                f"after {self._place(self.now.position.step)} logits of the test set are not finite"
+                f"after {self._place(self.now.position.step)}, some logits of the test set are not "
+                "finite"
             )
         mass = experiment.teacher.class_mass() if experiment.teacher else None
         return logits, evaluate.score(logits, test.labels, mass)
 
     def weight_metrics(self) -> dict[str, float]:
-        """What the weights of this epoch's samples look like; empty where nothing is weighted."""
+        """Return statistics of the per-sample weights, or nothing if the stage is not weighted."""
         if self.stage.weighting is None:
             return {}
         memory = jax.device_get(self.now.state.memory["weighting"])
@@ -158,11 +166,11 @@ class SeedRun:
         return row
 
     def samples(self) -> dict[str, np.ndarray]:
-        """What is known of each training sample; empty where nothing is weighted.
+        """Return the records of the training samples, or nothing if the stage is not weighted.
 
         Returns:
-            `label` (N,), `class_mass` (C,), `weight` (N,), the weight after the latest visit, and
-            what else the weighting records of each sample.
+            `label` (N,); `class_mass` (C,); `weight` (N,), the weight that each sample had when it
+            was last seen; and whatever else the weighting stores for each sample, (N,).
         """
         if self.stage.weighting is None:
             return {}
@@ -171,7 +179,11 @@ class SeedRun:
         return {"label": labels, "class_mass": self._class_mass(), **memory}
 
     def _class_mass(self) -> np.ndarray:
-        """(C,) the probabilities that the teacher, or the student's own past, gives each class."""
+        """Return the total probability that the teacher gives each class, (C,).
+
+        Without a teacher, it is the total probability that the targets of a self-distillation term
+        give each class, or 1 for every class if there is no such term.
+        """
         if self.experiment.teacher:
             return self.experiment.teacher.class_mass()
         memory = self.now.state.memory["terms"]
@@ -180,6 +192,10 @@ class SeedRun:
         return next(found, np.ones(len(self.experiment.dataset.class_names)))
 
     def save(self) -> None:
-        """Starts to write a checkpoint, never of a run that has diverged."""
+        """Start writing a checkpoint.
+
+        Raises:
+            UserError: the run has diverged, or a checkpoint could not be written.
+        """
         self.check_state()
         self.checkpoints.save(self.number(), self.now)

@@ -1,4 +1,4 @@
-"""What a run carries from step to step: one pytree, donated to each step, saved whole."""
+"""The state of a run: a pytree that is donated to each step and saved in full."""
 
 import dataclasses
 import functools
@@ -25,14 +25,16 @@ class TrainState:
     """The state of a run.
 
     Attributes:
-        step: scalar int32, steps taken in this stage.
+        step: scalar int32, number of steps taken in this stage.
         params: `{"student": …, "heads": …, "terms": {term: …}}`.
         batch_stats: `{"student": …, "heads": …, "terms": {term: …}}`.
-        memory: `{"terms": {term: …}, "weighting": …}`, what is remembered of training samples.
-        opt_state: of optax.
-        metrics: name -> average over the epoch so far.
-        nonfinite: loss name -> first step of the stage at which it was not finite, or -1.
-        key: typed PRNG key from which order, crops and flips of every epoch follow; never changes.
+        memory: `{"terms": {term: …}, "weighting": …}`, what is stored about training samples.
+        opt_state: state of the optax optimiser.
+        metrics: the average of each metric over the epoch so far, by name.
+        nonfinite: for each name in `metrics`, the index of the first step of the stage at which the
+            metric was not finite, or -1.
+        key: typed PRNG key from which the order, the crops and flips, and the random draws of the
+            terms are derived in every epoch; it never changes.
     """
 
     step: jax.Array
@@ -45,14 +47,15 @@ class TrainState:
     key: jax.Array
 
     def network(self) -> dict[str, PyTree]:
-        """The student's own variables, as its `apply` takes them."""
+        """Return the student's own variables, as its `apply` takes them."""
         return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
 
 
 def not_finite(tree: PyTree) -> list[str]:
-    """Paths of the leaves of a pytree that hold a nan, an infinity, or a number near to one.
+    """Return the paths of the leaves that hold NaN, infinity or a number close to overflow.
 
-    A parameter whose square overflows (1e19 in float32) is finite, but what it multiplies is not.
+    A number counts as close to overflow if its square overflows (from about 1.8e19 in float32).
+    Such a number is still finite, but its products can overflow.
     """
     leaves = [
         (path, leaf)
@@ -73,22 +76,22 @@ def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def order_key(key: jax.Array) -> jax.Array:
-    """The key from which the order of the samples is drawn."""
+    """Return the key from which the order of the samples is drawn."""
     return jax.random.fold_in(key, 1)
 
 
 def augment_key(key: jax.Array) -> jax.Array:
-    """The key from which the views of the samples are drawn."""
+    """Return the key from which the views of the samples are drawn."""
     return jax.random.fold_in(key, 2)
 
 
 def terms_key(key: jax.Array) -> jax.Array:
-    """The key from which terms draw."""
+    """Return the key for the random draws of the terms."""
     return jax.random.fold_in(key, 3)
 
 
 def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
-    """Shapes and dtypes of the variables of a network for images of shape (H, W, channels)."""
+    """Return the shapes and dtypes of a network's variables for images (H, W, channels)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -104,17 +107,20 @@ def init_state(
     image_shape: tuple[int, ...],
     train_size: int,
 ) -> TrainState:
-    """The state before the first step, without an optimiser's (see `begin_stage`).
+    """Return the state before the first step, without optimiser state (see `begin_stage`).
 
     Args:
-        seed: of every random number of the run.
+        seed: seed of all random numbers of the run.
         network: the student.
-        heads: its extra heads.
-        terms: the terms of all stages.
-        teacher: the teacher's network, of which only shapes are used.
+        heads: the student's extra heads.
+        terms: the terms of all stages, by name.
+        teacher: the teacher's network, of which only the shapes of its outputs are used.
         weighting_config: `config.weighting`.
         image_shape: (H, W, channels).
         train_size: number of training samples.
+
+    Raises:
+        ValueError: a term or the weighting cannot process outputs of these shapes.
     """
     key = jax.random.key(seed)
     student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
@@ -160,7 +166,7 @@ def init_state(
 
 
 def _batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Array) -> Batch:
-    """Two samples, of which only shapes and types matter."""
+    """Return a batch of two samples, of which only the shapes and types matter."""
     rows = jnp.zeros(2, jnp.int32)
     return Batch(
         image=jnp.zeros((2, *image_shape)),
@@ -183,19 +189,19 @@ def _outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
 def _init_term(
     key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
-    """The variables of a term."""
+    """Return the variables of a term."""
     seen = student, teacher
     if term.rotations:
         seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
     if hasattr(term, "axis_name"):
-        term = term.clone(axis_name=None)  # nothing is mapped here
+        term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
 
 
 def begin_stage(
     state: TrainState, optimizer: optax.GradientTransformation, metric_names: list[str]
 ) -> TrainState:
-    """The state at the first step of a stage: a fresh optimiser, counters at zero."""
+    """Return the state at the first step of a stage, with fresh optimiser state and metrics."""
     return dataclasses.replace(
         state,
         step=jnp.int32(0),

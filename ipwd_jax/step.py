@@ -3,8 +3,8 @@
 `train_step` takes a state through the steps of one call. Each step loads a batch (`load_batch`),
 asks the teacher about it (`ask_teacher`), runs the student and its heads (`forward`), applies the
 loss terms (`apply_terms`), differentiates their weighted sum (`loss_and_updates`) and updates the
-state (`update`). All functions see the rows of one device and meet the other devices in
-collectives over `parallel.AXIS`.
+state (`update`). All functions process the rows of one device and communicate with the other
+devices by collectives over `parallel.AXIS`.
 """
 
 import dataclasses
@@ -29,34 +29,35 @@ from ipwd_jax.parallel import AXIS
 from ipwd_jax.state import TrainState, augment_key, terms_key
 from ipwd_jax.typing import Answer, PyTree
 
-# Fields of a `Batch` that have a row for each sample.
+# Fields of a `Batch` that have one row per sample.
 _ROWS = ("image", "label", "index", "view", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """Everything static about the steps of one stage; `assemble.Experiment.step_spec` makes it.
+    """The static part of the steps of one stage, as `assemble.Experiment.step_spec` returns it.
 
-    The loss is the sum over terms of `loss_weights[name]` times the mean over the global batch of
-    the term's per-sample loss, multiplied by the weighting for the terms that it names.
+    The loss is the sum over the terms of `loss_weights[name]` times the mean of the term's loss
+    over the global batch. The losses of the terms that the weighting names are first multiplied by
+    the per-sample weights, except for the part that `Term.label_loss` returns.
 
     Attributes:
-        crop_padding: of the random crops; see `data.augment`.
+        crop_padding: width in pixels of the border for random crops; see `data.augment`.
         flip: whether views are mirrored at random.
-        precision: of convolutions and products; see `ipwd_jax.precision`.
-        sync_batch_norm: whether batch statistics are those of the global batch already.
-        look_ahead: whether the teacher is asked about all steps of a call at once.
-        steps_per_epoch: steps of one epoch.
+        precision: number format of convolutions and matrix products; see `ipwd_jax.precision`.
+        sync_batch_norm: whether batch statistics are already those of the global batch.
+        look_ahead: whether the teacher is asked about the images of all steps of a call at once.
+        steps_per_epoch: number of steps in an epoch.
         network: the student.
-        heads: its extra heads.
+        heads: the student's extra heads.
         terms: the active terms, by name.
-        loss_weights: weight of each.
-        pretrains: whether terms that have a `pretrain` are applied by it.
-        weighting: `config.weighting`; None: the terms of this stage are not weighted.
-        answer: how the teacher is asked; None: there is none.
-        optimizer: of the whole `TrainState.params`, frozen parts included.
-        trainable: bools like `TrainState.params`; where no parameter of a module is trained, its
-            BatchNorm keeps the running statistics and normalises by them.
+        loss_weights: weight of each term in the loss.
+        pretrains: whether terms with `first_stage_params` are applied by their method `pretrain`.
+        weighting: `config.weighting`, or None if the stage is not weighted.
+        answer: the function by which the teacher is asked, or None if there is no teacher.
+        optimizer: optimiser of the whole `TrainState.params`, frozen parts included.
+        trainable: bools in the structure of `TrainState.params`. A BatchNorm layer that trains none
+            of its parameters normalises by its running statistics and leaves them unchanged.
     """
 
     crop_padding: int
@@ -82,7 +83,7 @@ class StepSpec:
 
     @property
     def teacher_taps(self) -> frozenset[str]:
-        """Fields of the teacher's `Outputs` that the terms or the weighting read."""
+        """Names of the fields of the teacher's `Outputs` that the terms or the weighting read."""
         taps = {tap for term in self.terms.values() for tap in term.teacher_taps}
         return frozenset(taps) | (
             weighting.teacher_taps(self.weighting) if self.weighting else frozenset()
@@ -98,16 +99,16 @@ def train_step(
     mask: jax.Array,
     streamed: jax.Array | None = None,
 ) -> TrainState:
-    """The state after the K steps of one call, all of one epoch.
+    """Return the state after the K steps of one call, which all belong to the same epoch.
 
     Args:
-        spec: of the stage.
-        state: before the call.
-        data: the training split.
-        teacher_inputs: what `spec.answer` reads.
-        index: (K, B) int32 into `data`, of one device's rows.
-        mask: (K, B) float32, 0 for rows that only pad.
-        streamed: (K, B, H, W, channels) uint8 where the images are not in `data`.
+        spec: static part of the steps.
+        state: the state before the call.
+        data: the training split on the device.
+        teacher_inputs: the inputs that `spec.answer` reads.
+        index: (K, B) int32, positions in `data` of the rows of one device.
+        mask: (K, B) float32, 0 for padding rows and 1 for all others.
+        streamed: (K, B, H, W, channels) uint8, the images if they are streamed, else None.
     """
 
     def one(state: TrainState, rows: PyTree) -> tuple[TrainState, None]:
@@ -116,7 +117,7 @@ def train_step(
         return update(spec, state, batch, images, answers), None
 
     def ahead(state: TrainState) -> tuple[Callable, PyTree]:
-        """The teacher's answers about all rows of the call at once, cut into steps."""
+        """Ask the teacher about all rows of the call at once, and split its answers into steps."""
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
         batch, images = load_batch(spec, state, data, *flat)
         answers = ask_teacher(spec, teacher_inputs, images, batch)
@@ -137,7 +138,8 @@ def train_step(
             return one(state, jax.tree.map(lambda x: x[0], (index, mask, streamed)))[0]
         looks_ahead = spec.look_ahead and spec.teacher_taps
         body, rows = ahead(state) if looks_ahead else (one, (index, mask, streamed))
-        # A convolution's weight gradient inside a loop is many times slower on a CPU.
+        # On a CPU, the gradient of a convolution with respect to its kernel is many times slower
+        # inside a loop.
         unroll = len(index) if jax.default_backend() == "cpu" else 1
         return lax.scan(body, state, rows, unroll=unroll)[0]
 
@@ -150,10 +152,13 @@ def load_batch(
     mask: jax.Array,
     streamed: jax.Array | None,
 ) -> tuple[Batch, jax.Array]:
-    """The augmented batch (B, ...), and the images that the networks see: (4 B, ...) if rotated."""
+    """Return the augmented batch (B, ...), and the images that the networks see.
+
+    These are the images of the batch, or (4 B, ...) if the networks see them in four rotations.
+    """
     epoch, padding, flip = state.step // spec.steps_per_epoch, spec.crop_padding, spec.flip
     key = augment_key(state.key)
-    if streamed is not None:  # cropped and mirrored by the host
+    if streamed is not None:  # already cropped and mirrored on the host
         view, images = jnp.zeros_like(index), streamed
     elif spec.rotated:
         views = augment.draw_rotated_views(key, epoch, index, padding, flip)
@@ -177,12 +182,12 @@ def load_batch(
 
 
 def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs | None:
-    """What the teacher says of the images, in float32 or better; None where nothing reads it."""
+    """Return the teacher's answers in float32 or better, or None if nothing reads them."""
     if not spec.teacher_taps:
         return None
     assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
-    # What no term reads is not kept, so that it is never computed.
+    # Maps that nothing reads are dropped here, so that they are never computed.
     unread: PyTree = dict.fromkeys({"features", "preact"} - spec.teacher_taps, ())
     return precision.at_least_float32(dataclasses.replace(answers, **unread))
 
@@ -190,7 +195,12 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
 def forward(
     spec: StepSpec, params: PyTree, batch_stats: PyTree, batch: Batch, images: jax.Array
 ) -> tuple[Outputs, dict[str, jax.Array], PyTree]:
-    """The student in training mode: its outputs, the logits of its heads, the new statistics."""
+    """Run the student and its heads in training mode.
+
+    Returns:
+        The outputs of the student, the logits of its heads by name, and the new running statistics
+        of both.
+    """
     mask = jnp.repeat(batch.mask, 4) if spec.rotated else batch.mask
     cast = lambda tree: precision.cast(spec.precision, tree)  # noqa: E731
     student, updated = spec.network.apply(
@@ -206,7 +216,7 @@ def forward(
     )
     student = precision.at_least_float32(student)
     of_heads, image = params["heads"], batch.image
-    if spec.heads.network is not None:  # computes as the student does; a linear head does not
+    if spec.heads.network is not None:  # it has the student's precision; linear heads do not
         of_heads = {**of_heads, "network": cast(of_heads["network"])}
         image = cast(image)
     extra, updated_heads = spec.heads.apply(
@@ -236,15 +246,16 @@ def apply_terms(
     upright: tuple[Outputs, Outputs | None],
     batch: Batch,
 ) -> tuple[dict[str, jax.Array], PyTree, PyTree]:
-    """The unweighted loss of each term, and the new statistics and memories of the terms.
+    """Return the unweighted loss of each term, and the terms' new running statistics and memories.
 
     Args:
-        spec: of the stage.
-        state: before the step.
-        params: of `TrainState`, at which the loss is taken.
+        spec: static part of the step.
+        state: the state before the step.
+        params: the parameters, in the structure of `TrainState.params`, at which the loss is
+            computed.
         rotated: outputs of student and teacher for all images that they saw.
-        upright: those for the upright ones alone.
-        batch: of the step.
+        upright: their outputs for the upright images alone.
+        batch: batch of the step.
     """
     losses: dict[str, jax.Array] = {}
     batch_stats: dict[str, PyTree] = {}
@@ -277,11 +288,11 @@ def loss_and_updates(
     images: jax.Array,
     answers: Outputs | None,
 ) -> tuple[jax.Array, tuple[PyTree, PyTree, dict[str, Average]]]:
-    """This device's share of the mean loss over the global batch, and what changes beside it.
+    """Return this device's share of the mean loss, and everything else that the step computes.
 
     Returns:
-        The share, whose sum over the devices is the loss; and the new `batch_stats`, the new
-        `memory`, and the averages of this step by name.
+        The share, which summed over the devices is the mean loss over the global batch; and the new
+        `batch_stats`, the new `memory`, and the averages of this step by name.
     """
     outputs, extra, stats = forward(spec, params, state.batch_stats, batch, images)
     student = _upright(outputs) if spec.rotated else outputs
@@ -315,16 +326,16 @@ def loss_and_updates(
 def update(
     spec: StepSpec, state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None
 ) -> TrainState:
-    """The state after one step of the optimiser."""
+    """Return the state after one step of the optimiser."""
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
         return loss_and_updates(spec, state, params, batch, images, answers)
 
     grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(state.params)
-    # Each device differentiated its share of the global mean; their sum is the gradient.
+    # Each device has differentiated its share of the mean loss; the sum of these is the gradient.
     grads, averages = lax.psum((grads, averages), AXIS)
     if not spec.sync_batch_norm:
-        # Every row counts alike, however the rows are spread over the devices.
+        # Each device's running statistics are weighted by its share of the valid rows.
         share = batch.mask.sum() / lax.psum(batch.mask.sum(), AXIS)
         batch_stats = lax.psum(jax.tree.map(lambda x: share * x, batch_stats), AXIS)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
@@ -350,5 +361,5 @@ def update(
 
 
 def _upright(tree: PyTree) -> PyTree:
-    """Of four rotations the first: (4 B, ...) -> (B, ...) in every leaf."""
+    """Return the first of each four rotations in every leaf: (4 B, ...) -> (B, ...)."""
     return jax.tree.map(lambda x: x[::4], tree)

@@ -1,4 +1,4 @@
-"""Where a teacher's answers come from: a frozen network."""
+"""The teacher: where a run finds it, how it is asked, and its logits on the whole data set."""
 
 import dataclasses
 import pathlib
@@ -30,22 +30,25 @@ _MOST_STREAMED, _MOST_COMPARED = 50_000, 1_000
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A network that is asked and never trained.
+    """A trained network that answers with its outputs and is not trained any further.
 
     Attributes:
-        workdir: of its run.
-        network: its module.
+        workdir: work directory of the teacher's run.
+        network: the Flax module.
         variables: its parameters and running statistics, on all devices.
-        ask: `ask(inputs, images, mask=None) -> Outputs` of the network, within a compiled program;
-            `mask` leaves padding out where the answer depends on the batch (`train_mode`).
-        answer: `answer(inputs, images, batch) -> Outputs` within the step, by `ask` or looked up.
-        inputs: what `answer` reads, on all devices.
-        checksum: of `variables`.
-        train_logits: (N, C), of the unaugmented training set; of streamed images at most 50,000.
-        test_logits: (N_test, C).
-        rounding: how far what `answer` gives for test images is from float32: `logits_error`, the
-            root mean square of the difference over that of the logits, and `same_class`, the share
-            of images with the same first class. Empty where `answer` computes in float32.
+        ask: `ask(inputs, images, mask=None) -> Outputs`, which runs the network within a compiled
+            program; `mask` excludes padding rows if the answer depends on the batch (`train_mode`).
+        answer: `answer(inputs, images, batch) -> Outputs`, which the step calls; it calls `ask`, or
+            looks the answer up.
+        inputs: the inputs that `answer` reads, on all devices.
+        checksum: checksum of `variables`.
+        train_logits: (N, C), the logits of the unaugmented training images; if the images are
+            streamed, of at most 50,000 of them.
+        test_logits: (N_test, C), the logits of the test images.
+        rounding: how far folding and `config.precision` move the logits of at most 1,000 test
+            images away from those in float32: `logits_error`, the root mean square of the
+            difference divided by that of the logits, and `same_class`, the fraction of images whose
+            most probable class is the same. Empty in float32 without folding, and in `train_mode`.
     """
 
     workdir: pathlib.Path
@@ -60,20 +63,21 @@ class Teacher:
     rounding: Mapping[str, float]
 
     def class_mass(self, temperature: float = 1.0) -> np.ndarray:
-        """(C,) float64, its probabilities summed over the unaugmented training set."""
+        """Return the probability of each class, summed over `train_logits`, as (C,) float64."""
         logits = self.train_logits.astype(np.float64) / temperature
         return scipy.special.softmax(logits, axis=1).sum(axis=0)
 
     def preact_norms(self) -> tuple:
-        """(gammas, betas) of the BatchNorm that gives each `preact` after the stem.
+        """Return (gammas, betas) of the BatchNorm that feeds each `preact` after the stem.
 
         Raises:
-            UserError: the network does not say which they are.
+            UserError: the network does not declare which BatchNorm layers these are.
         """
         if not hasattr(self.network, "preact_norms"):
             raise UserError(
-                f"a loss term needs a teacher whose maps come out of BatchNorm, which "
-                f"{type(self.network).__name__} does not say of its own; take another teacher"
+                "a loss term needs to know which BatchNorm feeds each map of the teacher, but "
+                f"{type(self.network).__name__} does not declare it (`preact_norms`); choose "
+                "another teacher"
             )
         params = jax.device_get(self.variables["params"])
 
@@ -88,11 +92,11 @@ class Teacher:
 
 
 def check_named(config: ConfigDict, may_train: bool) -> None:
-    """Raises `UserError` where `config.teacher.workdir` names no finished run.
+    """Raise `UserError` if `config.teacher.workdir` names a folder without a finished run.
 
     Args:
-        config: of the student's run.
-        may_train: whether a teacher that is missing there is trained on purpose.
+        config: config of the student's run.
+        may_train: whether the user has asked to train a missing teacher there.
     """
     workdir = pathlib.Path(config.teacher.workdir)
     if not (config.teacher.name and config.teacher.workdir) or may_train:
@@ -101,26 +105,26 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
         found = "an unfinished run" if (workdir / "config.json").exists() else "no run"
         raise UserError(
             f"config.teacher.workdir names {workdir}, where there is {found}. Train the teacher "
-            "there on purpose with the same command and --mode=teacher, or leave the setting out "
-            "to have it trained beside the student."
+            "there by running the same command with --mode=teacher, or omit the setting to have "
+            "the teacher trained beside the student."
         )
 
 
 def find_workdir(
     config: ConfigDict, workdir: pathlib.Path, data_name: str, checksums: Mapping[str, str]
 ) -> pathlib.Path:
-    """Where the teacher's run is, or is to be.
+    """Return the folder in which the teacher's run is, or in which it will be trained.
 
-    `config.teacher.workdir` if it is set. Otherwise beside the student: a finished run of the same
-    recipe on the same data, whatever its name, or else the folder `DATA_NETWORK_CHECKSUM_seedSEED`,
-    whose checksum is of data and recipe, so that teachers of different data or recipes are side by
-    side.
+    This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's:
+    `DATA_NETWORK_CHECKSUM_seedSEED`, unless that folder does not exist and there is a finished run
+    of the same recipe on the same data under any other name. The checksum covers the data and the
+    recipe, so that teachers of different data or recipes can be side by side.
 
     Args:
-        config: of the student's run.
-        workdir: of the student's run.
-        data_name: of the data set.
-        checksums: of the `data`.
+        config: config of the student's run.
+        workdir: work directory of the student's run.
+        data_name: name of the data set.
+        checksums: checksum of the data, under the key `data`.
     """
     if config.teacher.workdir:
         return pathlib.Path(config.teacher.workdir)
@@ -136,12 +140,12 @@ def find_workdir(
 
 
 def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher:
-    """Reads a trained teacher and asks it about the whole data set.
+    """Read a trained teacher, and compute its logits on the training and the test images.
 
     Args:
-        config: of the student's run.
-        workdir: of the teacher's run.
-        dataset: of both.
+        config: config of the student's run.
+        workdir: work directory of the teacher's run.
+        dataset: data set of both runs.
 
     Raises:
         UserError: the checkpoint is missing, unreadable or of another network, or the network has
@@ -180,13 +184,13 @@ def from_variables(
     dataset: Dataset,
     workdir: pathlib.Path = pathlib.Path(),
 ) -> Teacher:
-    """A teacher that a step can ask, of whose answers on the data set nothing is known yet.
+    """Return a teacher that a step can ask, but whose logits on the data set are not computed.
 
     Args:
-        config: of the student's run.
-        variables: of the network `config.teacher.name`.
-        dataset: of the run.
-        workdir: of the teacher's run, beside which its cached answers are kept.
+        config: config of the student's run.
+        variables: variables of the network `config.teacher.name`.
+        dataset: data set of the run.
+        workdir: work directory of the teacher's run, in which its cached answers are kept.
     """
     network = _network(config, dataset)
     variables = parallel.replicate(variables)
@@ -201,14 +205,14 @@ def from_variables(
 
 
 def _network(config: ConfigDict, dataset: Dataset) -> nn.Module:
-    # In training mode its statistics are of the same rows as the student's.
+    # In training mode, its batch statistics are computed over the same rows as the student's.
     together = config.teacher.train_mode and config.sync_batch_norm
     axis_name = parallel.AXIS if together else None
     return models.create(config.teacher.name, len(dataset.class_names), axis_name)
 
 
 def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """`Teacher.rounding` of logits (N, C) that approximate others."""
+    """Return `Teacher.rounding` for `logits` (N, C) that approximate the logits `exact`."""
     error = np.sqrt(np.square(logits - exact).mean() / np.square(exact).mean())
     same = logits.argmax(axis=1) == exact.argmax(axis=1)
     return {"logits_error": float(error), "same_class": float(same.mean())}
@@ -217,14 +221,14 @@ def compare(logits: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 def _make_ask(
     config: ConfigDict, network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]
 ) -> tuple[Callable[..., Outputs], PyTree]:
-    """How the network is asked within a compiled program, and what it is given for that."""
+    """Return the function that asks the network within a compiled program, and its inputs."""
 
     def by_network(variables: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
         low, images = precision.cast(config.precision, (variables, images))
         if not config.teacher.train_mode:
             return cast(Outputs, network.apply(low, images))
         rows = None if mask is None else jnp.repeat(mask, len(images) // len(mask))
-        # Nothing is mutable, so the running statistics stay as they are.
+        # No collection is mutable, so the running statistics do not change.
         return cast(Outputs, network.apply(low, images, train=True, mask=rows))
 
     def by_folded(folded: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
@@ -236,12 +240,12 @@ def _make_ask(
 
 
 def _evenly(split: Split, most: int) -> np.ndarray:
-    """Positions (M,) int32 of at most so many images, evenly over their order."""
+    """Return the positions (M,) int32 of at most `most` images, evenly spaced over the split."""
     return np.linspace(0, len(split.labels) - 1, min(most, len(split.labels))).astype(np.int32)
 
 
 def _take(split: Split, keep: np.ndarray) -> Split:
-    """The images at the positions (M,)."""
+    """Return the images at the positions `keep` (M,), with their labels."""
     images = split.images
     taken = images[keep] if isinstance(images, np.ndarray) else images.take(keep)
     return Split(taken, split.labels[keep])

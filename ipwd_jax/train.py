@@ -1,4 +1,4 @@
-"""A run from its config to its result: checks, teacher, resume, training."""
+"""Carry out a run, from its config to its result: checks, teacher, resumption, training."""
 
 import contextlib
 import dataclasses
@@ -6,10 +6,7 @@ import itertools
 import json
 import math
 import pathlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +14,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, models, parallel, view_cache, writers
+from ipwd_jax import evaluate, models, parallel, plan, signals, view_cache, writers
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
@@ -28,11 +25,11 @@ from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
+from ipwd_jax.progress import Progress
 from ipwd_jax.recorder import Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
 from ipwd_jax.teacher import Teacher
-from ipwd_jax.typing import PyTree
 from ipwd_jax.validate import check_fit, validate
 
 
@@ -42,7 +39,9 @@ def run(
     dataset: Dataset | None = None,
     teacher_only: bool = False,
 ) -> dict[str, Any]:
-    """Trains what `config` says, a missing teacher first; goes on where it was stopped.
+    """Train the student that `config` describes, after its teacher if that is missing.
+
+    A run that was stopped resumes, and a finished one is not trained again.
 
     Args:
         config: of `ipwd_jax.config.default`, changed.
@@ -60,23 +59,20 @@ def run(
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     workdir = pathlib.Path(workdir)
-    validate(config)
-    teacher_lib.check_named(config, teacher_only)
-    if teacher_only and not config.teacher.name:
-        raise UserError("this config has no teacher; set --config.teacher.name to a network")
-    dataset = dataset or load_data(config.data)
-    check_augmentation(dataset, config)
-    check_fit(config, dataset)
-    assemble(config, dataset, teacher=None)  # whether the parts fit each other
+    experiment = _checked(config, dataset, teacher_only)
+    dataset = experiment.dataset
     checksums = {"data": fingerprint(dataset)}
     runs = {} if teacher_only else _of_each_seed(config, workdir)
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
         _claim(runs, checksums, dataset)
-        teacher = None
+        teacher, teacher_workdir = None, None
         if config.teacher.name:
             teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
+        if not all((folder / "result.json").exists() for folder in runs):
+            print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
+        if teacher_workdir:
             teacher_result = _ensure_teacher(config, teacher_workdir, dataset, checksums)
             if teacher_only:
                 return teacher_result
@@ -87,8 +83,40 @@ def run(
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 
+def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None) -> str:
+    """Describe what `run` would do with the same arguments, and the disk space that it needs.
+
+    Nothing is written.
+
+    Raises:
+        UserError: what `run` would refuse before it begins to train.
+    """
+    workdir = pathlib.Path(workdir)
+    experiment = _checked(config, dataset)
+    runs, teacher_workdir = _of_each_seed(config, workdir), None
+    if config.teacher.name:
+        checksums = {"data": fingerprint(experiment.dataset)}
+        name = experiment.dataset.name
+        teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
+    megabytes = len(runs) * plan.disk(experiment) / 2**20
+    text = plan.describe(experiment, list(runs), teacher_workdir)
+    return f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
+
+
+def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = False) -> Experiment:
+    """Return the experiment, still without its teacher, after all checks that need no training."""
+    validate(config)
+    teacher_lib.check_named(config, teacher_only)
+    if teacher_only and not config.teacher.name:
+        raise UserError("this config has no teacher; set --config.teacher.name to a network")
+    dataset = dataset or load_data(config.data)
+    check_augmentation(dataset, config)
+    check_fit(config, dataset)
+    return assemble(config, dataset, teacher=None)
+
+
 def _of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path, ConfigDict]:
-    """Work directory -> config of each seed's run, as it would be alone."""
+    """Return, by work directory, the config of each seed's run as if it were trained alone."""
     if not config.seeds:
         return {workdir: config}
     runs = {}
@@ -109,7 +137,7 @@ def _claim(
 def evaluate_run(
     config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None
 ) -> dict[str, Any]:
-    """Measures the newest checkpoint of a run on the test set of `config.data`.
+    """Evaluate the newest checkpoint of a run on the test set of `config.data`.
 
     Args:
         config: names the network and the data, which may be another split than in training.
@@ -161,7 +189,7 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> di
 def _ensure_teacher(
     config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, checksums: dict[str, str]
 ) -> dict[str, Any]:
-    """Trains the teacher where it is missing or unfinished; the result of its run.
+    """Return the result of the teacher's run, which is trained first unless it is finished.
 
     A finished teacher that `config.teacher.workdir` names is taken as it is, however it was
     trained, on the same data; of an imported one the data is not known.
@@ -191,7 +219,7 @@ def _train(
     dataset: Dataset,
     teacher: Teacher | None,
 ) -> list[dict[str, Any]]:
-    """Trains runs that differ in their seed and writes their results; finished ones are kept."""
+    """Train runs that differ in their seeds and return their results; finished ones are kept."""
     results = {path: _result(path) for path in runs if (path / "result.json").exists()}
     for workdir in results:
         print(f"Finished already: {workdir}", flush=True)
@@ -200,7 +228,7 @@ def _train(
         experiment = _with_view_cache(assemble(config, dataset, teacher), list(left))
         with contextlib.ExitStack() as stack:
             recorders = _recorders(experiment, left, stack)
-            _train_together(recorders, stack.enter_context(_signals()))
+            _train_together(recorders, stack.enter_context(signals.collected()))
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
     return [results[workdir] for workdir in runs]
@@ -209,24 +237,26 @@ def _train(
 def _recorders(
     experiment: Experiment, seeds: Mapping[pathlib.Path, int], stack: contextlib.ExitStack
 ) -> list[Recorder]:
-    """The runs of the seeds where they were stopped, or at their beginning, each recorded."""
+    """Return a recorder of each seed's run, which resumes or is at its beginning."""
     keep = experiment.config.checkpoint.keep
-    state = jax.eval_shape(lambda: experiment.initial_state(seed=0))
+    needed = plan.disk(experiment) * len(seeds)
     predict, recorders = evaluate.make_predict(experiment.network.apply), []
+    progress = Progress(experiment.total_steps, unit="step")
+    stack.callback(progress.close)
     for workdir, seed in seeds.items():
-        workdir_lib.check_space(workdir, (keep + 2) * 3 * len(seeds) * _bytes(state))
+        workdir_lib.check_space(workdir, needed)
         checkpoints = stack.enter_context(Checkpoints(workdir, keep))
         run = SeedRun(experiment, seed, workdir, checkpoints, predict)
         overview = parameter_overview.get_parameter_overview(run.now.state.params)
         writers.write_atomically(workdir / "parameters.txt", f"{overview}\n".encode())
         if run.resumed:
-            print(f"Going on from step {run.number()} of {workdir}", flush=True)
-        recorders.append(stack.enter_context(contextlib.closing(Recorder(run))))
+            print(f"Resuming at step {run.number()} of {workdir}", flush=True)
+        recorders.append(stack.enter_context(contextlib.closing(Recorder(run, progress))))
     return recorders
 
 
 def _train_together(recorders: Sequence[Recorder], stopped_by: list[int]) -> None:
-    """Trains runs to their end in one program, once those that are behind have caught up."""
+    """Train runs to their end in one program, after those that are behind have caught up."""
 
     def loop(recorders: Sequence[Recorder]) -> Loop:
         return Loop([recorder.run for recorder in recorders], recorders, stopped_by)
@@ -240,7 +270,7 @@ def _train_together(recorders: Sequence[Recorder], stopped_by: list[int]) -> Non
 
 
 def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -> Experiment:
-    """The experiment with a teacher that looks its answers up, where that is possible and wanted.
+    """Return the experiment with a teacher whose answers are cached, if possible and wanted.
 
     Runs that have begun keep to what they began with: an answer in the step may differ from one
     that was looked up in the last bit.
@@ -268,28 +298,3 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         return experiment
     cached = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
     return dataclasses.replace(experiment, teacher=cached)
-
-
-def _bytes(tree: PyTree) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf.dtype, "itemsize")]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
-    received: list[int] = []
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        received.append(signum)
-        signal.signal(signum, previous[signum])
-
-    previous: dict[int, Any] = {}  # handlers
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Names of the types that several modules share. At run time it imports none of them."""
+"""The type aliases that several modules share. At run time, this module imports none of them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 # Nested dictionaries, tuples and dataclasses whose leaves are arrays.
 PyTree: TypeAlias = Any
-# How a step asks a teacher: `answer(inputs, images, batch) -> Outputs`.
+# The function by which a step asks a teacher: `answer(inputs, images, batch) -> Outputs`.
 Answer: TypeAlias = Callable[[PyTree, jax.Array, "Batch"], "Outputs"]

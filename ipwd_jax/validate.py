@@ -1,7 +1,8 @@
-"""What is wrong with a config, said before anything else happens.
+"""Check a config before anything else happens.
 
-Which values a setting may have stands in the tables; what settings must agree on, in the functions
-below them. A pattern of a table fits the whole path of a setting, and its `*` any part of one.
+The tables list the values that each setting can have, and the functions below them check what
+several settings must agree on. A pattern in a table matches the whole path of a setting, and its
+`*` matches any part of a path.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from ipwd_jax.precision import PRECISIONS
 
 
 class _Range(NamedTuple):
-    """Words that follow "must", and what they mean."""
+    """The words that follow "must" in a message, and the condition that they express."""
 
     words: str
     holds: Callable[[float], bool]
@@ -36,10 +37,11 @@ _NOT_NEGATIVE = _Range("not be negative", lambda x: x >= 0)
 _SHARE = _Range("be in [0, 1]", lambda x: 0 <= x <= 1)
 _SHARE_BELOW_1 = _Range("be in [0, 1)", lambda x: 0 <= x < 1)
 _SHARE_ABOVE_0 = _Range("be in (0, 1]", lambda x: 0 < x <= 1)
-# `jax.random.key` sees 32 bits of a seed: larger ones would repeat the runs of smaller ones.
+# `jax.random.key` uses 32 bits of a seed, so larger seeds would repeat the runs of smaller ones.
 _SEED = _Range(f"be in 0 to {2**32 - 1}", lambda x: 0 <= x < 2**32)
 
-# Of numbers, and of each number of a tuple. Hyper-parameters of terms go by the name of the field.
+# Ranges of numbers, and of each number in a tuple. Hyper-parameters of terms are matched by the
+# names of their fields.
 _RANGES = {
     "*seed": _SEED,
     "seeds": _SEED,
@@ -88,7 +90,7 @@ _CHOICES = {
     "teacher.which": ("last", "best"),
     "teacher.view_cache": config_lib.VIEW_CACHES,
 }
-# What a tuple consists of.
+# Types of the elements of tuples.
 _ELEMENTS = {
     "seeds": int,
     "data.mean": float,
@@ -97,7 +99,8 @@ _ELEMENTS = {
     "*optimizer.milestones": int,
     "weighting.terms": str,
 }
-# Types of settings: the class that a value must be of, and its name alone and in a tuple.
+# Types of settings: the class that a value must belong to, and its names in messages, for a single
+# value and for the elements of a tuple.
 _KINDS = {
     bool: (bool, "True or False", ""),
     int: (Integral, "a whole number", "whole numbers"),
@@ -107,10 +110,10 @@ _KINDS = {
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuses what is wrong with a config whatever the data is.
+    """Refuse a config that is wrong regardless of the data.
 
-    Settings that are allowed but change nothing, such as a milestone after the last epoch, are
-    named on the standard error, a line each.
+    For each setting that is allowed but has no effect, such as a milestone after the last epoch, a
+    line is printed to standard error.
 
     Raises:
         UserError: a name, a type or a value is wrong, or settings contradict each other.
@@ -134,7 +137,7 @@ def validate(config: ConfigDict) -> None:
     if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
         raise UserError(
             "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
-            "not depend on the batch; leave it out"
+            "not depend on the batch; leave out either train_mode or these two"
         )
     for stage in config_lib.stages(config):
         _check_loss(config, stage)
@@ -148,14 +151,14 @@ def _of_pattern(table: Mapping[str, Any], path: str) -> Any:
 
 
 def _younger(config: ConfigDict) -> set[str]:
-    """Settings of weightings that the config does not name: it may be older than they are."""
+    """Return the settings of other weightings, which a config that predates them may lack."""
     kind = losses.WEIGHTINGS.get(config.get("weighting", {}).get("name", ""))
     own = {field.name for field in dataclasses.fields(kind)} if kind else set()
     return {f"weighting.{name}" for name in losses.weighting.settings().keys() - own}
 
 
 def _choices(path: str) -> Collection[str]:
-    """The values that a setting may have, where they are few; else none."""
+    """Return the values that a setting can have if they can be listed; otherwise return none."""
     section, _, name = path.rpartition(".")
     if path == "weighting.name":
         return losses.WEIGHTINGS
@@ -179,7 +182,7 @@ def _missing(path: str) -> UserError:
 
 
 def _check_type(path: str, value: Any, default: Any) -> None:
-    """Raises `UserError` where a value is of another type than the default."""
+    """Raise `UserError` if a value does not have the type of the default."""
     if isinstance(default, ConfigDict):
         wanted, fits = "a section of settings", isinstance(value, ConfigDict)
     elif isinstance(default, tuple):
@@ -197,7 +200,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _check_value(path: str, value: Any) -> None:
-    """Raises `UserError` where a value is not finite, out of its range or not among its choices."""
+    """Raise `UserError` if a value is not finite, not in its range or not among its choices."""
     if (choices := _choices(path)) and value not in choices:
         raise unknown_name(f"config.{path}", value, choices)
     several = isinstance(value, tuple | list)
@@ -209,24 +212,24 @@ def _check_value(path: str, value: Any) -> None:
         if allowed and not allowed.holds(number):
             raise UserError(f"config.{path} must {allowed.words}, {found}")
     if path.endswith("milestones") and list(value) != sorted(set(value)):
-        raise UserError(f"config.{path} must rise, found {tuple(value)}")
+        raise UserError(f"config.{path} must increase strictly, found {tuple(value)}")
 
 
 def _check_seeds(config: ConfigDict) -> None:
     if len(set(config.seeds)) != len(config.seeds):
-        raise UserError(f"config.seeds has a seed twice: {tuple(config.seeds)}")
+        raise UserError(f"config.seeds must not name a seed twice, found {tuple(config.seeds)}")
     if config.share_order and len(config.seeds) < 2:
         raise UserError("config.share_order needs several config.seeds")
 
 
 def _heads(config: ConfigDict, loss: Mapping[str, float]) -> dict[str, str]:
-    """Extra heads of the student that the terms with a weight in `loss` train, and their source."""
+    """Return the extra heads that the terms with a weight in `loss` train, and their sources."""
     terms = losses.create(loss, {name: config.terms.get(name, {}) for name in loss}, {})
     return {head: source for term in terms.values() for head, source in term.heads.items()}
 
 
 def _check_heads(config: ConfigDict) -> None:
-    """Raises `UserError` for a head of an unknown source, or of two in the terms of a run."""
+    """Raise `UserError` if the source of a head is unknown or differs between terms."""
     found: dict[str, tuple[str, str]] = {}
     for stage in config_lib.stages(config):
         for term in (name for name, weight in stage.loss.items() if weight):
@@ -246,7 +249,7 @@ def _check_loss(config: ConfigDict, stage: ConfigDict) -> None:
     where = "config.loss" if stage.name == "main" else "config.first_stage.loss"
     active = [name for name, weight in stage.loss.items() if weight]
     if not active:
-        raise UserError(f"{where} has no term with a weight; set for example --{where}.ce=1")
+        raise UserError(f"{where} has no term with a weight; set, for example, --{where}.ce=1")
     for name in active:
         if name not in config.terms:
             raise _missing(f"terms.{name}")
@@ -263,16 +266,17 @@ def _check_weighting(config: ConfigDict) -> None:
             raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
         if not losses.TERMS[name].per_sample and kind.weighs:
             raise UserError(
-                f"config.weighting.terms names {name}, which compares samples with each other and "
-                "has no loss of a single sample to weigh; name others, or set "
+                f"config.weighting.terms names {name}, which compares samples with each other, so "
+                "it has no per-sample loss to multiply; name other terms, or set "
                 "--config.weighting.name=uniform"
             )
     if not kind.weighs:
         return
     if not any(config.loss.get(name, 0) for name in weighting.terms):
         raise UserError(
-            f"config.weighting.name={weighting.name} weighs {tuple(weighting.terms)}, none of "
-            "which has a weight in config.loss; name the terms with --config.weighting.terms"
+            f"config.weighting.name={weighting.name} multiplies the terms "
+            f"{tuple(weighting.terms)}, none of which has a weight in config.loss; name others "
+            "with --config.weighting.terms"
         )
     named = f"config.weighting.name={weighting.name}"
     if kind.teacher_taps and not config.teacher.name:
@@ -282,16 +286,16 @@ def _check_weighting(config: ConfigDict) -> None:
 
 
 def _check_compared(config: ConfigDict, head: str, words: str) -> None:
-    """Raises `UserError` where nothing trains a head whose losses make the weights."""
+    """Raise `UserError` if nothing trains a head whose losses determine the weights."""
     stages = config_lib.stages(config)
     if head not in _heads(config, stages[-1].loss):
         of_all = (name for name in losses.TERMS if head in _heads(config, {name: 1.0}))
         term = next(of_all, "NAME")
-        raise UserError(f"{words}, which nothing trains; set for example --config.loss.{term}=1")
+        raise UserError(f"{words}, which nothing trains; set, for example, --config.loss.{term}=1")
     if not any(_trains(config, stage, head) for stage in stages):
         raise UserError(
-            f"{words}, which config.trainable={tuple(config.trainable)} leaves as it was "
-            "initialised, so that the weights would be noise; add 'heads' to config.trainable"
+            f"{words}, which config.trainable={tuple(config.trainable)} leaves at its random "
+            "initial values, so the weights would be noise; add 'heads' to config.trainable"
         )
 
 
@@ -299,7 +303,7 @@ def _trains(config: ConfigDict, stage: ConfigDict, head: str) -> bool:
     source = _heads(config, stage.loss).get(head)
     path = f"heads/{'network' if source == 'network' else head}/"
     prefixes = [f"{prefix.rstrip('/')}/" for prefix in stage.trainable]
-    # A prefix within the head trains a part of it, which is somebody's choice.
+    # A prefix inside the head trains a part of it, which is taken to be intended.
     fits = any(path.startswith(p) or p.startswith(path) for p in prefixes)
     return source is not None and (not prefixes or fits)
 
@@ -313,20 +317,21 @@ def _warn_of_what_has_no_effect(config: ConfigDict) -> None:
         if late and section.optimizer.schedule == "step":
             lines.append(
                 f"config.{prefix}optimizer.milestones has no effect at "
-                f"{', '.join(map(str, late))}: config.{prefix}epochs is {section.epochs}"
+                f"{', '.join(map(str, late))}, because config.{prefix}epochs is {section.epochs}"
             )
     weighs = losses.weighting.create(weighting).weighs
     if weighs and weighting.start_epoch >= config.epochs:
         lines.append(
-            f"config.weighting.name={weighting.name} has no effect: config.weighting.start_epoch "
-            f"is {weighting.start_epoch}, config.epochs is {config.epochs}"
+            f"config.weighting.name={weighting.name} has no effect, because "
+            f"config.weighting.start_epoch is {weighting.start_epoch} and config.epochs is "
+            f"{config.epochs}"
         )
     for line in lines:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def check_fit(config: ConfigDict, dataset: Dataset) -> None:
-    """Raises `UserError` where the data does not fit the networks or the batches."""
+    """Raise `UserError` if the images are too small for the networks or too few for a batch."""
     size, height, width, _ = dataset.train.images.shape
     for name in filter(None, (config.model.name, config.teacher.name)):
         models.check_input(name, height, width)
@@ -337,5 +342,6 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
     for key, batch_size in batches.items():
         if batch_size > size:
             raise UserError(
-                f"config.{key} is {batch_size}, but {dataset.name} has only {size} training images"
+                f"config.{key} is {batch_size}, but {dataset.name} has only {size} training "
+                f"images; set it to {size} or less"
             )

@@ -1,11 +1,12 @@
-"""The teacher's answers to every view of every training image, computed once.
+"""The teacher's answers to the views of the training images, each computed only once.
 
-A random crop with a border of p pixels and a flip has (2 p + 1)^2 * 2 views: 162 for CIFAR's usual
-4 pixels, fewer than the epochs of a run. Which view a sample has in which epoch is known before
-the run starts. So what a frozen teacher will be asked is known too, and can be asked in large
-batches, kept in a file beside its checkpoint, and shared by all students, seeds and terms that
-read nothing but its logits or its embedding. The answers are those that it would give in the step,
-up to rounding: a compiled program may add the numbers of a batch of another shape in another order.
+With a border of p pixels, random crops and flips give (2 p + 1)^2 * 2 views of an image. For the
+usual 4 pixels on CIFAR, these are 162 views, fewer than the epochs of a run. Which view of a sample
+is used in which epoch is known before the run starts, and so are all questions to a frozen teacher.
+It can therefore be asked in large batches, and its answers can be kept in a file beside its
+checkpoint and shared by all students, seeds and terms that read nothing but its logits or its
+embedding. The answers are those that it would give in the step, up to rounding: for batches of
+another shape, a compiled program can add up numbers in another order.
 """
 
 import json
@@ -31,25 +32,26 @@ from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.progress import Progress, duration
 from ipwd_jax.state import augment_key
 from ipwd_jax.typing import PyTree
 
 _FORMAT = 1
 _FLUSH_SECONDS = 60.0
-_DRAWN_TABLES = 3  # of drawn views that are kept beside a teacher, the latest used
+_DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
 
 
 @flax.struct.dataclass
 class ViewCache:
-    """Answers by row.
+    """The teacher's answers, one row for each view of an image.
 
     Attributes:
         logits: (M, C) float32.
-        embedding: (M, D) float32, or None.
-        row: (N, V) int32, the row of each view of each image, where only those are kept that a run
-            draws; None: all are, image by image. Views that were never asked have the last row,
-            which is nan and so ends the run.
-        views: V.
+        embedding: (M, D) float32, or None if nothing reads it.
+        row: (N, V) int32, the row of each view of each image. Views that the teacher was not asked
+            about share the last row, which is NaN and so ends a run that reads it. None if there
+            are rows for all views, in the order of the images and their views.
+        views: V, the number of views of an image.
     """
 
     logits: jax.Array
@@ -59,34 +61,34 @@ class ViewCache:
 
 
 def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
-    """What the teacher says of a batch's views, as `Teacher.answer`; there are no maps."""
+    """Look up the answers to the views of a batch, without maps; it replaces `Teacher.answer`."""
     if cache.row is None:
         rows = batch.index * cache.views + batch.view
     else:
         rows = cache.row[batch.index, batch.view]
     embedding = None if cache.embedding is None else cache.embedding[rows]
-    # Where there is no embedding, no term reads it.
+    # If there is no embedding, no term reads it.
     return Outputs(cache.logits[rows], embedding, (), ())  # type: ignore[arg-type]
 
 
 def reason_against(experiment: Experiment) -> str:
-    """Why the cache cannot serve a run; empty where it can."""
+    """Return the reason why a run cannot use the cache; empty if it can."""
     taps = experiment.teacher_taps
     if not taps:
         return "no term reads the teacher"
     if maps := taps & {"features", "preact"}:
         return f"a term reads the teacher's maps ({', '.join(sorted(maps))})"
     if experiment.rotated:
-        return "a term turns the images"
+        return "a term rotates the images"
     if experiment.config.teacher.train_mode:
-        return "with config.teacher.train_mode an answer depends on the batch"
+        return "with config.teacher.train_mode, an answer depends on the batch"
     if experiment.dataset.train.streamed:
         return "streamed images have more views than a run draws"
     return ""
 
 
 def drawn_views(config: ConfigDict, seeds: Sequence[int], epochs: int, size: int) -> np.ndarray:
-    """(N, V) bool: the views of each image that runs of these seeds and epochs draw."""
+    """Return which views of each image are drawn by runs of these seeds and epochs: (N, V) bool."""
     views = augment.num_views(config.data.crop_padding, config.data.flip)
     index = jnp.arange(size, dtype=jnp.int32)
     draw = jax.jit(augment.draw_views, static_argnums=3)
@@ -99,18 +101,19 @@ def drawn_views(config: ConfigDict, seeds: Sequence[int], epochs: int, size: int
 
 
 def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
-    """The cache that a run can use, from the folder of its teacher or made there; on all devices.
+    """Load the cache for a run from the folder of its teacher, or build it there.
 
     Args:
-        experiment: against which there is no reason, with `config.teacher.view_cache` other than
-            "off".
-        required: whether the run cannot do without it.
+        experiment: an experiment for which `reason_against` returns nothing, and in which
+            `config.teacher.view_cache` is not "off".
+        required: whether the run cannot do without the cache.
 
     Returns:
-        None where there is no space for it and it is not required, with a printed line.
+        The cache, on all devices. None, with a printed line, if there is not enough space for it
+        and it is not required.
 
     Raises:
-        UserError: it is required, and there is no space for it.
+        UserError: the cache is required, but there is not enough space for it.
     """
     teacher = experiment.teacher
     assert teacher is not None
@@ -123,13 +126,16 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     needed = len(index) * columns * 4
     if shortage := _shortage(folder, needed, on_disk=not files.complete()):
         if not required:
-            print(f"Without a cache of the teacher's views: {shortage}", flush=True)
+            print(f"Training without a cache of the teacher's answers: {shortage}", flush=True)
             return None
-        raise UserError(f"the cache of the teacher's views does not fit: {shortage}")
+        raise UserError(
+            f"the cache of the teacher's answers does not fit: {shortage}. Free some space, or set "
+            "--config.teacher.view_cache=off"
+        )
     table = files.load() if files.complete() else None
     if table is None:
         batch = 500 if jax.default_backend() == "cpu" else 2048
-        with workdir.locked(folder, wait=True):  # of all students that want a table one makes it
+        with workdir.locked(folder, wait=True):  # only one of several students builds the table
             table = files.load() if files.complete() else None
             if table is None:
                 _remove_old_tables(folder)
@@ -139,7 +145,7 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
 
 
 def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Files", np.ndarray]:
-    """The files of the table that a run wants, and (N, V) bool: the views that it has."""
+    """Return the files of the table for a run, and which views it has: (N, V) bool."""
     config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
     assert teacher is not None
     epochs = max(stage.epochs for stage in experiment.stages)
@@ -171,8 +177,10 @@ def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Fi
 
 
 def _ask_of(experiment: Experiment) -> Callable[..., jax.Array]:
-    """`ask(inputs, data, index, view)`: the teacher's logits, then its embedding if a term reads
-    it, of some views: (B, columns) float32."""
+    """Return `ask(inputs, data, index, view)`, which computes the teacher's answers to some views.
+
+    Its result (B, columns) float32 holds the logits and then, if a term reads it, the embedding.
+    """
     config, teacher = experiment.config, experiment.teacher
     assert teacher is not None
 
@@ -190,9 +198,9 @@ def _ask_of(experiment: Experiment) -> Callable[..., jax.Array]:
 
 
 def _view_cache(table: np.ndarray, used: np.ndarray, classes: int) -> ViewCache:
-    """The cache of a table whose rows are the used views, in order.
+    """Return the cache for a table whose rows are the used views, in order.
 
-    What was never asked is NaN: the last row.
+    All other views share one more row at the end, which is NaN.
     """
     row = None
     if not used.all():
@@ -200,12 +208,12 @@ def _view_cache(table: np.ndarray, used: np.ndarray, classes: int) -> ViewCache:
         row[used] = np.arange(len(table), dtype=np.int32)
         table = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)])
     embedding = np.asarray(table[:, classes:]) if table.shape[1] > classes else None
-    # NumPy's arrays become JAX's on the devices.
+    # The NumPy arrays become JAX arrays when they are put on the devices.
     return ViewCache(np.asarray(table[:, :classes]), embedding, row, used.shape[1])  # type: ignore[arg-type]
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:
-    """`asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
+    """Return `asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
     devices = parallel.device_count()
     each = -(-batch // devices)
     compiled = parallel.compile_views(ask)
@@ -221,18 +229,24 @@ def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callabl
 
 
 def _shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
-    """What there is too little of, for `needed` bytes; empty: nothing."""
+    """Return a description of what is lacking for `needed` bytes; empty if they fit."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if on_disk and needed > 0.9 * free:
-        return f"it has {_mib(needed)}, and {folder} has {_mib(free)} free"
+        return (
+            f"it needs {_mib(needed)}, but can use at most 90 % of the {_mib(free)} that are free "
+            f"in {folder}"
+        )
     statistics = parallel.devices()[0].memory_stats()
     if statistics and "bytes_limit" in statistics:
         free = statistics["bytes_limit"] - statistics["bytes_in_use"]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > 0.6 * free:
-        return f"it has {_mib(needed)}, and the device has {_mib(free)} free"
+        return (
+            f"it needs {_mib(needed)}, but can use at most 60 % of the {_mib(free)} that are free "
+            "on the device"
+        )
     return ""
 
 
@@ -241,9 +255,9 @@ def _mib(count: int) -> str:
 
 
 def _remove_old_tables(folder: pathlib.Path) -> None:
-    """Makes room for one more table of drawn views by removing those that were not used lately.
+    """Remove the least recently used tables of drawn views, to make room for one more.
 
-    A run that needs one again makes it again.
+    A run that needs one of them again builds it again.
     """
     notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     drawn = [path for path in notes if json.loads(path.read_text())["identity"]["views"] != "all"]
@@ -251,14 +265,15 @@ def _remove_old_tables(folder: pathlib.Path) -> None:
         table = note.with_suffix(".npy")
         if table.exists():
             print(
-                f"Removing {table}, {_mib(table.stat().st_size)} that can be made again", flush=True
+                f"Removing {table} ({_mib(table.stat().st_size)}), which can be built again",
+                flush=True,
             )
         note.unlink()
         table.unlink(missing_ok=True)
 
 
 class _Files:
-    """A table on disk: the numbers, and beside them what they are of."""
+    """A table on disk: the answers in one file, and beside it a note that says what they are."""
 
     def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any]):
         self.identity = json.loads(json.dumps(identity))
@@ -267,7 +282,7 @@ class _Files:
         self._unfinished = folder / f".{name}.npy", folder / f".{name}.json"
 
     def _read(self, note: pathlib.Path) -> dict[str, Any]:
-        """What a note says; empty where it is missing, damaged or of something else."""
+        """Return the content of a note; empty if it is missing, damaged or of another table."""
         try:
             said = json.loads(note.read_text())
             return said if said["identity"] == self.identity else {}
@@ -275,24 +290,24 @@ class _Files:
             return {}
 
     def complete(self) -> bool:
-        """Whether a table is there whole, by its note and its size."""
+        """Return whether the table is complete, judged by its note and its size."""
         said = self._read(self.note)
         return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
 
     def load(self) -> np.ndarray | None:
-        """The table, memory-mapped; None, with a warning, where its numbers have changed."""
+        """Return the memory-mapped table; None, with a warning, if its checksum is wrong."""
         table = np.load(self.table, mmap_mode="r")
         if _checksum(table) == self._read(self.note)["checksum"]:
-            print(f"Teacher's views from {self.table}", flush=True)
-            self.note.touch()  # used lately
+            print(f"Reading the teacher's answers from {self.table}", flush=True)
+            self.note.touch()  # makes it the most recently used
             return table
-        print(f"warning: {self.table} is damaged and is made again", flush=True)
+        print(f"warning: {self.table} is damaged and will be built again", flush=True)
         return None
 
     def build(
         self, columns: int, pairs: tuple[np.ndarray, np.ndarray], asker: Callable, batch: int
     ) -> np.ndarray:
-        """Asks for every pair of image and view; goes on where an earlier attempt was stopped."""
+        """Ask about every pair of image and view, resuming where an earlier attempt was stopped."""
         index, view = pairs
         table_path, note_path = self._unfinished
         done = self._read(note_path).get("done", 0)
@@ -302,7 +317,8 @@ class _Files:
         else:
             done = 0
             table = np.lib.format.open_memmap(table_path, "w+", np.float32, shape)
-        line, started, flushed, first = writers.ProgressLine(), time.monotonic(), 0.0, done
+        progress = Progress(len(index), unit="view")
+        started, flushed = time.monotonic(), 0.0
         while done < len(index):
             rows = slice(done, min(done + batch, len(index)))
             table[rows] = asker(index[rows], view[rows])
@@ -312,12 +328,11 @@ class _Files:
                 table.flush()
                 writers.write_json(note_path, {"identity": self.identity, "done": done})
                 flushed = seconds
-            speed = (done - first) / max(seconds, 1e-9)
-            line.show(
-                f"teacher's views {done:,}/{len(index):,}  {speed:,.0f} images/s  "
-                f"{writers.duration((len(index) - done) / max(speed, 1e-9))} left",
-                final=done == len(index),
-            )
+            passing = f"teacher's answers: {done:,} of {len(index):,} views"
+            progress.count(done, "teacher's answers", passing)
+        progress.close()
+        took = duration(time.monotonic() - started)
+        print(f"Teacher's answers to {len(index):,} views computed in {took}", flush=True)
         table.flush()
         note = {
             "identity": self.identity,
@@ -336,6 +351,6 @@ def _checksum(table: np.ndarray) -> str:
     crc = 0
     for first in range(0, len(table), 1 << 16):
         rows = np.ascontiguousarray(table[first : first + (1 << 16)])
-        # An array is a buffer, but its type says so only from Python 3.12 on.
+        # An array is a buffer, but its type declares this only from Python 3.12 on.
         crc = zlib.crc32(rows, crc)  # type: ignore[arg-type]
     return f"{crc:08x}"

@@ -18,8 +18,8 @@ from ipwd_jax.config import default, differences
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses import WEIGHTINGS
 
-# Settings that may change between two starts of a run: they leave its numbers as they are, or
-# what they lead to is compared by checksum.
+# Settings that can change when a run is started again: they do not change its numbers, or the data
+# and the teacher that they select are compared by checksum.
 _FREE = (
     "checkpoint",
     "data.dir",
@@ -37,17 +37,17 @@ _FREE = (
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
-    """Makes the directory and keeps other processes out of it.
+    """Create the directory if it is missing, and keep other processes out of it.
 
-    A directory that is made here and in which a refused run has left nothing but its settings is
-    removed again.
+    If the directory was missing and the run is then refused, the directory is removed again, unless
+    the run has left more than its settings there.
 
     Args:
         workdir: the directory.
-        wait: until another process has finished with it, instead of refusing.
+        wait: whether to wait for another process that is using it, instead of raising an error.
 
     Raises:
-        UserError: it cannot be written, or another process is using it.
+        UserError: the directory cannot be written to, or another process is using it.
     """
     made = not workdir.exists()
     lock = _lock(workdir, wait)
@@ -74,11 +74,12 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
             if not wait:
                 lock.close()
                 raise UserError(
-                    f"another process is using {workdir}; wait for it or choose another --workdir"
+                    f"another process is using {workdir}; wait until it has finished, or choose "
+                    "another --workdir"
                 ) from None
             print(f"Waiting for another process that is using {workdir}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        # The other process may have removed the directory, and with it the file that we hold.
+        # The other process may have removed the directory, and with it the file locked here.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
             return lock
         lock.close()
@@ -90,17 +91,19 @@ def claim(
     checksums: Mapping[str, str],
     data: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Notes in `config.json` what a work directory is for, or refuses one that is for other things.
+    """Record in `config.json` which run a work directory belongs to, or refuse the directory.
 
     Args:
-        workdir: of the run.
-        config: of the run.
-        checksums: of what the run reads (`data`, `teacher`); those noted earlier are kept.
-        data: what a user of the trained network must know of the data: `Dataset.description`.
+        workdir: work directory of the run.
+        config: config of the run.
+        checksums: checksums of the inputs of the run (`data`, `teacher`). Others that are already
+            recorded are kept.
+        data: what a user of the trained network must know about the data, which is
+            `Dataset.description()`. If it is empty, what is already recorded is kept.
 
     Raises:
-        UserError: the directory is of another config, data or teacher; the message says what
-          differs.
+        UserError: the directory belongs to a run with another config, other data or another
+            teacher, and the message says what differs; or it is not known to which run it belongs.
     """
     path = workdir / "config.json"
     plain = json.loads(config.to_json_best_effort())
@@ -119,34 +122,37 @@ def claim(
         )
         if lines:
             raise UserError(
-                f"{workdir} holds a run of another config:\n  "
+                f"{workdir} holds another run:\n  "
                 + "\n  ".join(lines)
                 + "\nChoose another --workdir, or delete this one if it is not needed."
             )
         kept = {key: there[key] for key in ("chosen", "data") if key in there}
     elif any(workdir.glob("checkpoints/*")):
         raise UserError(
-            f"{workdir} holds checkpoints but no {path.name}, so it is not known what they are of; "
-            "choose another --workdir"
+            f"{workdir} holds checkpoints but no {path.name}, so it is not known to which run they "
+            "belong; choose another --workdir"
         )
     note = {"config": plain, "checksums": {**noted, **checksums}, **kept}
     writers.write_json(path, note | ({"data": dict(data)} if data else {}))
 
 
 def chosen(workdir: pathlib.Path, setting: str) -> Any:
-    """What an automatic setting of this run was resolved to when it began; None: not yet."""
+    """Return what an automatic setting of this run was resolved to; None if it never was."""
     return json.loads((workdir / "config.json").read_text()).get("chosen", {}).get(setting)
 
 
 def choose(workdir: pathlib.Path, setting: str, value: Any) -> None:
-    """Notes in `config.json` what an automatic setting is resolved to, for when the run resumes."""
+    """Record in `config.json` what an automatic setting is resolved to; a resumed run reads it."""
     path = workdir / "config.json"
     there = json.loads(path.read_text())
     writers.write_json(path, {**there, "chosen": {**there.get("chosen", {}), setting: value}})
 
 
 def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
-    """Checksum of what decides the numbers of a run, but for its seed: 6 hexadecimal digits."""
+    """Return a checksum, 6 hexadecimal digits, of everything that decides the numbers of a run.
+
+    The seed is left out.
+    """
     binding = _numbers(json.loads(config.to_json_best_effort()))
     binding.pop("seed")
     text = json.dumps([binding, dict(checksums)], sort_keys=True)
@@ -154,21 +160,21 @@ def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
 
 
 def holds(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str]) -> bool:
-    """Whether a finished run of this config and these inputs is there, whatever it is called."""
+    """Return whether a finished run of this config and these inputs is there, whatever its name."""
     try:
         there = json.loads((workdir / "config.json").read_text())
         same = all(there["checksums"].get(name) == value for name, value in checksums.items())
         wanted = _numbers(json.loads(config.to_json_best_effort()))
         return same and _numbers(there["config"]) == wanted and (workdir / "result.json").exists()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # no run of ours, or a damaged one
+        return False  # not a run of this package, or a damaged one
 
 
 def _numbers(config: dict) -> dict:
-    """The settings that decide the numbers of a run: the binding ones but for the name.
+    """Return the settings that decide the numbers of a run: the binding ones except the name.
 
-    Terms that are off, and settings of weightings that are, decide nothing: a teacher is the same
-    whether or not the config of its student adds some of its own.
+    Terms that are switched off are left out, and so is a weighting that weights no samples. The
+    teacher is therefore the same whether or not the config of its student adds terms or weightings.
     """
     config = _binding(config)
     config["loss"], config["first_stage"]["loss"] = (
@@ -183,12 +189,13 @@ def _numbers(config: dict) -> dict:
 
 
 def _binding(config: dict) -> dict:
-    """A deep copy without the settings that may change.
+    """Return a deep copy without the settings that can change.
 
-    Settings that it lacks, of terms added since it was written, for example, have their defaults.
+    Missing settings get their defaults, for example those of terms that were added to the package
+    after the config was written.
     """
     config = _filled(config, json.loads(default().to_json()))
-    # The order of the samples and their views are those of the first seed.
+    # With `share_order`, the first seed decides the order and the views of the samples.
     shared = list(config["seeds"])[:1] if config["share_order"] else []
     for path in _FREE:
         parent, _, key = path.rpartition(".")
@@ -205,10 +212,10 @@ def _filled(config: dict, defaults: dict) -> dict:
 
 
 def check_space(workdir: pathlib.Path, needed: int) -> None:
-    """Raises `UserError` when fewer than `needed` bytes are free where `workdir` is."""
+    """Raise `UserError` if fewer than `needed` bytes are free on the disk of `workdir`."""
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise UserError(
             f"{workdir} has {free / 2**20:.0f} MiB free; the checkpoints of this run need "
-            f"{needed / 2**20:.0f} MiB. Make space or choose another --workdir."
+            f"{needed / 2**20:.0f} MiB. Free some space, or choose another --workdir."
         )

@@ -1,10 +1,10 @@
-"""Compiler settings, by name. None of them is applied unless it is asked for.
+"""Named profiles of compiler settings. A profile is applied only on request.
 
-They must be set before the first array exists: `python -m ipwd_jax.main --xla_profile=cpu-eigen`.
-The measurements of each are in benchmarks/RESULTS.md. The results of a run do not depend on a
-profile beyond rounding, and every run records its flags. One setting is out of reach of a profile,
-because a process reads it when it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` saves
-most page faults of a step.
+The settings must be made before the first array exists, as this command does:
+`python -m ipwd_jax.main --xla_profile=cpu-eigen`. Measurements of the profiles are in
+benchmarks/RESULTS.md. A profile changes the results of a run by rounding only, and every run
+records its flags. One useful setting cannot be part of a profile, because a process reads it when
+it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` avoids most page faults of a step.
 """
 
 import os
@@ -17,7 +17,7 @@ from ipwd_jax.errors import UserError, unknown_name
 
 
 class Profile(NamedTuple):
-    """Flags for XLA and their purpose."""
+    """Flags for XLA, and their purpose as an imperative phrase."""
 
     purpose: str
     flags: tuple[str, ...]
@@ -32,30 +32,31 @@ PROFILES = {
         ),
     ),
     "gpu-conv-fusion": Profile(
-        "fuse what surrounds a convolution into it through cuDNN; experimental",
+        "fuse a convolution with the operations around it through cuDNN; experimental",
         ("--xla_gpu_experimental_enable_conv_fusion=true",),
     ),
     "gpu-quick-compile": Profile(
-        "take the first algorithm of each convolution instead of timing them",
+        "take the first algorithm for each convolution instead of timing all of them",
         ("--xla_gpu_autotune_level=0",),
     ),
     "cpu-eigen": Profile(
-        "convolutions and products by Eigen and oneDNN, faster than YNN's, which keeps the sums",
+        "compute convolutions and matrix products with Eigen and oneDNN, which are faster than "
+        "YNN; YNN still computes the sums",
         ("--xla_cpu_experimental_ynn_fusion_type=reduce",),
     ),
 }
 
 
 def apply(profile: str, compilation_cache: str | os.PathLike = "") -> None:
-    """Sets the flags of a profile and the folder in which compiled programs are kept.
+    """Set the flags of a profile and the folder in which compiled programs are cached.
 
     Args:
-        profile: one of `PROFILES`, or empty: no flags.
-        compilation_cache: folder; empty: programs are compiled anew in each process.
+        profile: one of `PROFILES`; empty means no flags.
+        compilation_cache: folder of the cache; if empty, every process compiles its programs anew.
 
     Raises:
-        UserError: there is no such profile, one of its flags is set to another value in XLA_FLAGS,
-            or the folder cannot be made.
+        UserError: there is no such profile, XLA_FLAGS sets one of its flags to a different value,
+            or the folder cannot be created.
     """
     if profile and profile not in PROFILES:
         raise unknown_name("XLA profile", profile, PROFILES)
@@ -65,14 +66,16 @@ def apply(profile: str, compilation_cache: str | os.PathLike = "") -> None:
     for flag in flags:
         there = names.get(flag.partition("=")[0], flag)
         if there != flag:
-            raise UserError(f"XLA_FLAGS has {there}, and the profile {profile} has {flag}")
+            raise UserError(
+                f"XLA_FLAGS has {there}, but the profile {profile} has {flag}; drop one of them"
+            )
     if flags:
         os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, *flags]))
     if compilation_cache:
         try:
             pathlib.Path(compilation_cache).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the compilation cache: {error}") from error
+            raise UserError(f"cannot create the compilation cache: {error}") from error
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,8 +1,8 @@
-"""What holds in every test.
+"""Settings and fixtures of all tests.
 
-Most of the time would go into optimising programs that then run for a second, so XLA does little of
-it here and in the processes that tests start. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`
-takes longer and tests what users run.
+Most of the time would be spent on optimising programs that then run for a second. XLA therefore
+skips most optimisations, here and in the processes that tests start. The tests take longer with
+`JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`, which tests the programs that users run.
 """
 
 import os
@@ -15,15 +15,16 @@ import pytest
 
 from ipwd_jax import data
 
-# What would be promoted or broadcast silently is an error.
+# Arrays of different ranks are never broadcast silently.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each compiled program maps memory, of which a process may have 65,530 pieces on Linux.
+    """Drop the compiled programs after each test module.
 
-    A process that keeps the programs of all tests ends in a segmentation fault inside XLA.
+    Each of them maps memory, and a process on Linux can have only 65,530 such mappings. A process
+    that keeps the programs of all tests ends in a segmentation fault inside XLA.
     """
     yield
     jax.clear_caches()
@@ -31,7 +32,7 @@ def forget_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Many tests compile the same programs, and so do the processes that they start."""
+    """Keep compiled programs on disk for other tests and for the processes that tests start."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.1,

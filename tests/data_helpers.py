@@ -1,4 +1,4 @@
-"""Data sets, image files and streamed batches, for the tests of several modules."""
+"""Data sets, image files and streamed batches for the tests of several modules."""
 
 import io
 from pathlib import Path
@@ -13,23 +13,23 @@ from ipwd_jax.data import streaming
 from ipwd_jax.errors import UserError
 
 TFDS = Path(__file__).parent / "files" / "tfds"
-SIZE = 24  # the side, in pixels, of the images that are streamed
+SIZE = 24  # height and width, in pixels, of the streamed images
 
 
 def config(name, **settings):
-    """Returns `config.data` of a run that reads the source `name`."""
+    """Return `config.data` of a run that reads the source `name`."""
     made = config_lib.default().data
     made.update({"name": name, **settings})
     return made
 
 
 def load(name, **settings):
-    """Reads the source `name` with these settings."""
+    """Read the source `name` with these settings."""
     return data.load(config(name, **settings))
 
 
 def fails(words, name, **settings):
-    """Checks that the source `name` is refused with a message that has all of `words`."""
+    """Check that the source `name` is refused with a message that has all of `words`."""
     with pytest.raises(UserError) as error:
         load(name, **settings)
     for word in words:
@@ -37,13 +37,13 @@ def fails(words, name, **settings):
 
 
 def arrays(size=12, classes=3, shape=(6, 6, 3)):
-    """Returns `size` images of noise and their labels."""
+    """Return `size` images of noise and their labels."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (size, *shape), np.uint8), np.arange(size) % classes
 
 
 def same(a, b):
-    """Returns whether two data sets have the same images and labels."""
+    """Return whether two data sets have the same images and labels."""
     return all(
         np.array_equal(getattr(a, split).images, getattr(b, split).images)
         and np.array_equal(getattr(a, split).labels, getattr(b, split).labels)
@@ -52,20 +52,20 @@ def same(a, b):
 
 
 def write_image(path, image=None, **options):
-    """Writes `image`, or a grey one of 6x6 pixels, and makes the folders that it lies in."""
+    """Write `image`, or a grey one of 6x6 pixels, and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = image or Image.fromarray(np.full((6, 6, 3), 200, np.uint8))
     image.save(path, **options)
 
 
 def write_images(root, *places, side=6):
-    """Writes a black square image at each of `places` below `root`."""
+    """Write a black square image to each of `places` below `root`."""
     for place in places:
         write_image(root / place, Image.new("RGB", (side, side)))
 
 
 def encode(pixels, kind="JPEG", **options):
-    """Returns the contents of an image file, JPEG in high quality unless another is asked for."""
+    """Return the contents of an image file; the default is a JPEG of high quality."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
@@ -73,11 +73,11 @@ def encode(pixels, kind="JPEG", **options):
 
 
 def noise(count=10, side=40):
-    """Returns `count` colour images of random pixels."""
+    """Return `count` colour images of random pixels."""
     return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def run(records, index, **settings):
-    """Returns the batches that streaming `records` gives for the rows of `index`."""
+    """Return the batches that streaming `records` yields for the rows of `index`."""
     settings = {"seed": 1, "epoch": 2, "size": SIZE, "train": True, "threads": 2, **settings}
     return list(streaming.batches(records, np.asarray(index, np.int32), **settings))

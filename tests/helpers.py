@@ -1,7 +1,8 @@
-"""What tests of many files share: golden values, a tiny network, and small runs of it.
+"""Helpers of many test files: golden values, a tiny network, and small runs that train it.
 
-The golden values are numbers of the public PyTorch implementations and the recipe behind them. They
-are in `tests/golden`, or in the folder that the environment variable IPWD_GOLDEN names.
+The golden values are the results of the public PyTorch implementations, with a recipe that
+regenerates their inputs. They are in `tests/golden`, or in the folder that the environment variable
+IPWD_GOLDEN names.
 """
 
 import contextlib
@@ -34,32 +35,32 @@ _OWN = Path(__file__).parent / "golden"
 
 
 def golden_dir() -> Path:
-    """The folder that the golden values are read from."""
+    """Return the folder that the golden values are read from."""
     return Path(os.environ.get("IPWD_GOLDEN", _OWN))
 
 
 @functools.cache
 def golden_json(name: str) -> dict[str, Any]:
-    """The contents of `name`, a JSON file of that folder."""
+    """Return the contents of `name`, a JSON file of that folder."""
     return json.loads((golden_dir() / name).read_text())
 
 
 @functools.cache
 def golden_arrays(name: str) -> dict[str, np.ndarray]:
-    """The arrays of `name`, an npz file of that folder."""
+    """Return the arrays of `name`, an npz file of that folder."""
     with np.load(golden_dir() / name) as file:
         return dict(file)
 
 
 @functools.cache
 def recipe() -> ModuleType:
-    """`recipe.py` of that folder (ours where it has none): regenerates the inputs from names."""
+    """Return `recipe.py` of that folder, or else ours; it regenerates the inputs from names."""
     path = golden_dir() / "recipe.py"
     return module_of(path if path.exists() else _OWN / path.name)
 
 
 def module_of(path: Path) -> ModuleType:
-    """The module in a file that is not on the path of imports."""
+    """Import a file that is not on the import path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -67,7 +68,7 @@ def module_of(path: Path) -> ModuleType:
 
 
 class Tiny(nn.Module):
-    """Two convolutions with BatchNorm and a linear layer, whose programs compile quickly."""
+    """A network of two convolutions with BatchNorm and a linear layer, which compiles quickly."""
 
     classes: int
     axis_name: str | None = None
@@ -87,11 +88,14 @@ class Tiny(nn.Module):
         return Outputs(logits, embedding, tuple(features), tuple(preact))
 
 
-models.NETWORKS["tiny"] = Tiny
+models.NETWORKS["tiny_net"] = Tiny
 
 
 def squares() -> data.Dataset:
-    """Two classes of grey noise, one brighter; 40 training images, for steps of 16, 16 and 8."""
+    """Return two classes of grey noise, one of them brighter.
+
+    The 40 training images make steps of 16, 16 and 8.
+    """
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     noise = rng.integers(0, 180, (60, 8, 8, 1)) + 60 * labels.reshape(-1, 1, 1, 1)
@@ -100,14 +104,14 @@ def squares() -> data.Dataset:
 
 
 def settings(**changes: Any) -> ConfigDict:
-    """Two epochs of IPWD with a tiny student and teacher on `squares`.
+    """Return the config of two epochs of IPWD with a tiny student and teacher on `squares`.
 
     Args:
-        changes: other settings, with `__` for the dots in their paths.
+        changes: settings to change, with `__` for the dots in their paths.
     """
     config = config_lib.default()
     config.data.update({"name": "squares", "crop_padding": 1})
-    config.model.name = config.teacher.name = "tiny"
+    config.model.name = config.teacher.name = "tiny_net"
     config.epochs, config.batch_size = 2, 16
     config.teacher.epochs, config.teacher.batch_size = 1, 16
     config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
@@ -120,7 +124,7 @@ def settings(**changes: Any) -> ConfigDict:
 
 @contextlib.contextmanager
 def stopped_after(saves: int) -> Iterator[None]:
-    """Stops the run in it as a signal does, right after so many checkpoints of it."""
+    """Stop a run in the block, as a signal does, right after it has saved this many times."""
     save, count = Loop._save, 0
 
     def save_and_stop(self: Loop) -> None:
@@ -137,17 +141,17 @@ def stopped_after(saves: int) -> Iterator[None]:
 
 
 def rows(workdir: Path) -> list[dict[str, str]]:
-    """The rows of a run's `metrics.csv`."""
+    """Return the rows of a run's `metrics.csv`."""
     with (workdir / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def config_file(name: str) -> ModuleType:
-    """The module `configs/NAME.py`."""
+    """Import `configs/NAME.py`."""
     return module_of(ROOT / "configs" / f"{name}.py")
 
 
 def teacher_folder(runs: Path, network: str, data: str = "*") -> Path:
-    """The one folder beside the students in `runs` in which their teacher was trained."""
+    """Return the only folder in `runs`, beside the students, in which a teacher was trained."""
     (found,) = runs.glob(f"{data}_{network}_*_seed0")
     return found

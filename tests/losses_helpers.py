@@ -1,4 +1,4 @@
-"""What several tests of the losses share: batches, the outputs of networks, variables of a term."""
+"""Batches, outputs of networks, and variables of terms for the tests of several losses."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ TRAIN_LABELS = jnp.arange(60, dtype=jnp.int32) % 5
 
 
 def batch(rows, mask=None, epoch=0, labels=TRAIN_LABELS):
-    """The first `rows` samples of a training set with these labels; the mask is 1 by default."""
+    """Return the first `rows` samples of a training set; by default none is a padding row."""
     index = jnp.arange(rows, dtype=jnp.int32)
     return Batch(
         image=jnp.zeros((rows, 4, 4, 3)),
@@ -39,19 +39,20 @@ def _wave(a, b, scale):
 KD_LOGITS, CLS_LOGITS = _wave(0.7, 1.9, 2), _wave(1.1, 0.3, 3)
 LABELS = jnp.array([1, 7, 3, 3])
 
-# (H, W, C) of a network's maps, stem first, and the length of its embedding. Sizes and channels
-# differ so that every kind of connector occurs.
+# The shapes (H, W, C) of a network's maps, stem first, and the width of its embedding. Sizes and
+# channels differ so that every kind of connector occurs.
 STUDENT = (((8, 8, 2), (8, 8, 2), (4, 4, 3), (2, 2, 4)), 4)
 TEACHER = (((8, 8, 2), (8, 8, 3), (8, 8, 3), (2, 2, 4)), 5)
-# Two maps less, for what is slow to compile.
+# Two maps fewer, for terms that are slow to compile.
 SHORT_STUDENT, SHORT_TEACHER = (((8, 8, 2), (4, 4, 3)), 4), (((8, 8, 2), (8, 8, 3)), 5)
-# Smaller maps, and one less. After the stem, the student's map is larger once, the teacher's once.
+# Smaller maps, and one fewer. Of the two after the stem, first the student's map is larger, then
+# the teacher's.
 SMALL_STUDENT = (((4, 4, 2), (4, 4, 3), (2, 2, 4)), 4)
 SMALL_TEACHER = (((4, 4, 2), (2, 2, 5), (4, 4, 3)), 5)
 
 
 def outputs(shapes, rows, make: Callable = jnp.zeros, classes=5):
-    """`Outputs` with maps and an embedding of these shapes; `make` makes an array of a shape."""
+    """Return `Outputs` with maps and an embedding of these shapes; `make` makes each array."""
     maps, width = shapes
     features = tuple(make((rows, *shape)) for shape in maps)
     return Outputs(
@@ -63,18 +64,19 @@ def outputs(shapes, rows, make: Callable = jnp.zeros, classes=5):
 
 
 def normal(seed, scale=1.0):
-    """A function that draws a normal NumPy array of a shape, each call another one."""
+    """Return a function that draws a new normal NumPy array of a given shape in each call."""
     rng = np.random.default_rng(seed)
     return lambda shape: scale * rng.standard_normal(shape)
 
 
 def random_outputs(shapes, rows, seed):
-    """`Outputs` of normal JAX arrays."""
+    """Return `Outputs` of normal JAX arrays."""
     draw = normal(seed)
     return outputs(shapes, rows, lambda shape: jnp.asarray(draw(shape)))
 
 
-# By name: a function that makes an array from a generator and a shape. Most are hard to handle.
+# Name -> a function that makes an array from a generator and a shape. Most of these arrays are hard
+# to handle.
 KINDS = {
     "zero": lambda rng, shape: np.zeros(shape),
     "constant": lambda rng, shape: np.full(shape, 3.0),
@@ -91,7 +93,7 @@ KINDS = {
 
 
 def init(term, student, teacher):
-    """Variables of the term; drawn by NumPy, since the draws of many shapes compile slowly."""
+    """Return variables of the term, drawn with NumPy because JAX compiles each shape's draw."""
     shapes = jax.eval_shape(term.init, KEY, student, teacher, batch(len(student.logits)))
     rng = np.random.default_rng(0)
 
@@ -106,6 +108,6 @@ def init(term, student, teacher):
 
 @functools.partial(jax.jit, static_argnames=("term", "method"))
 def value(term, variables, student, teacher, rows, method=None):
-    """What the term (or its `method`) returns, compiled."""
+    """Return what the compiled term, or its `method`, returns."""
     mutable = ["batch_stats", "memory"]
     return term.apply(variables, student, teacher, rows, mutable=mutable, method=method)[0]

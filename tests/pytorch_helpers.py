@@ -1,4 +1,4 @@
-"""Variables, files and pickles in PyTorch's formats, for the tests of several modules."""
+"""Variables, files and pickles in PyTorch's formats for the tests of several modules."""
 
 import contextlib
 import pickle
@@ -24,27 +24,27 @@ MEGABYTE = 2**20
 
 
 def template(name="resnet8", classes=10, channels=3):
-    """Returns the shapes and types of the variables of a network."""
+    """Return the shapes and types of the variables of a network."""
     return template_of(Fit(name, classes, channels))
 
 
 def variables(name="resnet8", classes=10, channels=3):
-    """Returns random variables of a network, whose variances are positive."""
+    """Return random variables of a network, whose variances are positive."""
     return random_like(template(name, classes, channels))
 
 
 def tensors_of(torch, *arguments):
-    """Returns the `variables` of a network as a state dict of PyTorch."""
+    """Return the `variables` of a network as a state dict of PyTorch."""
     return {k: torch.from_numpy(x) for k, x in to_torch(variables(*arguments)).items()}
 
 
 def imported(workdir, *arguments, which="last"):
-    """Returns the variables of the network that was imported into a work directory."""
+    """Return the variables of the network that was imported into a work directory."""
     return jax.device_get(load_network(workdir, which, template(*arguments))[0])
 
 
 def assert_same(actual, expected):
-    """Checks that two trees of arrays have the same structure and equal numbers."""
+    """Check that two trees of arrays have the same structure and equal numbers."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -53,7 +53,7 @@ def assert_same(actual, expected):
 
 
 def assert_refused(path, *words, **arguments):
-    """Checks that importing `path` fails with these words and leaves nothing behind."""
+    """Check that importing `path` fails with these words and leaves nothing behind."""
     workdir = path.parent / "refused"
     before = sorted(path.parent.iterdir())
     with pytest.raises(UserError) as error:
@@ -65,7 +65,7 @@ def assert_refused(path, *words, **arguments):
 
 @contextlib.contextmanager
 def memory_below(limit):
-    """Fails when the block allocates more than `limit` bytes at any one time, used or not."""
+    """Fail if the block has allocated `limit` bytes or more at any one time, used or not."""
     tracemalloc.start()
     try:
         yield
@@ -76,7 +76,7 @@ def memory_below(limit):
 
 
 def error_of(path, capsys, *options, limit=100 * MEGABYTE):
-    """Returns why the command line refuses to import `path`, within `limit` bytes of memory."""
+    """Return why the command line refuses to import `path`, within `limit` bytes of memory."""
     workdir = path.parent / "refused"
     with memory_below(limit), pytest.raises(SystemExit) as end:
         convert.main(["import", str(path), f"--workdir={workdir}", *options])
@@ -90,7 +90,7 @@ def error_of(path, capsys, *options, limit=100 * MEGABYTE):
 
 
 def zip_of(data_pkl, path, storages=(), byteorder=b"little"):
-    """Writes the newer format of `torch.save`, around a pickle and the bytes of its storages."""
+    """Write the newer format of `torch.save` around a pickle and the bytes of its storages."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", data_pkl)
         archive.writestr("archive/byteorder", byteorder)
@@ -100,7 +100,7 @@ def zip_of(data_pkl, path, storages=(), byteorder=b"little"):
 
 
 def legacy_of(data_pkl, path, storages=()):
-    """Writes the older format of `torch.save`, whose storages are of float32."""
+    """Write the older format of `torch.save`, with float32 storages."""
     header = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     parts = [*(pickle.dumps(x, 2) for x in header), data_pkl]
     parts.append(pickle.dumps([str(i) for i in range(len(storages))], 2))
@@ -110,18 +110,18 @@ def legacy_of(data_pkl, path, storages=()):
 
 
 def text(value):
-    """Returns the instruction of a pickle that makes a string."""
+    """Return the pickle instruction that makes a string."""
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
 def function(name):
-    """Returns the instruction of a pickle that finds a function by its module and name."""
+    """Return the pickle instruction that finds a function by its module and name."""
     module, _, function = name.rpartition(".")
     return f"c{module}\n{function}\n".encode()
 
 
 def view(numel, size, stride, offset=0, key="0"):
-    """Returns the instructions for a view of the storage `key` of `numel` float32 numbers."""
+    """Return the pickle instructions for a view of storage `key`, which has `numel` float32s."""
     plain = files._plain_pickle
     storage = b"(" + plain("storage") + b"ctorch\nFloatStorage\n"
     storage += plain(key) + plain("cpu") + plain(numel) + b"tQ"
@@ -130,5 +130,5 @@ def view(numel, size, stride, offset=0, key="0"):
 
 
 def state_dict(views):
-    """Returns a pickle of a dictionary; `views` has the instructions for its values by key."""
+    """Return a pickle of a dictionary whose values are given by their instructions in `views`."""
     return b"\x80\x02}(" + b"".join(text(name) + x for name, x in views.items()) + b"u."

@@ -1,4 +1,4 @@
-"""Ten steps on made-up images, on each number of devices; run by test_parallel.
+"""Take ten steps on random images, on each number of devices; `test_parallel.py` runs this program.
 
 Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational
 """
@@ -21,7 +21,7 @@ from ipwd_jax.data.resident import resident
 from ipwd_jax.state import TrainState
 from ipwd_jax.teacher import from_variables
 
-SIZE, BATCH, CLASSES = 44, 16, 5  # steps of 16, 16 and 12 rows: the last divides by 4, not by 8
+SIZE, BATCH, CLASSES = 44, 16, 5  # steps of 16, 16 and 12 rows; 12 divides by 4, not by 8
 
 
 def settings(kind: str) -> ConfigDict:
@@ -32,7 +32,7 @@ def settings(kind: str) -> ConfigDict:
     if kind == "ipwd":
         config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
         config.weighting.update({"name": "ipwd", "batch_normalize": True, "average": 0.5})
-    else:  # terms that compare rows of different devices, remember them, or normalise over them
+    else:  # terms that compare or remember rows of different devices, or normalise over them
         names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet")
         config.loss.update(dict.fromkeys(names, 0.1))
         config.terms.crd.update({"feat_dim": 8, "negatives": 6})
@@ -40,7 +40,7 @@ def settings(kind: str) -> ConfigDict:
 
 
 def ten_steps(config: ConfigDict, steps: int = 10) -> TrainState:
-    """The state after ten steps on the devices of `parallel.devices`."""
+    """Return the state after `steps` steps on the devices of `parallel.devices`."""
     rng = np.random.default_rng(0)
     split = Split(
         rng.integers(0, 256, (SIZE, 8, 8, 3), np.uint8),

@@ -1,4 +1,4 @@
-"""The scripts in `benchmarks/`: they start, and both frameworks take the same steps."""
+"""The scripts in `benchmarks/` start, and both frameworks take the same steps."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def our_arm():
 
 @pytest.fixture(scope="module")
 def problem(our_arm):
-    """Two steps of four black images, with networks whose parameters are 0."""
+    """Return a problem of two steps with four black images each and with parameters of 0."""
     shapes = network_shapes(models.create("resnet8", our_arm.CLASSES), (8, 8, 3))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return our_arm.Problem(
@@ -92,7 +92,7 @@ def test_help(script):
 def test_both_take_the_same_ten_steps(pair):
     (line,) = run("step.py", f"--pairs={pair}", "--gate-only", *SMALL)
     assert line["gate"] == "passed"
-    # The bounds by which ten float32 steps of a plain network end in the same place.
+    # Within these bounds, ten float32 steps of a plain network end in the same place.
     if pair.startswith(("resnet", "wrn")):
         assert max(line["float32"]["loss_errors"]) < 1e-4
         assert line["float32"]["weight_error"] < 0.02 * line["float32"]["weights_moved"]

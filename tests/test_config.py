@@ -1,4 +1,4 @@
-"""The settings: their defaults, names, stages, and the teacher's own."""
+"""The settings: their defaults and names, the stages, and the teacher's config."""
 
 import json
 

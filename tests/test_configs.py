@@ -1,4 +1,4 @@
-"""The recipes of `configs/`: what their docstrings say of each method."""
+"""The recipes in `configs/`: each method has the settings that the docstrings describe."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_reviewkd_has_its_authors_recipe(method, student, rate):
         optimizer = side.optimizer
         assert (optimizer.nesterov, optimizer.weight_decay, optimizer.momentum) == (True, 5e-4, 0.9)
         rates = optim.schedule(optimizer, 1, 240)
-        # Their script lowers the rate behind the epochs 150, 180 and 210 counted from 0.
+        # Their script lowers the rate after epochs 150, 180 and 210, counting from 0.
         for epoch, falls in ((150, 0), (151, 1), (180, 1), (181, 2), (210, 2), (211, 3)):
             assert rates(epoch) == pytest.approx(first * 0.1**falls), epoch
 
@@ -56,7 +56,7 @@ def test_other_methods_have_the_recipe_of_their_table():
 
 @pytest.mark.slow
 def test_a_run_with_the_recipe_of_reviewkd_is_trained(tmp_path):
-    """Its first epoch adds nothing; the teacher is one of its own."""
+    """ReviewKD's loss is 0 in the first epoch; the run trains a teacher with ReviewKD's recipe."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (48, 8, 8, 3), np.uint8), np.arange(48) % 4
     dataset = data.from_arrays(images[:40], labels[:40], images[40:], labels[40:])

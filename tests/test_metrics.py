@@ -1,4 +1,4 @@
-"""Closed forms of the metrics; their agreement with the reference is in test_golden_losses."""
+"""Closed forms of the metrics; `losses/test_golden.py` compares them with the reference."""
 
 import numpy as np
 import pytest

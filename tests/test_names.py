@@ -1,7 +1,7 @@
-"""Names of terms and weightings stand in `losses/` alone, those of networks in `models/` alone.
+"""Only `losses/` names terms and weightings, and only `models/` names networks.
 
-So that a new one is a class and a line of a registry, and no list elsewhere has to be kept. What
-counts are strings, attributes and imports; docstrings and comments may name what they like.
+So a new one needs a class and a line in a registry, but no change to a list elsewhere. The tests
+look at strings, attributes and imports; docstrings and comments can use any name.
 """
 
 import ast
@@ -16,35 +16,35 @@ from ipwd_jax import losses, models
 PACKAGE = Path(losses.__file__).parents[1]
 TERMS, WEIGHTINGS, NETWORKS = (set(x) for x in (losses.TERMS, losses.WEIGHTINGS, models.NETWORKS))
 
-# File -> name -> why it stands there.
+# File -> name -> why the file is allowed to use it.
 ALLOWED = {
     "config.py": {
-        "ce": "the default loss, and a teacher's",
+        "ce": "the default loss, also of a teacher",
         "kd": "the default of weighting.terms",
         "uniform": "the default of weighting.name",
         "resnet8x4": "the default of model.name",
         "MobileNetV2": "a family with a learning rate of its own in the recipe",
-        "ShuffleV1": "likewise",
-        "ShuffleV2": "likewise",
+        "ShuffleV1": "another such family",
+        "ShuffleV2": "another such family",
     },
     "validate.py": {
         "ce": "an example in a message",
-        "uniform": "the advice of a message: the default",
+        "uniform": "the default, which a message advises",
     },
     "losses/__main__.py": {
-        "resnet32x4": "the pair that the table describes by default",
-        "resnet8x4": "likewise",
+        "resnet32x4": "the teacher that the table describes by default",
+        "resnet8x4": "the student that the table describes by default",
     },
-    "models/base.py": {"uniform": "a distribution of JAX, of initialisers"},
+    "models/base.py": {"uniform": "a distribution of JAX's initialisers"},
 }
-# Paths of settings in strings: `loss.NAME`, `weighting.name=NAME`, `--{where}.NAME=1`.
+# Paths of settings within strings: `loss.NAME`, `weighting.name=NAME`, `--{where}.NAME=1`.
 IN_STRINGS = [
     re.compile(pattern) for pattern in (r"(?:loss|terms)\.(\w+)", r"name=(\w+)", r"\.(\w+)=")
 ]
 
 
 def strings(tree: ast.Module) -> Iterator[str]:
-    """The string literals of a module that are no docstrings."""
+    """Yield the string literals of a module that are not docstrings."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         is_string = isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -53,11 +53,11 @@ def strings(tree: ast.Module) -> Iterator[str]:
 
 
 def names_of(tree: ast.Module, names: set[str]) -> set[str]:
-    """Which of `names` a module has as a string, within a path of a setting, or as an attribute."""
+    """Return the `names` that a module has as a string, in the path of a setting, or in code."""
     found = set()
     for text in strings(tree):
         found |= {text, *(x for pattern in IN_STRINGS for x in pattern.findall(text))} & names
-    # JAX's own `array.at[index]`.
+    # `array.at[index]` is JAX's own.
     subscripted = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -69,7 +69,7 @@ def names_of(tree: ast.Module, names: set[str]) -> set[str]:
 
 
 def parsed(*without: str) -> Iterator[tuple[str, ast.Module]]:
-    """Every module of the package, by path, but for those in some folders."""
+    """Yield the path and the tree of every module of the package outside the given folders."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         if not name.startswith(tuple(f"{folder}/" for folder in without)):

@@ -1,4 +1,4 @@
-"""PyTorch's SGD, step by hand, and the learning rates of the recipes."""
+"""PyTorch's SGD, step by step by hand, and the learning rates of the recipes."""
 
 import jax.numpy as jnp
 import numpy as np

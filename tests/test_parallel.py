@@ -1,4 +1,4 @@
-"""A run does not depend on how many devices share its batches."""
+"""The result of a run does not depend on how many devices share its batches."""
 
 import json
 import os
@@ -19,10 +19,10 @@ DEVICES = {
 
 @pytest.fixture(scope="module", params=DEVICES, ids="-".join)
 def runs(request, tmp_path_factory):
-    """States after ten steps on each number of devices, from one process with eight of them."""
+    """Return the states after ten steps on each number of devices of a process that has eight."""
     kind, dtype = request.param
     out = tmp_path_factory.mktemp(kind)
-    # Without NPROC the collectives of virtual devices can deadlock on a machine with few cores.
+    # Without NPROC, the collectives of virtual devices can deadlock on a machine with few cores.
     environment = {**os.environ, "NPROC": "8", "JAX_NUM_CPU_DEVICES": "8"}
     if dtype == "float64":
         environment["JAX_ENABLE_X64"] = "1"

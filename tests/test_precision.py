@@ -1,4 +1,4 @@
-"""What is not rounded whatever `config.precision` says, and how means of bfloat16 maps are."""
+"""Numbers that are never rounded, whatever `config.precision` is, and means of bfloat16 maps."""
 
 import re
 from functools import partial
@@ -39,7 +39,7 @@ SIMILARITIES = {
 
 
 def products(function, *args):
-    """(shape of the result, whether it is at full precision) of each product, asked for TF32."""
+    """Return the shape of each product with TF32, and whether it has full precision."""
     with of_products("tf32"):
         text = jax.jit(function).lower(*args).as_text()
     lines = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
@@ -103,7 +103,7 @@ def test_means_of_bfloat16_maps_are_summed_in_float32(name):
 
 
 def test_the_separate_network_of_ipwd_star_rounds_as_the_student_does():
-    """Every convolution of the step, forward and backward, reads bfloat16."""
+    """Every convolution of the step, forward and backward, takes bfloat16."""
     images, labels = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 2
     dataset = data.from_arrays(images, labels, images, labels)
     config = default()

@@ -24,7 +24,7 @@ def workdir(squares, tmp_path_factory):
 def test_a_finished_run(workdir, squares):
     run = ipwd_jax.load_run(workdir)
     assert run.result == json.loads((workdir / "result.json").read_text())
-    assert run.config.weighting.name == "ipwd" and run.config.teacher.name == "tiny"
+    assert run.config.weighting.name == "ipwd" and run.config.teacher.name == "tiny_net"
     assert run.data["class_names"] == ["0", "1"] and run.data["image_shape"] == [8, 8, 1]
     assert [row["epoch"] for row in run.history] == [1, 2]
     assert run.history[-1]["test_top1"] == run.result["last"]["top1"]
@@ -32,7 +32,7 @@ def test_a_finished_run(workdir, squares):
     np.testing.assert_array_equal(samples["label"], squares.train.labels)
     assert np.average(samples["weight"]) == pytest.approx(run.result["weights"]["weight_mean"])
     assert samples["class_mass"].sum() == pytest.approx(40, rel=1e-5)
-    teacher = ipwd_jax.load_run(next(workdir.parent.glob("*tiny*")))
+    teacher = ipwd_jax.load_run(next(workdir.parent.glob("*tiny_net*")))
     last = teacher.predictions()["last_logits"]
     np.testing.assert_allclose(run.predictions()["teacher_logits"], last, atol=1e-5)
     with pytest.raises(UserError, match=r"has no samples\.npz"):
@@ -85,7 +85,7 @@ def test_folders_that_hold_no_run(workdir, tmp_path):
     noted = json.loads((tmp_path / "older/config.json").read_text())
     del noted["data"]
     (tmp_path / "older/config.json").write_text(json.dumps(noted))
-    with pytest.raises(UserError, match="start its command again"):
+    with pytest.raises(UserError, match="run its command again"):
         ipwd_jax.load_student(tmp_path / "older")
     (tmp_path / "older/config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""A whole run on a small data set: what it leaves, what it reuses, and that it learns."""
+"""A whole run on a small data set learns, writes its files, and reuses its teacher."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ from ipwd_jax.state import init_state, network_shapes
 
 @pytest.fixture(scope="module")
 def dataset():
-    """Two hundred images whose class is where the bright square is; four classes."""
+    """Return 200 images in four classes, which differ in the position of a bright square."""
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 4
     images = rng.integers(0, 80, (200, 8, 8, 1), np.uint8)
@@ -55,7 +55,7 @@ def settings(**changes):
 
 @pytest.fixture(scope="module")
 def done(dataset, tmp_path_factory):
-    """The work directory and result of one IPWD run."""
+    """Return the work directory and the result of one IPWD run."""
     workdir = tmp_path_factory.mktemp("runs") / "student"
     return workdir, train.run(settings(), workdir, dataset)
 
@@ -182,10 +182,10 @@ class TestTeacher:
         assert not list(tmp_path.iterdir())
         result = train.run(config, tmp_path / "student", dataset, teacher_only=True)
         assert result["last"]["epoch"] == 1 and not (tmp_path / "student").exists()
-        # A finished teacher that is named is taken, however long it was trained.
+        # A finished teacher that the config names is used, however long it was trained.
         config = settings(**{"teacher.workdir": str(tmp_path / "teacher"), "epochs": 1})
         train.run(config, tmp_path / "student", dataset)
-        # It may not be swapped for another under a run that began with it.
+        # A run that began with one teacher cannot continue with another.
         config = settings(
             **{"teacher.workdir": str(teacher_folder(workdir.parent, "resnet8")), "epochs": 1}
         )
@@ -291,7 +291,7 @@ class TestWrongInput:
 
 
 def test_every_control_of_ipwd_is_a_configuration(dataset, done):
-    """KD with a constant weight, KD with the extra head, WSLD: one epoch of each."""
+    """Train KD with a constant weight, KD with the extra head, and WSLD for one epoch each."""
     workdir, _ = done
     cases = {
         "constant": {"loss.cls": 0.0, "weighting.name": "constant", "weighting.constant": 2.0},
@@ -309,7 +309,7 @@ def test_every_control_of_ipwd_is_a_configuration(dataset, done):
 
 
 def test_a_new_term_is_one_class_and_one_line(dataset, done, monkeypatch):
-    """A regressor with BatchNorm and a memory: everything that a term may carry."""
+    """The term is a regressor with BatchNorm and a memory, which is all that a term can have."""
     import flax.linen as nn
     import jax.numpy as jnp
 
@@ -356,7 +356,7 @@ class Plain(nn.Module):
 
 
 def test_a_network_without_batch_norm(dataset, tmp_path, monkeypatch):
-    """As teacher, folded too, and as student; with a head that is a network."""
+    """The network is the student, the teacher, also when folded, and a head that is a network."""
     monkeypatch.setitem(models.NETWORKS, "plain", Plain)
     config = settings(**{"epochs": 1, "teacher.epochs": 1, "terms.cls.source": "network"})
     config.model.name = config.teacher.name = "plain"
@@ -369,7 +369,7 @@ def test_a_network_without_batch_norm(dataset, tmp_path, monkeypatch):
 
 
 def test_the_clock_waits_for_the_device(dataset, tmp_path, monkeypatch):
-    """A device that is slower than the loop that feeds it decides the images a second."""
+    """If the device is slower than the loop that feeds it, it determines the images per second."""
     compiled = parallel.compile_train_step
 
     def slow_device(step):

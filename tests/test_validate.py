@@ -1,4 +1,4 @@
-"""What is wrong with a config is said before anything else happens."""
+"""A wrong config is refused before anything else happens, with a message that says why."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ FIRST = {"first_stage.epochs": 5, "first_stage.optimizer.milestones": ()}
 
 
 def changed(**changes) -> ConfigDict:
-    """The default config with some values changed, whatever their type."""
+    """Return the default config with some values changed, without a check of their types."""
     config = config_lib.default()
     with config.ignore_type():
         config.update_from_flattened_dict(changes)
@@ -66,8 +66,8 @@ RANGES = [
     ({"optimizer.momentum": 1.0}, ["config.optimizer.momentum", "[0, 1)"]),
     ({"optimizer.decay": 0.0}, ["config.optimizer.decay", "(0, 1]", "0.0"]),
     ({"teacher.optimizer.decay": 1.5}, ["config.teacher.optimizer.decay", "1.5"]),
-    ({"optimizer.milestones": (180, 150)}, ["milestones", "rise", "(180, 150)"]),
-    ({"optimizer.milestones": (150, 150)}, ["milestones", "rise"]),
+    ({"optimizer.milestones": (180, 150)}, ["milestones", "increase strictly", "(180, 150)"]),
+    ({"optimizer.milestones": (150, 150)}, ["milestones", "increase strictly"]),
     ({"optimizer.milestones": (-1, 150)}, ["config.optimizer.milestones", "negative"]),
     ({"first_stage.optimizer.milestones": (-1,)}, ["config.first_stage.optimizer.milestones"]),
     ({"teacher.label_smoothing": 1.1}, ["config.teacher.label_smoothing", "[0, 1]", "1.1"]),

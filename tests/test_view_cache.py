@@ -1,4 +1,4 @@
-"""The teacher's answers to all views: the same training, and no use of a file that is not right."""
+"""The cache of the teacher's answers does not change the training, and bad files are not used."""
 
 import json
 
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 
 def run(name, squares, folder, **changes):
-    """Logits on the test set after a run, and what it has of its samples."""
+    """Train a run and return its logits on the test set."""
     train.run(settings(**changes), folder / name, squares)
     return np.load(folder / name / "predictions.npz")["last_logits"]
 
@@ -27,9 +27,9 @@ def online(squares, folder):
 
 
 def test_same_training(online, squares, folder):
-    """Bit for bit whichever views are kept; up to rounding when the step asks the teacher.
+    """The results are bitwise equal whichever views are cached, and close if the step asks.
 
-    A compiled program may add the numbers of a batch of another shape in another order, which
+    A compiled program can add the numbers of a batch of another shape in another order, which
     depends on the processor.
     """
     every = run("all", squares, folder, teacher__view_cache="all")
@@ -39,7 +39,7 @@ def test_same_training(online, squares, folder):
 
 
 def views(folder):
-    return teacher_folder(folder, "tiny") / "views"
+    return teacher_folder(folder, "tiny_net") / "views"
 
 
 def test_only_drawn_views_are_asked_for(online, squares, folder):
@@ -52,7 +52,7 @@ def test_only_drawn_views_are_asked_for(online, squares, folder):
 
 
 def sums(index, view):
-    """Stands for a teacher."""
+    """Answer in place of a teacher."""
     return np.stack([index, view, index + view], axis=1).astype(np.float32)
 
 
@@ -88,7 +88,7 @@ def test_the_file_is_reused(online, squares, folder, capsys):
     run("first", squares, folder, **changes)
     capsys.readouterr()
     run("second", squares, folder, seed=1, **changes)
-    assert "Teacher's views from" in capsys.readouterr().out
+    assert "Reading the teacher's answers from" in capsys.readouterr().out
 
 
 def test_an_interrupted_table_is_finished(tmp_path):
@@ -117,7 +117,7 @@ def test_an_interrupted_table_is_finished(tmp_path):
     ("changes", "reason"),
     [
         ({"loss__at": 1.0}, r"reads the teacher's maps \(features\)"),
-        ({"loss__sskd": 1.0}, "turns the images"),
+        ({"loss__sskd": 1.0}, "rotates the images"),
         ({"teacher__train_mode": True}, "depends on the batch"),
     ],
 )

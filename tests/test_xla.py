@@ -1,4 +1,4 @@
-"""Compiler settings are applied when asked for, and only then."""
+"""Compiler settings are applied if they are asked for, and not otherwise."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_wrong_profiles(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", xla.PROFILES)
 def test_jax_accepts_the_flags(profile, tmp_path):
-    """An unknown flag would end the process."""
+    """XLA would end the process if it did not know a flag."""
     code = f"""
 from ipwd_jax import xla
 xla.apply({profile!r}, {str(tmp_path / "cache")!r})

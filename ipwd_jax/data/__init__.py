@@ -1,6 +1,7 @@
-"""The sources of data, by name. A new source is one function and one line here.
+"""The data sources, by name. A new source takes one function and one line in `SOURCES`.
 
-What else it reads of `config.data` than the statistics is noted in `USED_BY`.
+If it reads settings of `config.data` that not all sources read, its name is added to their entries
+in `USED_BY`.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,8 @@ __all__ = [
     "load",
 ]
 
-# `NAME` or `NAME:ARGUMENT` in `config.data.name`; the functions take the config and the argument.
+# The keys have the form `NAME` or `NAME:ARGUMENT`, as in `config.data.name`. The functions take
+# `config.data` and, if there is one, the argument.
 SOURCES: dict[str, Callable[..., Dataset]] = {
     "digits": arrays.digits,
     "cifar10": lambda config: cifar.cifar(config, "cifar10"),
@@ -33,8 +35,8 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "numpy:PATH.npz": arrays.numpy_file,
 }
 
-# Settings that only some sources read, or any that is streamed. A source refuses by itself those
-# that depend on what it finds, such as `test_fraction` where there are test images.
+# Settings that only some sources read, or that only streamed data needs. A source itself refuses
+# settings that depend on what it finds, such as `test_fraction` when there are test images.
 USED_BY = {
     "dir": ("cifar10", "cifar100", "tfds"),
     "download": ("cifar10", "cifar100"),
@@ -62,8 +64,8 @@ def load(config: ConfigDict) -> Dataset:
         config: `config.data` of a run.
 
     Raises:
-        UserError: no such source, its data is missing, damaged or unfit, or a setting is of no use
-            to it.
+        UserError: there is no such source; its data is missing, damaged or unsuitable; or the
+            source does not use one of the settings.
     """
     kind, _, argument = config.name.partition(":")
     found = [
@@ -87,11 +89,11 @@ def load(config: ConfigDict) -> Dataset:
 
 
 def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
-    """Raises `UserError` where the crops, flips or batches of a run do not fit its images.
+    """Raise `UserError` if the crops, flips or batches of a run do not suit its images.
 
     Args:
-        dataset: what the run trains on.
-        config: of the run.
+        dataset: the data set that the run trains on.
+        config: the whole config of the run.
     """
     images, padding = dataset.train.images, config.data.crop_padding
     _, height, width, _ = images.shape
@@ -99,7 +101,7 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
         if padding >= min(height, width):
             raise UserError(
                 f"config.data.crop_padding is {padding}, but the images of {dataset.name} have "
-                f"{height}x{width} pixels, so that some crops would show nothing of them; set it "
+                f"{height}x{width} pixels, so some crops would show nothing but the border; set it "
                 f"below {min(height, width)}"
             )
         return
@@ -107,7 +109,7 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
     if images.flip != config.data.flip:
         raise UserError(
             f"config.data.flip is {config.data.flip}, but the streamed images were opened with "
-            f"{images.flip}; open them with the same"
+            f"flip={images.flip}; open them with the same value"
         )
     steps = max(1, config.steps_per_call, config.teacher.look_ahead)
     tested = min(config.eval_batch_size, len(dataset.test.labels))

@@ -1,4 +1,4 @@
-"""Data that is already an array: scikit-learn's digits, and NumPy files."""
+"""Data that is already stored as arrays: scikit-learn's digits, and NumPy files."""
 
 import pathlib
 import zipfile
@@ -12,34 +12,47 @@ from ipwd_jax.errors import UserError
 
 
 def digits(config: ConfigDict) -> Dataset:
-    """1,797 handwritten digits, 8x8 grey, real and without a download; 1,438 train, 359 test.
+    """Load 1,797 real handwritten digits, 8x8 pixels in grey: 1,438 for training, 359 for testing.
 
-    From scikit-learn: the test set of Kaynak, 1995, UCI Optical Recognition of Handwritten Digits.
+    They come with scikit-learn, so nothing is downloaded, and are the test set of UCI's Optical
+    Recognition of Handwritten Digits (Kaynak, 1995).
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # stored in 0..16
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
     return from_arrays(images, bunch.target, name="digits", mean=config.mean, std=config.std)
 
 
 def numpy_file(config: ConfigDict, path: str) -> Dataset:
-    """Arrays `train_images`, `train_labels` and, if there, `test_images`, `test_labels`.
+    """Read the arrays `train_images` and `train_labels` of a NumPy archive.
 
-    Optional: `class_names`, strings. See `from_arrays` for shapes and what happens without a test
-    split. Nothing pickled is read.
+    The arrays `test_images`, `test_labels` and `class_names` (strings) are optional. `from_arrays`
+    describes the shapes, and what happens if there is no test split. Pickled objects are refused.
+
+    Args:
+        config: `test_fraction` applies if the archive has no test images.
+        path: an `.npz` file.
+
+    Raises:
+        UserError: the file is missing, damaged or too large for the memory, or lacks an array; or
+            its arrays are wrong.
     """
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"no file {file}; config.data.name=numpy:PATH.npz names a NumPy archive")
+        raise UserError(
+            f"there is no file {file}; config.data.name=numpy:PATH.npz must name a NumPy archive"
+        )
     arrays = _load(file)
     if missing := {"train_images", "train_labels"} - arrays.keys():
-        raise UserError(f"{file} lacks {sorted(missing)}; it has {sorted(arrays)}")
+        raise UserError(f"{file} lacks the arrays {sorted(missing)}; it has {sorted(arrays)}")
     if ("test_images" in arrays) != ("test_labels" in arrays):
-        raise UserError(f"{file} has one of test_images and test_labels; both or none are needed")
+        raise UserError(
+            f"{file} has only one of test_images and test_labels; store both of them or neither"
+        )
     if "test_images" in arrays and config.test_fraction != TEST_FRACTION:
         raise UserError(
-            f"config.data.test_fraction is {config.test_fraction}, but nothing is held out, since "
+            f"config.data.test_fraction is {config.test_fraction}, but nothing is held out because "
             f"{file} has test images; leave the setting out"
         )
     names = arrays.get("class_names")
@@ -60,17 +73,17 @@ def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-        # Images are copied when some of them are held out.
+        # Holding out a part of the images copies them.
         copied = 0 if "test_images.npy" in sizes else sizes.get("train_images.npy", 0)
         memory.check(
             f"the arrays in {file}",
             sum(sizes.values()) + copied,
-            "have images in files decoded while training, with --config.data.name=folder:PATH and "
-            "--config.data.streaming",
+            "store the images in files and decode them during training, with "
+            "--config.data.name=folder:PATH and --config.data.streaming",
         )
         with np.load(file, allow_pickle=False) as archive:
             return dict(archive)
     except UserError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy raise many kinds
+    except Exception as error:  # zipfile, zlib and NumPy raise many types
         raise UserError(f"{file} cannot be read as a NumPy archive: {error}") from error

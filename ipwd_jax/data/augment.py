@@ -1,7 +1,8 @@
-"""Random crop and flip as pure functions of the compiled step, and the order of the samples.
+"""Random crops and flips as pure functions inside the compiled step, and the order of the samples.
 
-Both depend on (seed, epoch, index) alone: not on the batch a sample is in, the number of devices,
-or where a run was interrupted.
+A crop and a flip depend on nothing but (seed, epoch, index), and the order on (seed, epoch). The
+batch that a sample is in, the number of devices and the step at which a run was interrupted make no
+difference.
 """
 
 import jax
@@ -11,21 +12,22 @@ from jax import lax
 
 
 def num_views(padding: int, flip: bool) -> int:
-    """Number of different views of an image: `(2 padding + 1)^2` crops, twice that with flips."""
+    """Return how many views an image has: `(2 padding + 1)^2` crops, doubled if `flip` is set."""
     return (2 * padding + 1) ** 2 * (1 + flip)
 
 
 def draw_views(key: jax.Array, epoch: jax.Array, index: jax.Array, views: int) -> jax.Array:
-    """Draw a view for each sample, uniformly.
+    """Draw a view of each sample uniformly.
 
     Args:
         key: typed PRNG key of the run.
         epoch: scalar integer.
         index: (B,) int32, positions in the training set.
-        views: of `num_views`.
+        views: the number of views, as `num_views` returns it.
 
     Returns:
-        (B,) int32 in 0..views-1, each a function of (key, epoch, its index) alone.
+        (B,) int32 in 0..views-1. Each element depends on nothing but the key, the epoch and the
+        sample's own index.
     """
     key = jax.random.fold_in(key, epoch)
 
@@ -38,10 +40,19 @@ def draw_views(key: jax.Array, epoch: jax.Array, index: jax.Array, views: int) -
 def draw_rotated_views(
     key: jax.Array, epoch: jax.Array, index: jax.Array, padding: int, flip: bool
 ) -> jax.Array:
-    """Draw a view for each of an image's four rotations: a crop each, mirrored all or none.
+    """Draw a view for each of the four rotations of every image.
+
+    Every rotation has a crop of its own; either all four are mirrored or none is.
+
+    Args:
+        key: as in `draw_views`.
+        epoch: as in `draw_views`.
+        index: as in `draw_views`.
+        padding: as in `apply_views`.
+        flip: as in `apply_views`.
 
     Returns:
-        (B, 4) int32; the first column is what `draw_views` draws.
+        (B, 4) int32; the first column equals what `draw_views` draws.
     """
     upright = draw_views(key, epoch, index, num_views(padding, flip))
     crops, mirrored = num_views(padding, False), upright % 2 if flip else 0
@@ -53,18 +64,19 @@ def draw_rotated_views(
 
 
 def apply_rotated_views(images: jax.Array, views: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Mirror each image where its views say so, turn it by 0, 90, 180 and 270 degrees, and crop.
+    """Mirror each image if its views ask for it, rotate it by 0, 90, 180 and 270 degrees, and crop.
 
     Args:
         images: (B, H, H, channels) uint8.
-        views: (B, 4) of `draw_rotated_views`.
+        views: (B, 4) int32, as `draw_rotated_views` returns them.
         padding: as in `apply_views`.
         flip: as in `apply_views`.
 
     Returns:
-        (4 B, H, H, channels) uint8, image by image.
+        (4 B, H, H, channels) uint8; the four rotations of an image are adjacent.
     """
-    # `apply_views` mirrors last. Turned the other way round before, an image comes out the same.
+    # `apply_views` mirrors last, but rotation comes after mirroring. Rotating in the opposite
+    # direction before mirroring gives the same image.
     mirrored = (views[:, 0] % 2 if flip else 0 * views[:, 0]).reshape(-1, 1, 1, 1) > 0
     turned = []
     for turn in range(4):
@@ -74,17 +86,17 @@ def apply_rotated_views(images: jax.Array, views: jax.Array, padding: int, flip:
 
 
 def apply_views(images: jax.Array, view: jax.Array, padding: int, flip: bool) -> jax.Array:
-    """Cut each image's view out of the image in a black border, and mirror it where it says so.
+    """Add a black border to each image, cut its view out, and mirror the view if it asks for it.
 
-    As torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip`: the border is black
-    before normalisation.
+    This is what torchvision's `RandomCrop(size, padding)` and `RandomHorizontalFlip` do: the border
+    is black before normalisation.
 
     Args:
         images: (B, H, W, channels) uint8.
-        view: (B,) int32, `(row * (2 padding + 1) + column) * F + mirrored`, with F 2 if `flip`
-            else 1, and row and column of the crop's corner in 0..2 padding.
-        padding: pixels of border on each side.
-        flip: whether views may be mirrored.
+        view: (B,) int32, `(row * (2 padding + 1) + column) * F + mirrored`, where F is 2 if `flip`
+            is set and 1 otherwise, and row and column of the crop's corner are in 0..2 padding.
+        padding: width of the border in pixels.
+        flip: whether views can be mirrored.
 
     Returns:
         (B, H, W, channels) uint8.
@@ -103,13 +115,25 @@ def apply_views(images: jax.Array, view: jax.Array, padding: int, flip: bool) ->
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """`(images / 255 - mean) / std` per channel: (B, H, W, channels) uint8 -> type of `mean`."""
+    """Return `(images / 255 - mean) / std` per channel, in the type of `mean`.
+
+    Args:
+        images: (B, H, W, channels) uint8.
+        mean: (channels,).
+        std: (channels,).
+
+    Returns:
+        (B, H, W, channels).
+    """
     row = (1, 1, 1, -1)
     return (images.astype(mean.dtype) / 255 - mean.reshape(row)) / std.reshape(row)
 
 
 def epoch_order(key: jax.Array, epoch: int, size: int) -> np.ndarray:
-    """Order (size,) int32 in which an epoch visits the training set; a function of (key, epoch)."""
+    """Return the order (size,) int32 in which an epoch visits the training set.
+
+    It depends on nothing but the key, the epoch and the size.
+    """
     order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
     return np.asarray(order, np.int32)
 
@@ -117,19 +141,19 @@ def epoch_order(key: jax.Array, epoch: int, size: int) -> np.ndarray:
 def epoch_batches(
     order: np.ndarray, batch_size: int, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut an order into steps, and each step into the rows of each device.
+    """Split an order into steps, and each step into the rows of each device.
 
-    The last step is kept, however short (782 steps of 64 for the 50,000 images of CIFAR, the last
-    of 16). Rows that only pad are marked.
+    The last step is kept however short it is: the 50,000 images of CIFAR make 782 steps of 64
+    images, of which the last has 16. The mask marks the padding rows that fill up the steps.
 
     Args:
         order: (N,) int32.
-        batch_size: images of a step over all devices.
-        devices: number of devices; need not divide `batch_size`.
+        batch_size: number of images in a step, over all devices.
+        devices: number of devices; it need not divide `batch_size`.
 
     Returns:
-        index (steps, devices, rows) int32, 0 where it pads, and mask of the same shape, float32,
-        1 for the N valid rows and 0 for padding.
+        The index (steps, devices, rows) int32, which is 0 in padding rows, and the mask of the same
+        shape, float32, which is 1 in the N valid rows and 0 in padding rows.
     """
     steps, rows = -(-len(order) // batch_size), -(-batch_size // devices)
     padded = np.full(steps * batch_size, -1, np.int32)

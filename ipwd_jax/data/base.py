@@ -84,7 +84,7 @@ class Dataset:
     std: np.ndarray
 
     def description(self) -> dict[str, Any]:
-        """What a user of a network that was trained on it must know, as JSON has it."""
+        """Return what the user of a network trained on this data must know, ready for JSON."""
         return {
             "name": self.name,
             "class_names": list(self.class_names),

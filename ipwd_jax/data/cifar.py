@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the official binary archives, without TensorFlow.
+"""CIFAR-10 and CIFAR-100, read from the official binary archives without TensorFlow.
 
 Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images.
 """
@@ -22,8 +22,9 @@ SHA256 = {
     "cifar10": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     "cifar100": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
 }
-COUNTS = (50_000, 10_000)  # training and test images of both
-# Folder in the archive, files of each split, file of class names, label bytes of a record.
+COUNTS = (50_000, 10_000)  # training and test images of either data set
+# Folder in the archive, files of the training and of the test split, file of class names, and
+# number of label bytes in a record.
 _LAYOUT = {
     "cifar10": (
         "cifar-10-batches-bin",
@@ -37,15 +38,15 @@ _LAYOUT = {
 
 
 def cifar(config: ConfigDict, name: str) -> Dataset:
-    """`cifar10`, or `cifar100` with its 100 fine labels, in the official order and split.
+    """Read CIFAR-10, or CIFAR-100 with its 100 fine labels, in the official order and split.
 
     Args:
-        config: `dir` holds the archive or the folder that it unpacks to (empty:
-            `~/.cache/ipwd_jax`); `download` allows to fetch the archive.
+        config: `dir` is the folder that holds the archive or its unpacked folder (empty:
+            `~/.cache/ipwd_jax`); `download` allows a missing archive to be downloaded.
         name: "cifar10" or "cifar100".
 
     Raises:
-        UserError: not there, damaged, or not to be fetched.
+        UserError: the data is missing or damaged, or cannot be downloaded.
     """
     root = pathlib.Path(config.dir or "~/.cache/ipwd_jax").expanduser()
     folder, train, test, names, label_bytes = _LAYOUT[name]
@@ -54,13 +55,14 @@ def cifar(config: ConfigDict, name: str) -> Dataset:
     files = _read(root, name, folder, [*train, *test, names], config.download)
 
     def split(parts: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
-        # A record: label bytes (CIFAR-100: coarse, fine), then 3 x 32 x 32 pixels by channel.
+        # A record consists of its label bytes (of CIFAR-100: coarse, fine) and 3 x 32 x 32 pixels,
+        # channel by channel.
         size = label_bytes + 3072
         data = b"".join(files[part] for part in parts)
         if len(data) != count * size:
             raise UserError(
-                f"{', '.join(parts)} of {name} in {root} have {len(data)} bytes in all; "
-                f"{count} images of {size} bytes each are needed"
+                f"{', '.join(parts)} of {name} in {root} have {len(data)} bytes in total, but "
+                f"{count} images of {size} bytes each are needed; unpack the archive again"
             )
         records = np.frombuffer(data, np.uint8).reshape(-1, size)
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -85,18 +87,21 @@ def _read(
         try:
             return {file: (root / folder / file).read_bytes() for file in files}
         except OSError as error:
-            raise UserError(f"{root / folder} is not the whole of {name}: {error}") from error
+            raise UserError(
+                f"{root / folder} is an incomplete copy of {name}: {error}. Unpack the archive "
+                "again"
+            ) from error
     if not archive.exists():
         if not download:
             raise UserError(
-                f"{name} is not in {root}. Fetch it with --config.data.download, or put "
+                f"{name} is not in {root}. Download it with --config.data.download, put "
                 f"{archive.name} from {URL} there, or name its folder with --config.data.dir"
             )
         _fetch(f"{URL}/{archive.name}", archive, SHA256[name])
     elif _sha256(archive) != SHA256[name]:
         raise UserError(
-            f"{archive} is damaged or another file: its SHA-256 is not {SHA256[name]}. "
-            "Delete it and fetch it again with --config.data.download"
+            f"{archive} is damaged or a different file: its SHA-256 is not {SHA256[name]}. "
+            "Delete it and download it again with --config.data.download"
         )
     with tarfile.open(archive) as tar:
         return {file: _content(tar, f"{folder}/{file}") for file in files}
@@ -104,7 +109,7 @@ def _read(
 
 def _content(archive: tarfile.TarFile, member: str) -> bytes:
     file = archive.extractfile(member)
-    assert file is not None  # it is no folder, as the checksum of the archive says
+    assert file is not None  # the checksum of the archive guarantees that it is not a folder
     return file.read()
 
 
@@ -114,19 +119,21 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _fetch(url: str, path: pathlib.Path, sha256: str) -> None:
-    """Downloads to another name, which becomes `path` only when the checksum is right."""
+    """Download under another name, which changes to `path` only once the checksum is right."""
     partial = path.with_name(f"{path.name}.part")
-    by_hand = f"Put the file there by hand, or use another source. Address: {url}"
-    print(f"Fetching {url} to {path}", file=sys.stderr)
+    by_hand = f"Download {url} by hand to {path}, or use another data source."
+    print(f"Downloading {url} to {path}", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
             while block := response.read(1 << 20):
                 file.write(block)
         if _sha256(partial) != sha256:
-            raise UserError(f"what {url} sent does not have the SHA-256 {sha256}. {by_hand}")
+            raise UserError(
+                f"the file received from {url} does not have the SHA-256 {sha256}. {by_hand}"
+            )
         os.replace(partial, path)
     except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"{path.name} could not be fetched: {error}. {by_hand}") from error
+        raise UserError(f"{path.name} could not be downloaded: {error}. {by_hand}") from error
     finally:
         partial.unlink(missing_ok=True)

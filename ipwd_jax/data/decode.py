@@ -1,6 +1,7 @@
-"""Encoded images to training crops and centre crops, by the fastest decoder that is installed.
+"""Decode images into training crops and centre crops with the fastest decoder that is installed.
 
-Pillow resizes, whichever decodes JPEG: it averages what it scales down, as in evaluation.
+Pillow does the resizing whichever package decodes JPEG, because it averages the pixels that it
+scales down. Training and evaluation therefore scale images in the same way.
 """
 
 import contextlib
@@ -17,14 +18,14 @@ import numpy as np
 from ipwd_jax.data import folder
 from ipwd_jax.errors import UserError
 
-_ATTEMPTS = 10  # at a random crop that fits into the image
-_DRAWS = 2 * _ATTEMPTS + 3  # area and ratio of each attempt; row, column, mirrored
+_ATTEMPTS = 10  # attempts at a random crop that fits into the image
+_DRAWS = 2 * _ATTEMPTS + 3  # area and ratio of each attempt; row, column, mirroring
 _AREA = 0.08, 1.0
 _LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
 
 
 def decoder_name() -> str:
-    """What decodes JPEG here: "simplejpeg", "cv2" or "PIL"."""
+    """Return the package that decodes JPEG here: "simplejpeg", "cv2" or "PIL"."""
     return next((name for name in ("simplejpeg", "cv2") if _optional(name)), "PIL")
 
 
@@ -35,7 +36,7 @@ def _optional(name: str) -> ModuleType | None:
     except ImportError:
         return None
     if name == "cv2":
-        module.setNumThreads(1)  # its own threads for every image would fight with the workers
+        module.setNumThreads(1)  # its own threads would compete with the worker threads
     return module
 
 
@@ -46,15 +47,16 @@ def _draw(rng_key: tuple[int, int, int]) -> list[float]:
 
 
 def crop_box(height: int, width: int, draws: list[float]) -> tuple[int, int, int, int]:
-    """Choose a crop as torchvision's `RandomResizedCrop.get_params`, of given random numbers.
+    """Choose a crop as torchvision's `RandomResizedCrop.get_params` does, from random numbers.
 
-    Ten attempts at an area of 8 to 100 % and a ratio of 3/4 to 4/3 (uniform in its logarithm); if
-    none fits into the image, the largest centred box of a permitted ratio.
+    There are ten attempts at an area of 8 to 100 % and an aspect ratio of 3/4 to 4/3 (uniform in
+    its logarithm). If none of them fits into the image, the crop is the largest centred box of a
+    permitted ratio.
 
     Args:
-        height: of the image.
-        width: of the image.
-        draws: uniform in [0, 1): area and ratio of each attempt, then row and column.
+        height: height of the image.
+        width: width of the image.
+        draws: uniform in [0, 1): the area and the ratio of each attempt, then row and column.
 
     Returns:
         Top, left, height and width in pixels.
@@ -78,7 +80,7 @@ def _errors() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # the decoders raise many kinds
+    except Exception as error:  # the decoders raise many types
         raise UserError(f"cannot be read as an image: {error}") from error
 
 
@@ -90,26 +92,28 @@ def decode_train(
     out: np.ndarray | None = None,
     flip: bool = True,
 ) -> np.ndarray:
-    """Decode a random crop of an image, resized, and mirrored half of the time.
+    """Decode a random crop of an image, resize it, and mirror it with a probability of one half.
 
-    Only the rows down to the crop's last one are decoded where the format allows it. Of a JPEG
-    whose crop has twice (four, eight times) the pixels needed, the decoder gives half (a quarter,
-    an eighth) of the resolution, and the crop is rounded to its pixels.
+    Decoding stops below the last row of the crop where the format and the decoder allow it. If both
+    sides of the crop are at least two (four, eight) times `size`, the image is first reduced to a
+    half (a quarter, an eighth) of its resolution, which a JPEG decoder does while it decodes, and
+    the crop is rounded to whole pixels of the reduced image.
 
     Args:
-        encoded: a file's content, of any format that Pillow reads.
-        rng_key: seed, epoch and index; of them alone depend crop and mirroring. Epoch and index
-            are below 2^32.
-        size: of the result.
-        out: where the result goes, (size, size, 3) uint8; default: a new array.
-        flip: whether it may be mirrored; the crop is the same either way.
+        encoded: the content of a file of any format that Pillow reads.
+        rng_key: seed, epoch and index. The crop and the mirroring depend on nothing else. Epoch and
+            index must be below 2^32.
+        size: height and width of the result.
+        out: array for the result, (size, size, 3) uint8; a new one by default.
+        flip: whether the crop can be mirrored; the crop itself does not depend on this.
 
     Returns:
-        (size, size, 3) uint8, RGB, as torchvision's `RandomResizedCrop(size)` (bilinear,
-        antialiased) gives for a Pillow image. Decoders of JPEG may differ in the last bits.
+        (size, size, 3) uint8, RGB: what torchvision's `RandomResizedCrop(size)` (bilinear,
+        antialiased) returns for a Pillow image, up to the rounding by the reduction. JPEG decoders
+        can differ in the last bits.
 
     Raises:
-        UserError: it is no image, or a damaged one.
+        UserError: the content is not an image, or is a damaged one.
     """
     from PIL import Image
 
@@ -121,7 +125,7 @@ def decode_train(
     top, bottom, left, right = (
         round(edge / reduce) for edge in (top, top + height, left, left + width)
     )
-    # Not with the box of `resize`, whose filter would see beyond the crop.
+    # The crop is cut out first, because the filter of `resize` with a box would see beyond the box.
     crop = Image.fromarray(pixels[top:bottom, left:right])
     resized = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
@@ -131,19 +135,19 @@ def decode_train(
 
 @_errors()
 def decode_eval(encoded: bytes, size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """Decode an image, resize its short side to 256/224 of `size`, and cut the centre square.
+    """Decode an image, resize its shorter side to 256/224 of `size`, and cut out the centre square.
 
     Args:
         encoded: as in `decode_train`.
-        size: of the result.
+        size: height and width of the result.
         out: as in `decode_train`.
 
     Returns:
-        (size, size, 3) uint8, RGB, as torchvision's `Resize` (bilinear, antialiased) and
-        `CenterCrop` give for a Pillow image.
+        (size, size, 3) uint8, RGB: what torchvision's `Resize` (bilinear, antialiased) and
+        `CenterCrop` return for a Pillow image.
 
     Raises:
-        UserError: it is no image, or a damaged one.
+        UserError: the content is not an image, or is a damaged one.
     """
     from PIL import Image
 
@@ -156,7 +160,7 @@ def decode_eval(encoded: bytes, size: int, out: np.ndarray | None = None) -> np.
         box.append((start * side / resized, (start + size) * side / resized))
     (left, right), (top, bottom) = box
     pixels = Image.fromarray(image.decode(1, image.height))
-    # Only what stays in the centre is computed; the filter still sees beyond it.
+    # Only the centre square is computed; the filter still sees the pixels around it.
     pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
     out = np.empty((size, size, 3), np.uint8) if out is None else out
     out[:] = np.asarray(pixels)
@@ -171,11 +175,14 @@ class _Jpeg(NamedTuple):
     baseline: bool
 
     def decode(self, reduce: int, rows: int) -> np.ndarray:
-        """The image at 1/`reduce` of its resolution, perhaps only what is made of its top rows."""
+        """Return the image at 1/`reduce` of its resolution.
+
+        Only what lies in the top `rows` of the original is sure to be decoded.
+        """
         if simplejpeg := _optional("simplejpeg"):
             width = -(-self.width // reduce)
             encoded = self._shortened(rows, reduce)
-            # Not strict: like Pillow and OpenCV, it passes over what can be recovered.
+            # Like Pillow and OpenCV, this tolerates errors from which the decoder can recover.
             return simplejpeg.decode_jpeg(
                 encoded, min_height=1, min_width=width, min_factor=reduce, strict=False
             )
@@ -191,8 +198,8 @@ class _Jpeg(NamedTuple):
             return np.asarray(image.convert("RGB"))
 
     def _shortened(self, rows: int, reduce: int) -> bytes:
-        # A decoder that believes that the image ends below the crop stops there. Two rows more,
-        # since colour is interpolated between the pixels of every second row.
+        # A decoder stops early if the header says that the image ends below the crop. Two more rows
+        # are kept because JPEG can store colour for every second row only, and interpolate it.
         rows += 2 * reduce
         if not self.baseline or rows >= self.height:
             return self.encoded
@@ -221,14 +228,18 @@ def _open(encoded: bytes) -> _Jpeg | _Other:
 
 
 def _jpeg(encoded: bytes) -> _Jpeg | None:
-    """A JPEG that is whole, of 8 bits, grey or of three colours, and needs no turning."""
+    """Read the header of a JPEG; None if Pillow has to decode the file.
+
+    That is the case unless the file is complete, has one or three channels of 8 bits, and needs no
+    rotation.
+    """
     at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
     while at + 10 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xC2:
             bits, channels = encoded[at + 4], encoded[at + 9]
             height, width = (int.from_bytes(encoded[i : i + 2], "big") for i in (at + 5, at + 7))
-            # A file that is cut short has no end marker. Some decoders fill it up with grey.
+            # A truncated file has no end marker, and some decoders would fill it up with grey.
             whole = encoded.rfind(b"\xff\xd9", at) > 0
             known = whole and bits == 8 and channels in (1, 3) and height and width
             return _Jpeg(encoded, height, width, at, marker < 0xC2) if known else None

@@ -1,4 +1,4 @@
-"""Folders of image files, one folder per class."""
+"""Image files in one folder per class."""
 
 import os
 import pathlib
@@ -30,7 +30,7 @@ _SUFFIXES = {
 
 
 class Files(NamedTuple):
-    """The image files of a split below `root`, and their labels (N,) int32."""
+    """The image files of a split, which are below `root`, and their labels (N,) int32."""
 
     root: pathlib.Path
     paths: Sequence[pathlib.Path]
@@ -40,19 +40,20 @@ class Files(NamedTuple):
 def folder(config: ConfigDict, path: str) -> Dataset:
     """Read `PATH/train/CLASS/*.jpg` and `PATH/test|val|validation/CLASS/*.jpg`, or `PATH/CLASS/*`.
 
-    Classes are the folder names in alphabetic order, files are read in alphabetic order. Hidden
-    files and folders are left out. Any format that Pillow knows becomes RGB: the first frame of an
-    animation, turned as its EXIF says.
+    The classes are the folder names in alphabetical order, and the files of a class are also read
+    in alphabetical order. Hidden files and folders are ignored, and so are files without the suffix
+    of a common image format. All images are converted to RGB and rotated as their EXIF data says;
+    of an animation, the first frame is read.
 
     Args:
-        config: `image_size` > 0 resizes the shorter side (bilinear, antialiased) and cuts the
-            centre square; 0 needs images of one size. `test_fraction` counts where there are no
+        config: `image_size` > 0 resizes the shorter side (bilinear, antialiased) and cuts out the
+            centre square; 0 requires images of one size. `test_fraction` applies if there are no
             separate test images.
-        path: as above.
+        path: the folder `PATH` above.
 
     Raises:
-        UserError: nothing there, unreadable files, classes or sizes that do not agree, or more
-            than fits into memory.
+        UserError: the folder or its images are missing, a file cannot be read, the classes or the
+            sizes do not agree, or the images do not fit into memory.
     """
     name, class_names, train, test = find(config, path)
     images = _decode_all(train.root, [*train.paths, *test.paths], config.image_size)
@@ -77,22 +78,27 @@ def find(config: ConfigDict, path: str) -> tuple[str, list[str], Files, Files]:
         path: as in `folder`.
 
     Returns:
-        Its name, the names of its classes, and its training and test files.
+        Its name, the names of its classes, its training files and its test files.
 
     Raises:
-        UserError: nothing there, or classes that do not agree or are fewer than two.
+        UserError: the folder or its images are missing, or the classes do not agree or are fewer
+            than two.
     """
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(
-            f"no folder {root}; config.data.name=folder:PATH names one of class folders"
+            f"there is no folder {root}; config.data.name=folder:PATH must name a folder of class "
+            "folders, or of splits that hold them"
         )
     name = root.resolve().name
     train_root, test_root = _split_folders(config, root)
     names = class_folders(train_root)
     if test_root is not None and class_folders(test_root) != names:
         differ = sorted(set(names) ^ set(class_folders(test_root)))
-        raise UserError(f"classes in one of {train_root} and {test_root} only: {differ[:10]}")
+        raise UserError(
+            f"{train_root} and {test_root} must have the same class folders; these are in one of "
+            f"the two only: {differ[:10]}"
+        )
     train = Files(train_root, *image_files(train_root, names))
     if test_root is not None:
         test = Files(test_root, *image_files(test_root, names))
@@ -109,7 +115,7 @@ def find(config: ConfigDict, path: str) -> tuple[str, list[str], Files, Files]:
 def _split_folders(
     config: ConfigDict, root: pathlib.Path
 ) -> tuple[pathlib.Path, pathlib.Path | None]:
-    """The folders of the training and of the test split; None: test images are held out."""
+    """Return the folders of the training and the test split; None if test images are held out."""
     for split in (config.train_split, config.test_split):
         if split and not (root / split).is_dir():
             raise UserError(f"{root} has no folder {split!r}; it has {class_folders(root)}")
@@ -118,39 +124,39 @@ def _split_folders(
         if config.test_split:
             raise UserError(
                 f"config.data.test_split is {config.test_split!r}, but {root} has no folder "
-                "'train' beside it; name one with --config.data.train_split"
+                "'train' beside it; name the training split with --config.data.train_split"
             )
         return root, None
     candidates = [config.test_split] if config.test_split else ["test", "val", "validation"]
     test = next((root / name for name in candidates if (root / name).is_dir()), None)
     if test is not None and config.test_fraction != TEST_FRACTION:
         raise UserError(
-            f"config.data.test_fraction is {config.test_fraction}, but nothing is held out, since "
+            f"config.data.test_fraction is {config.test_fraction}, but nothing is held out because "
             f"there is a test split, {test}; leave the setting out"
         )
     return train, test
 
 
 def class_folders(root: pathlib.Path) -> list[str]:
-    """Names of the classes below a folder, in the order of their labels."""
+    """Return the names of the classes below a folder, in the order of their labels."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path], np.ndarray]:
-    """The image files of the classes `names` below `root`, and their labels (N,) int32.
+    """Return the image files of the classes `names` below `root`, and their labels (N,) int32.
 
-    Hidden files and what is in hidden folders are left out. So are links that lead nowhere, with a
+    Hidden files and everything in hidden folders are ignored. Broken links are ignored with a
     warning.
 
     Raises:
-        UserError: there are no classes, or one has no image files.
+        UserError: there are no classes, or a class has no image files.
     """
     labels, files = [], []
     dangling = [p for p in root.glob("[!.]*") if p.is_symlink() and not p.exists()]
     empty = None
     for label, name in enumerate(names):
         found, start = [], below(root / name)
-        for path in (root / name).rglob("[!.]*"):  # macOS leaves ._NAME beside NAME
+        for path in (root / name).rglob("[!.]*"):  # macOS puts ._NAME beside NAME
             if path.suffix.lower() not in _SUFFIXES or f"{os.sep}." in os.sep + str(path)[start:]:
                 continue
             if path.is_file():
@@ -162,8 +168,8 @@ def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path
         labels += [label] * len(found)
     if dangling:
         print(
-            f"warning: links in {root} that lead nowhere are left out: {len(dangling)}, "
-            f"{min(dangling)} among them",
+            f"warning: {len(dangling)} broken links in {root} are ignored, among them "
+            f"{min(dangling)}",
             file=sys.stderr,
         )
     if empty:
@@ -174,18 +180,18 @@ def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path
 
 
 def below(root: pathlib.Path) -> int:
-    """Where the part below `root` starts in the name of a file below it."""
+    """Return the position at which the part below `root` starts in the path of a file below it."""
     return len(str(root / "_")) - 1
 
 
 def _decode_all(root: pathlib.Path, files: Sequence[pathlib.Path], image_size: int) -> np.ndarray:
-    """The images (N, H, W, 3) uint8 of files, of one size or resized to it."""
+    """Decode files to images (N, H, W, 3) uint8, which must have one size or are resized to one."""
     height, width = (image_size,) * 2 if image_size else _decode(files[0], 0).shape[:2]
     memory.check(
         f"the {len(files)} images of {height}x{width} pixels in {root}",
         len(files) * height * width * 3,
-        "choose a smaller --config.data.image_size, or have images decoded while training, "
-        "with --config.data.streaming",
+        "choose a smaller --config.data.image_size, or decode the images during training with "
+        "--config.data.streaming",
     )
     images, sizes = np.empty((len(files), height, width, 3), np.uint8), set()
     for row, file in zip(images, files, strict=True):
@@ -195,8 +201,8 @@ def _decode_all(root: pathlib.Path, files: Sequence[pathlib.Path], image_size: i
             row[:] = image
     if len(sizes) > 1:
         raise UserError(
-            f"images in {root} are of {len(sizes)} sizes, from {min(sizes)} to {max(sizes)} "
-            "pixels; bring them to one with, for example, --config.data.image_size=64"
+            f"the images in {root} have {len(sizes)} sizes, from {min(sizes)} to {max(sizes)} "
+            "pixels; resize them to one size, for example with --config.data.image_size=64"
         )
     return images
 
@@ -208,7 +214,7 @@ def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:
         image = to_rgb(file)
     except UserError as error:
         raise UserError(f"{file} {error}") from error
-    except Exception as error:  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many types
         raise UserError(f"{file} cannot be read as an image: {error}") from error
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
@@ -216,18 +222,21 @@ def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:
 
 
 def to_rgb(file: pathlib.Path | BinaryIO) -> "Image.Image":
-    """Decode a file of any format that Pillow knows: RGB, turned as its EXIF says.
+    """Decode a file of any format that Pillow reads to RGB, rotated as its EXIF data says.
 
     Raises:
-        UserError: the range of its pixels is unknown.
-        Exception: whatever Pillow raises for a damaged file.
+        UserError: the range of the pixel values is unknown.
+        Exception: Pillow cannot read the file.
     """
     from PIL import Image, ImageOps
 
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):  # convert() would clip at 255 what goes to 65,535
+        if image.mode.startswith("I;16"):  # convert() would clip values of up to 65,535 at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise UserError(f"has pixels of mode {image.mode}, of unknown range")
+            raise UserError(
+                f"has pixels of mode {image.mode}, whose range is unknown; save it with 8 bits per "
+                "channel"
+            )
         return image.convert("RGB")

@@ -1,8 +1,9 @@
-"""Prepare a TFDS data set for `--config.data.name=tfds:NAME`; needs pip install 'ipwd_jax[tfds]'.
+"""Prepare a TFDS data set for `--config.data.name=tfds:NAME`.
 
+    pip install 'ipwd_jax[tfds]'
     python -m ipwd_jax.data.prepare NAME [DIR]
 
-DIR is where it is written; default: TFDS's own, or $TFDS_DATA_DIR.
+The data set is written to DIR. The default is $TFDS_DATA_DIR or else the default folder of TFDS.
 """
 
 import os
@@ -16,14 +17,14 @@ def prepare(name: str, root: str | None = None) -> pathlib.Path:
     """Download and write a TFDS data set in the `array_record` format.
 
     Args:
-        name: of TFDS.
-        root: where; None: TFDS's default, or `$TFDS_DATA_DIR`.
+        name: name of the data set in TFDS.
+        root: folder to write to; None means `$TFDS_DATA_DIR` or else the default folder of TFDS.
 
     Returns:
         The folder of the data set.
 
     Raises:
-        UserError: no TensorFlow, or no such data set.
+        UserError: TensorFlow is not installed, or there is no such data set.
     """
     import tensorflow_datasets as tfds
 

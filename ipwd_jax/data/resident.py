@@ -1,4 +1,7 @@
-"""What of a data set lives on the device: all, or its labels where the images are streamed."""
+"""The part of a data set that lives on the device.
+
+This is everything, or everything but the images if they are streamed.
+"""
 
 import flax.struct
 import jax
@@ -11,10 +14,10 @@ class Resident:
     """One split on the device.
 
     Attributes:
-        images: (N, H, W, channels) uint8; None where they are streamed.
+        images: (N, H, W, channels) uint8; None if they are streamed.
         labels: (N,) int32.
-        mean: (channels,) float32, subtracted from pixels in 0..1.
-        std: (channels,) float32, by which they are divided.
+        mean: (channels,) float32, which is subtracted from the pixels in 0..1.
+        std: (channels,) float32, by which the difference is divided.
     """
 
     images: jax.Array | None
@@ -23,13 +26,13 @@ class Resident:
     std: jax.Array
 
     def images_at(self, index: jax.Array) -> jax.Array:
-        """The images at some positions, where they are not streamed."""
+        """Return the images at the positions `index`; they must not be streamed."""
         assert self.images is not None
         return self.images[index]
 
 
 def resident(dataset: Dataset, split: Split) -> Resident:
-    """A split of a data set with the statistics that normalise it, still in host memory."""
+    """Return a split of a data set with the statistics that normalise it, still in host memory."""
     images = None if split.streamed else split.in_memory
-    # NumPy's arrays become JAX's on the devices.
+    # The NumPy arrays become JAX arrays when they are put on the devices.
     return Resident(images, split.labels, dataset.mean, dataset.std)  # type: ignore[arg-type]

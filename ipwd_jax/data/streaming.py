@@ -1,7 +1,7 @@
-"""Images that do not fit into memory: read, decoded, cropped and resized by threads of the host.
+"""Images that do not fit into memory: threads of the host read, decode, crop and resize them.
 
-What a sample looks like depends on (seed, epoch, index) alone: not on the batch it is in, the
-number of threads, or where a run was interrupted.
+The appearance of a sample depends on nothing but (seed, epoch, index). The batch that it is in, the
+number of threads and the step at which a run was interrupted make no difference.
 """
 
 import collections
@@ -48,25 +48,25 @@ __all__ = [
 ]
 
 SOURCES = ("folder", "tfds")
-AHEAD = 4  # batches that are decoded, or being decoded, beside the one given last
+AHEAD = 4  # batches decoded or being decoded, in addition to the one yielded last
 
 _READ_AT_ONCE = 256
 _ROWS_OF_A_TASK = 8
-_LABELS_TO_KEEP = 10_000  # below, reading them takes a moment
+_LABELS_TO_KEEP = 10_000  # fewer labels are read in a moment
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Encoded images in random access, and their labels.
+    """Encoded images with random access, and their labels.
 
     Attributes:
-        name: for people.
+        name: the name of the data in error messages.
         labels: (N,) int32.
         class_names: one per class, in the order of the labels.
-        read: gives the encoded image of sample 0..N-1; called by many threads at once.
-        fingerprint: checksum of what identifies the data, 8 hexadecimal digits. It is cheap: no
-            image is read for it.
-        describe: what an error calls a sample.
+        read: returns the encoded image of sample 0..N-1; many threads call it at once.
+        fingerprint: a checksum of what identifies the data, in 8 hexadecimal digits. It is cheap to
+            compute, because no image is read for it.
+        describe: returns what error messages call a sample.
     """
 
     name: str
@@ -79,12 +79,12 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedImages:
-    """Images of a split that are decoded when they are needed; a `base.Streamed`.
+    """Images of a split that are decoded when they are needed; implements `base.Streamed`.
 
     Attributes:
         records: the encoded images.
         size: height and width after decoding.
-        threads: of decoding; 0: as many as there are CPUs for this process.
+        threads: number of decoding threads; 0 means one for each CPU that this process can use.
         flip: whether training mirrors half of the images.
     """
 
@@ -100,7 +100,7 @@ class StreamedImages:
 
     @property
     def fingerprint(self) -> str:
-        """Of the records and the size, whatever decodes them."""
+        """A checksum of the records and the size; the decoder makes no difference."""
         return f"{self.records.fingerprint} {self.size}"
 
     def batches(
@@ -119,7 +119,7 @@ class StreamedImages:
         )
 
     def take(self, index: np.ndarray) -> "StreamedImages":
-        """The images (M,) of `index` alone, in its order."""
+        """Return only the images at the positions `index` (M,), in that order."""
         read, describe = self.records.read, self.records.describe
         records = dataclasses.replace(
             self.records,
@@ -133,19 +133,19 @@ class StreamedImages:
 def load(config: ConfigDict) -> Dataset:
     """Open `folder:PATH` or `tfds:NAME` without decoding an image.
 
-    The splits, their order and what is held out for testing are those of the sources in memory.
+    The splits, their order and the held-out images are the same as for a source in memory.
 
     Args:
-        config: `config.data` of a run, with `image_size`.
+        config: `config.data` of a run; `image_size` is required.
 
     Raises:
-        UserError: another source, no image size, a crop of borders, or the data is missing or
-            unfit.
+        UserError: the source cannot be streamed, there is no image size, `crop_padding` is not 0,
+            or the data is missing or unsuitable.
     """
     kind, _, argument = config.name.partition(":")
     if kind not in SOURCES or not argument:
         raise UserError(
-            f"config.data.streaming reads folder:PATH and tfds:NAME, found {config.name!r}"
+            f"config.data.streaming works for folder:PATH and tfds:NAME only, found {config.name!r}"
         )
     if not config.image_size:
         raise UserError("config.data.streaming needs config.data.image_size, for example 224")
@@ -170,18 +170,18 @@ def load(config: ConfigDict) -> Dataset:
 
 
 def check_padding(padding: int) -> None:
-    """Raises `UserError` where streamed images should be cropped out of a border."""
+    """Raise `UserError` if streamed images are to be padded before they are cropped."""
     if padding:
         raise UserError(
-            f"config.data.crop_padding is {padding}, but streamed images get random resized crops; "
-            "set --config.data.crop_padding=0"
+            f"config.data.crop_padding is {padding}, but streamed images get random resized crops "
+            "without padding; set --config.data.crop_padding=0"
         )
 
 
 def check_memory(images: int, size: int) -> None:
-    """Raises `UserError` where so many decoded images do not fit into memory at once."""
+    """Raise `UserError` if so many decoded images do not fit into memory at once."""
     memory.check(
-        f"{images} decoded images of {size}x{size} pixels, which some batches hold,",
+        f"batches that hold {images} decoded images of {size}x{size} pixels",
         images * size * size * 3,
         "choose a smaller --config.data.image_size, --config.batch_size or "
         "--config.eval_batch_size",
@@ -189,21 +189,21 @@ def check_memory(images: int, size: int) -> None:
 
 
 def folder_records(root: str | os.PathLike, split: str) -> Records:
-    """The image files `ROOT/SPLIT/CLASS/*.jpg`, in the order of the source `folder:ROOT`.
+    """Open the image files `ROOT/SPLIT/CLASS/*.jpg`, in the order of the source `folder:ROOT`.
 
     Args:
-        root: folder of splits.
-        split: as "train"; "" where `root` itself holds the class folders.
+        root: the folder of the splits.
+        split: a split such as "train"; "" if `root` itself holds the class folders.
 
     Returns:
-        Records whose fingerprint is of the paths below the split and the sizes of the files.
+        Records with a fingerprint of the paths below the split and of the file sizes.
 
     Raises:
-        UserError: no such folder, no classes, or a class without images.
+        UserError: there is no such folder, it has no classes, or a class has no images.
     """
     top = pathlib.Path(root).expanduser()
     if not (top / split).is_dir():
-        found = f"it has {folder.class_folders(top)}" if top.is_dir() else "nor that folder itself"
+        found = f"it has {folder.class_folders(top)}" if top.is_dir() else "it does not even exist"
         raise UserError(f"{top} has no folder {split!r} of class folders; {found}")
     top /= split
     names = folder.class_folders(top)
@@ -211,7 +211,7 @@ def folder_records(root: str | os.PathLike, split: str) -> Records:
 
 
 def _file_records(found: folder.Files, class_names: Sequence[str]) -> Records:
-    files = [str(path) for path in found.paths]  # a path object takes several times the memory
+    files = [str(path) for path in found.paths]  # path objects take several times the memory
     checksum, start = 0, folder.below(found.root)
     for file in files:
         identity = f"/{file[start:]}\0{os.path.getsize(file)}\n"
@@ -234,21 +234,23 @@ def _tfds_splits(config: ConfigDict, name: str) -> list[Records]:
 
 
 def tfds_records(name: str, data_dir: str, split: str) -> Records:
-    """A split of a TFDS classification set, prepared as `array_record`, in its source's order.
+    """Open a split of a TFDS data set that is prepared as `array_record`.
 
-    Every record is read once for its label, and no image is decoded. The labels of a large split
-    are kept in a file beside the records, where that folder can be written.
+    The samples are in the order of the source `tfds:NAME`. Every record is read once for its label,
+    but no image is decoded. The labels of a large split are cached in a file beside the records if
+    their folder is writable.
 
     Args:
-        name: of TFDS, as "imagenet2012".
-        data_dir: where it was prepared; empty: TFDS's default, or `$TFDS_DATA_DIR`.
-        split: as "train", or a slice such as "train[:90%]".
+        name: name of the data set in TFDS, such as "imagenet2012".
+        data_dir: folder in which it was prepared; empty means `$TFDS_DATA_DIR` or else the default
+            folder of TFDS.
+        split: a split such as "train", or a slice such as "train[:90%]".
 
     Returns:
-        Records whose fingerprint is of name, configuration, version, split and number of samples.
+        Records with a fingerprint of the name, configuration, version, split and number of samples.
 
     Raises:
-        UserError: no such set or split, or not prepared in this format.
+        UserError: there is no such data set or split, or it is not prepared in this format.
     """
     from tensorflow_datasets.core.decode import SkipDecoding
 
@@ -272,11 +274,11 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
 def _labels(
     source: "BaseDataSource", label: str, kept: pathlib.Path
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) and the order (N,) of the source, from the file `kept` if it is whole."""
+    """Return the labels (N,) and the order (N,) of the source, from the file `kept` if possible."""
     if len(source) < _LABELS_TO_KEEP:
         return _read_labels(source, label)
     try:
-        with np.load(kept) as found:
+        with kept.open("rb") as file, np.load(file) as found:
             return found["labels"], found["order"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         labels, order = _read_labels(source, label)
@@ -288,7 +290,10 @@ def _labels(
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        warnings.warn(f"the next start reads all labels again: {error}", stacklevel=2)
+        warnings.warn(
+            f"the labels could not be cached, so the next run reads all labels again: {error}",
+            stacklevel=2,
+        )
     return labels, order
 
 
@@ -318,21 +323,21 @@ def batches(
     """Decode the batches of an epoch with threads, several batches ahead.
 
     Args:
-        records: where the images are.
-        index: (steps, B) int32, samples of each step; `index[n:]` resumes at step n.
-        seed: of the run; for training.
-        epoch: from 0; for training.
-        size: of the images.
-        train: `decode_train`, else `decode_eval`.
-        threads: of decoding; 0: as many as there are CPUs for this process.
-        prefetch: batches that are decoded, or being decoded, beside the one given last.
-        flip: of `decode_train`.
+        records: the encoded images.
+        index: (steps, B) int32, the samples of each step; `index[n:]` resumes at step n.
+        seed: seed of the run, used in training.
+        epoch: number of the epoch from 0, used in training.
+        size: height and width of the decoded images.
+        train: whether to use `decode_train` rather than `decode_eval`.
+        threads: number of decoding threads; 0 means one for each CPU that this process can use.
+        prefetch: batches decoded or being decoded, in addition to the one yielded last.
+        flip: as in `decode_train`.
 
     Yields:
         (B, size, size, 3) uint8, a new array for each step. Closing the iterator ends the threads.
 
     Raises:
-        UserError: a sample cannot be read or decoded; the message names it. Or the batches do
+        UserError: a sample, which the message names, cannot be read or decoded; or the batches do
             not fit into memory.
     """
     check_memory((prefetch + 1) * index.shape[1], size)
@@ -378,7 +383,7 @@ def _fill(
     decode: Callable[[int, np.ndarray], None],
     stop: threading.Event,
 ) -> None:
-    """Decodes the samples `rows` into `out`; returns early once `stop` is set."""
+    """Decode the samples `rows` into `out`; return early once `stop` is set."""
     for sample, image in zip(rows.tolist(), out, strict=True):
         if stop.is_set():
             return
@@ -389,6 +394,6 @@ def _fill(
 
 
 def cpus() -> int:
-    """Number of CPUs that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: what a scheduler grants
+    """Return the number of CPUs that this process can use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the CPUs that a scheduler grants
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets that are prepared on disk, read without TensorFlow."""
+"""TensorFlow Datasets that were prepared on disk, read without TensorFlow."""
 
 import contextlib
 import math
@@ -21,17 +21,19 @@ _READ_AT_ONCE = 1024
 
 
 def open_prepared(name: str, data_dir: str) -> tuple["DatasetBuilder", tuple[str, str]]:
-    """The TFDS builder of a classification set that is prepared as `array_record`.
+    """Return the TFDS builder of a classification data set that is prepared as `array_record`.
 
     Args:
-        name: of TFDS.
-        data_dir: where it was prepared; empty: TFDS's default, or `$TFDS_DATA_DIR`.
+        name: name of the data set in TFDS.
+        data_dir: folder in which it was prepared; empty means `$TFDS_DATA_DIR` or else the default
+            folder of TFDS.
 
     Returns:
-        The builder, and the names of its features of image and label.
+        The builder, and the names of the features that hold the image and the label.
 
     Raises:
-        UserError: no such set, not prepared, in another format, or not of labelled images.
+        UserError: there is no such data set, or it is not prepared, is in another format or does
+            not have labels of classes.
     """
     import tensorflow_datasets as tfds
 
@@ -42,7 +44,7 @@ def open_prepared(name: str, data_dir: str) -> tuple["DatasetBuilder", tuple[str
     except tfds.core.registered.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         raise unknown_name("TFDS data set", name, known) from None
-    except Exception as error:  # TFDS raises many kinds for a version or config that is not there
+    except Exception as error:  # TFDS raises many types for a missing version or config
         raise UserError(f"the TFDS data set {name!r} cannot be opened: {error}") from error
     command = f"python -m ipwd_jax.data.prepare {name}"
     if not prepared_in:
@@ -54,24 +56,30 @@ def open_prepared(name: str, data_dir: str) -> tuple["DatasetBuilder", tuple[str
         other = f"{builder.data_path.parents[1]}_array_record"
         raise UserError(
             f"{builder.data_path} is in the format {prepared_in}, which only TensorFlow reads. "
-            f"Prepare it in another folder, {command} {other}, and set --config.data.dir={other}"
+            f"Prepare it in another folder with `{command} {other}`, and set "
+            f"--config.data.dir={other}"
         )
     keys = builder.info.supervised_keys
     if not keys or not isinstance(builder.info.features[keys[1]], tfds.features.ClassLabel):
-        raise UserError(f"{name} is not a classification set: its supervised keys are {keys}")
+        raise UserError(
+            f"{name} is not a classification data set: its supervised keys are {keys}; choose "
+            "another one"
+        )
     return builder, keys
 
 
 def prepared(config: ConfigDict, name: str) -> Dataset:
-    """Any image classification set of TFDS, prepared in the `array_record` format.
+    """Read an image classification data set of TFDS that is prepared as `array_record`.
 
     Args:
-        config: `dir` is where it was prepared (empty: TFDS's default, or `$TFDS_DATA_DIR`);
-            `train_split` and `test_split` may be slices such as "train[:90%]".
-        name: of TFDS, as "mnist" or "imagenette/320px".
+        config: `dir` is the folder in which it was prepared (empty: `$TFDS_DATA_DIR` or else the
+            default folder of TFDS); `train_split` and `test_split` can be slices such as
+            "train[:90%]".
+        name: name of the data set in TFDS, such as "mnist" or "imagenette/320px".
 
     Raises:
-        UserError: no such set or split, not prepared, or not of labelled images of one size.
+        UserError: there is no such data set or split, or it is not prepared, does not consist of
+            labelled images of one size, or does not fit into memory.
     """
     builder, keys = open_prepared(name, config.dir)
     splits = config.train_split or "train", choose_test_split(builder, config.test_split)
@@ -96,25 +104,25 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
 
 
 def choose_test_split(builder: "DatasetBuilder", wanted: str) -> str:
-    """The split `wanted`, or the first of test, validation and val that there is."""
+    """Return the split `wanted`, or else the first of test, validation and val that exists."""
     found = [name for name in ("test", "validation", "val") if name in builder.info.splits]
     if not (wanted or found):
         raise UserError(
-            f"{builder.name} has no split to test on, but {sorted(builder.info.splits)}; set "
-            "config.data.test_split, to a part of one, for example, and train_split to the others: "
-            "train[80%:] and train[:80%]"
+            f"{builder.name} has no test split, but only {sorted(builder.info.splits)}; divide one "
+            "of these, for example with --config.data.train_split=train[:80%] and "
+            "--config.data.test_split=train[80%:]"
         )
     return wanted or found[0]
 
 
 def statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """The published mean and deviation of a set's pixels; empty: there are none."""
+    """Return the published mean and standard deviation of a data set's pixels, or empty tuples."""
     return STATISTICS.get(name.partition("/")[0].partition(":")[0], ((), ()))
 
 
 @contextlib.contextmanager
 def reading(builder: "DatasetBuilder", split: str) -> Iterator[None]:
-    """Turns what goes wrong when a split is read into a `UserError`."""
+    """Turn every error that occurs while a split is read into a `UserError`."""
     splits = list(builder.info.splits)
     for part in split.split("+"):
         base = part.strip().partition("[")[0]
@@ -124,14 +132,14 @@ def reading(builder: "DatasetBuilder", split: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # of TFDS, of the record files, of the image decoder
+    except Exception as error:  # from TFDS, the record files or the image decoder
         raise UserError(f"the split {split!r} of {builder.name} cannot be read: {error}") from error
 
 
 def _decode(
     builder: "DatasetBuilder", source: "BaseDataSource", image: str, label: str, left: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split, where `left` images are still to be read, these among them."""
+    """Return the images and labels of a split; `left` counts its images and those read later."""
     images, labels, ids = None, np.empty(len(source), np.int32), []
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
@@ -141,8 +149,9 @@ def _decode(
                 images = np.empty((len(source), *example[image].shape), np.uint8)
             if example[image].shape != images.shape[1:]:
                 raise UserError(
-                    f"{builder.name} has images of several sizes, {images.shape[1:]} and "
-                    f"{example[image].shape} among them; only one size can be held in memory"
+                    f"{builder.name} has images of several sizes, among them {images.shape[1:]} "
+                    f"and {example[image].shape}; images in memory must have one size, so decode "
+                    "them during training with --config.data.streaming"
                 )
             images[row], labels[row] = example[image], example[label]
             ids.append(example.get("id"))
@@ -150,8 +159,8 @@ def _decode(
         raise UserError(f"a split of {builder.name} is empty")
     if None in ids:
         return images, labels
-    # TFDS shuffles when it prepares. The ids of CIFAR count its examples: in their order a run is
-    # the same as from the official archive.
+    # TFDS shuffles when it prepares a data set. The ids of CIFAR number its examples, so sorting by
+    # them makes a run the same as with the official archive.
     order = np.argsort(np.array(ids))
     return images[order], labels[order]
 
@@ -159,7 +168,7 @@ def _decode(
 def _check_memory(name: str, count: int, shape: tuple[int, ...]) -> None:
     memory.check(
         f"the {count} images of tfds:{name}",
-        2 * count * math.prod(shape),  # they are copied into their order
-        "have them decoded while training with --config.data.streaming, "
-        "--config.data.image_size=224 (for example) and --config.data.crop_padding=0",
+        2 * count * math.prod(shape),  # sorting copies them
+        "decode them during training with --config.data.streaming, --config.data.image_size=224 "
+        "(for example) and --config.data.crop_padding=0",
     )

@@ -1,7 +1,8 @@
-"""The registries of loss terms and weightings. A new term is one file and one line here.
+"""The registries of loss terms and weightings. Adding a term takes one file and one line here.
 
-A term of one's own is registered anywhere, before the config is made: `TERMS["mine"] = Mine`; then
-`config.loss.mine` is its weight and `config.terms.mine` has its fields.
+A term defined outside the package can be registered anywhere, as long as this happens before the
+config is created: after `TERMS["mine"] = Mine`, `config.loss.mine` is the weight of the term and
+`config.terms.mine` holds its fields.
 """
 
 import dataclasses
@@ -70,10 +71,10 @@ def _fields(name: str) -> list[dataclasses.Field]:
 
 
 def hyper_parameters(name: str) -> dict[str, Any]:
-    """The fields of a term and their defaults, as they stand in `config.terms.NAME`.
+    """The fields of a term and their defaults, as they appear in `config.terms.NAME`.
 
     Raises:
-        ValueError: a field has no default, or one that a config cannot hold.
+        ValueError: a field has no default, or a default that a config cannot hold.
     """
     found = {f.name: f.default for f in _fields(name) if f.name not in RUN_FIELDS}
     for field, default in found.items():
@@ -81,22 +82,22 @@ def hyper_parameters(name: str) -> dict[str, Any]:
         if not all(isinstance(x, bool | int | float | str) for x in several or [default]):
             raise ValueError(
                 f"the field {field!r} of the loss term {name!r} needs a default that is a number, "
-                "a string, True, False or a tuple of such, since it is a setting, "
+                "a string, True, False or a tuple of these, because the field becomes the setting "
                 f"config.terms.{name}.{field}"
             )
     return found
 
 
 def create(loss: ConfigDict, hyper: ConfigDict, run: Mapping[str, Any]) -> dict[str, Term]:
-    """The active terms, by name: those whose weight in `loss` is not zero.
+    """The active terms by name, that is, those whose weight in `loss` is not zero.
 
     Args:
         loss: weight of each term.
         hyper: hyper-parameters of each term (`config.terms`).
-        run: values of the `RUN_FIELDS`, of which each term gets those that it has.
+        run: values for `RUN_FIELDS`; each term receives those for which it has a field.
 
     Raises:
-        UserError: a term refuses its hyper-parameters.
+        UserError: a term rejects its hyper-parameters.
     """
     terms = {}
     for name, weight in loss.items():
@@ -111,24 +112,24 @@ def create(loss: ConfigDict, hyper: ConfigDict, run: Mapping[str, Any]) -> dict[
 
 
 def init(term: Term, key: jax.Array, *seen: PyTree) -> dict[str, PyTree]:
-    """The variables of a term, as `term.init(key, *seen)` gives them.
+    """The variables of a term, as returned by `term.init(key, *seen)`.
 
     Args:
-        term: of `TERMS`.
+        term: an instance of one of the classes in `TERMS`.
         key: typed PRNG key.
-        seen: what its call takes: outputs of student and teacher, and the batch.
+        seen: the arguments of its call: the outputs of student and teacher, and the batch.
 
     Raises:
-        ValueError: it does not fit what it sees, or does not return a loss of the shape that
-            `Term.per_sample` says.
+        ValueError: the term cannot process these arguments, or its loss does not have the shape
+            that `Term.per_sample` declares.
     """
     loss, variables = term.init_with_output(key, *seen)
     wanted = seen[-1].mask.shape if term.per_sample else ()
     if jnp.shape(loss) != wanted:
-        kind = "(B,), one loss a sample" if term.per_sample else "(), one loss of the whole batch"
+        kind = "(B,), one loss per sample" if term.per_sample else "(), one loss per batch"
         raise ValueError(
-            f"the loss term {type(term).__name__} must return an array of shape {kind}, as its "
-            f"per_sample={term.per_sample} says; of {seen[-1].mask.shape[0]} samples it returns "
-            f"{jnp.shape(loss)}"
+            f"the loss term {type(term).__name__} must return an array of shape {kind}, because "
+            f"it declares per_sample={term.per_sample}; for {seen[-1].mask.shape[0]} samples it "
+            f"returns {jnp.shape(loss)}. Change what it returns or what it declares."
         )
     return dict(variables)

@@ -1,7 +1,8 @@
 """List the loss terms and weightings: `python -m ipwd_jax.losses [TEACHER STUDENT]`.
 
-Extra parameters are those that a term adds to the student with 100 classes and images of 32x32;
-memory is what it remembers of 50,000 training images.
+The column "parameters" counts the parameters that a term adds to the student, with 100 classes and
+images of 32x32 pixels. The column "memory" counts the numbers that the term stores for 50,000
+training images.
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ CLASSES, SIZE, TRAIN_SIZE = 100, 32, 50_000
 
 
 def network_outputs(name: str, classes: int = CLASSES, size: int = SIZE) -> Outputs:
-    """Shapes of what the network `name` returns for two images of `size` x `size`.
+    """The shapes that the network `name` returns for two images of `size` x `size` pixels.
 
     Raises:
-        UserError: no such network, or one for larger images.
+        UserError: the network does not exist, or needs larger images.
     """
     models.check_input(name, size, size)
     network = models.create(name, classes)
@@ -37,18 +38,18 @@ def network_outputs(name: str, classes: int = CLASSES, size: int = SIZE) -> Outp
 def variable_shapes(
     term: Term, student_outputs: Outputs, teacher_outputs: Outputs | None, train_size: int
 ) -> dict[str, PyTree]:
-    """Shapes of the variables of a term, by collection: the linear heads that it asks for too.
+    """Shapes of the variables of a term by collection, including those of its linear heads.
 
-    A head that is a network of its own has the student's size and is left out.
+    A head that is a separate network is as large as the student and is not counted.
 
     Args:
-        term: of `losses.TERMS`.
-        student_outputs: arrays or shapes.
-        teacher_outputs: likewise; None: no teacher.
+        term: an instance of one of the classes in `losses.TERMS`.
+        student_outputs: outputs of the student, as arrays or shapes.
+        teacher_outputs: outputs of the teacher, as arrays or shapes; None if there is no teacher.
         train_size: number of training images.
 
     Raises:
-        ValueError: the term does not fit the two networks; the message says why.
+        ValueError: the term cannot be applied to the two networks; the message says why.
     """
     linear = {name: source for name, source in term.heads.items() if source != "network"}
     if hasattr(term, "train_size"):
@@ -73,13 +74,13 @@ def variable_shapes(
 def extra_parameters(
     term: Term, student_outputs: Outputs, teacher_outputs: Outputs | None, train_size: int
 ) -> dict[str, int]:
-    """Number of parameters that a term adds, by part; arguments of `variable_shapes`."""
+    """Number of parameters that each part of a term adds; arguments as in `variable_shapes`."""
     shapes = variable_shapes(term, student_outputs, teacher_outputs, train_size)
     return {part: _count(tree) for part, tree in shapes["params"].items()}
 
 
 def describe(name: str, student: Outputs, teacher: Outputs) -> str:
-    """Lines on a term: what it reads, its kind, its size for two networks, paper, settings."""
+    """Lines that describe a term: what it reads, kind, size for two networks, paper, settings."""
     term = losses.TERMS[name]()
     reads = " ".join(term.teacher_taps) or "-"
     kind = "per sample" if term.per_sample else "relational"
@@ -98,17 +99,17 @@ def describe(name: str, student: Outputs, teacher: Outputs) -> str:
 
 
 def main(names: Sequence[str]) -> None:
-    """Print the table for `names`: none, or a teacher and a student."""
+    """Print the table for `names`: a teacher and a student, or nothing for the default pair."""
     if len(names) not in (0, 2):
-        raise UserError(f"name a TEACHER and a STUDENT, or nothing; found {' '.join(names)!r}")
+        raise UserError(f"give a TEACHER and a STUDENT, or no names; found {' '.join(names)!r}")
     teacher, student = names or ("resnet32x4", "resnet8x4")
     outputs = [network_outputs(name) for name in (student, teacher)]
     print(f"Teacher {teacher}, student {student}, {CLASSES} classes, images of {SIZE}x{SIZE}")
-    print(f"{'term':10}{'reads of teacher':19}{'kind':11}{'parameters':>12}{'memory':>12}  paper")
+    print(f"{'term':10}{'reads from teacher':19}{'kind':11}{'parameters':>12}{'memory':>12}  paper")
     for name in losses.TERMS:
         print(describe(name, *outputs), flush=True)
-    print(f"\nMemory: numbers remembered of {TRAIN_SIZE:,} training images.")
-    print(f"\n{'weighting':10}{'reads of teacher':19}settings of config.weighting")
+    print(f"\nMemory: how many numbers the term stores for {TRAIN_SIZE:,} training images.")
+    print(f"\n{'weighting':10}{'reads from teacher':19}settings in config.weighting")
     for name, kind in losses.WEIGHTINGS.items():
         fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         print(f"{name:10}{' '.join(kind.teacher_taps) or '-':19}{fields}".rstrip())

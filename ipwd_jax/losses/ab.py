@@ -1,4 +1,4 @@
-"""Heo et al., 2019 (Knowledge transfer via activation boundaries): the same neurons fire."""
+"""Heo et al., 2019 (Knowledge transfer via activation boundaries): match which neurons fire."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,17 @@ from ipwd_jax.models.base import Outputs
 def ab_loss(
     student: Sequence[jax.Array], teacher: Sequence[jax.Array], margin: float = 1.0
 ) -> jax.Array:
-    """How far the student's neurons are from the teacher's side of zero, of each sample.
+    """How far the student's neurons are from the teacher's side of zero, for each sample.
 
-    A neuron that is active in the teacher costs `(s - margin)^2` below `margin`, one that is not
-    `(s + margin)^2` above `-margin`. Sums over a map; the deepest map weighs 3 / 1000, each
-    shallower one half of the next. Agrees with `ABLoss` of RepDistiller.
+    If a neuron is active in the teacher, the student pays `(s - margin)^2` for a value s below
+    `margin`; if it is inactive, the student pays `(s + margin)^2` for a value above `-margin`. The
+    costs are summed over each map. The deepest map has the weight 3 / 1000, and each shallower map
+    half the weight of the next deeper one. Agrees with `ABLoss` of RepDistiller.
 
     Args:
-        student: maps (B, H, W, C) before their activation, shallow to deep.
+        student: maps (B, H, W, C) before their activation, from shallow to deep.
         teacher: maps of the same shapes.
-        margin: above 0.
+        margin: distance from zero beyond which a neuron costs nothing; above 0.
 
     Returns:
         (B,) loss.
@@ -37,15 +38,16 @@ def ab_loss(
 
 
 class AB(Term):
-    """`ab_loss` of the maps before their activation, after a connector each, per sample.
+    """`ab_loss` of the maps before their activation, each after a connector, per sample.
 
-    A connector is a convolution and BatchNorm to the shape of the teacher's map, or nothing where
-    channels and height agree. A loss of a first stage, without distillation in the main one.
-    Largest intermediate: (B, H, W, C) of the teacher's largest map.
+    A connector is a convolution with BatchNorm that produces the shape of the teacher's map; there
+    is none where channels and height already agree. The loss is meant for a first stage, with no
+    distillation in the main stage. The largest intermediate array is (B, H, W, C), the teacher's
+    largest map.
 
     Attributes:
-        margin: how far beyond zero a neuron must be to cost nothing.
-        axis_name: mapped axis whose devices share batch statistics.
+        margin: distance from zero beyond which a neuron costs nothing.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     margin: float = 1.0

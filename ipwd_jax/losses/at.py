@@ -1,4 +1,4 @@
-"""Zagoruyko and Komodakis, 2017 (Paying more attention to attention): where a network looks."""
+"""Zagoruyko and Komodakis, 2017 (Paying more attention to attention): match where networks look."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,16 @@ from ipwd_jax.models.base import Outputs
 
 
 def attention(x: jax.Array) -> jax.Array:
-    """The mean square over the channels as a unit vector: (B, H, W, C) -> (B, H W)."""
+    """The mean square over the channels, as a unit vector: (B, H, W, C) -> (B, H W)."""
     return l2_normalize(jnp.square(x).mean(axis=-1).reshape(len(x), -1))
 
 
 def at_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Mean squared difference of the two attention vectors of each sample.
+    """Mean squared difference between the two attention vectors of each sample.
 
-    The larger map is average-pooled first. Agrees with `Attention` of RepDistiller (p = 2), whose
-    mean over the pixels is smaller than the norm in the paper.
+    The larger map is first average-pooled to the size of the smaller one. Agrees with `Attention`
+    of RepDistiller (p = 2), which takes a mean over the pixels; it is smaller than the norm that
+    the paper uses.
 
     Args:
         student: (B, H, W, C).
@@ -31,9 +32,9 @@ def at_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 class AT(Term):
-    """`at_loss` of each map after the stem, summed over them, per sample.
+    """`at_loss` of each map after the stem, summed over the maps, per sample.
 
-    Largest intermediate: (B, H, W, C), the square of the largest map.
+    The largest intermediate array is (B, H, W, C), the square of the largest map.
     """
 
     paper = "Zagoruyko and Komodakis, 2017: Paying more attention to attention"

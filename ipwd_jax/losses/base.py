@@ -1,13 +1,14 @@
-"""What a loss term is, the values that it sees, and what several terms need.
+"""The base class of loss terms, the values that they see, and functions that several terms use.
 
-A term is a small `flax.linen` module. Its fields are its hyper-parameters, its call takes
-`(student: Outputs, teacher: Outputs | None, batch: Batch)` and returns the loss of every sample,
-shape (B,), or a scalar when samples are compared with each other. Trainable parts, running
-statistics and memories are ordinary linen variables of the collections `params`, `batch_stats`
-and `memory`; the train step carries them. What a term asks of the rest are its class attributes.
+A term is a small `flax.linen` module. Its fields are its hyper-parameters. Its call takes
+`(student: Outputs, teacher: Outputs | None, batch: Batch)` and returns the loss of each sample,
+shape (B,), or a scalar if it compares samples with each other. Trainable parameters, running
+statistics and memories are ordinary linen variables in the collections `params`, `batch_stats`
+and `memory`, which the train step carries from step to step. The class attributes of a term
+declare what it needs from the rest of the program.
 
-A term that has one of the fields in `RUN_FIELDS` gets it from the run. It sees the rows of one
-device: whoever compares rows calls `gather_rows` first, and leaves out those that only pad.
+If a term has one of the fields in `RUN_FIELDS`, the run sets it. A term sees the rows of one
+device; a term that compares rows must first call `gather_rows`, and must ignore padding rows.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,28 +28,31 @@ if TYPE_CHECKING:
     from ipwd_jax.teacher import Teacher
 
 RUN_FIELDS = {
-    "axis_name": "mapped axis over which the global batch is spread; None: one device",
+    "axis_name": "mapped axis over which the global batch is distributed; None: one device",
     "train_size": "number of training samples",
-    "epochs": "epochs of the stage",
+    "epochs": "number of epochs in the stage",
     "class_prior": "(C,) the teacher's mean probabilities over the training set",
-    "preact_norms": "gammas and betas of the BatchNorm behind each of the teacher's `preact`",
+    "preact_norms": "gammas and betas of the BatchNorm that feeds each of the teacher's `preact`",
 }
 
 
 class Term(nn.Module):
-    """A loss term; the attributes are what it asks of the train step.
+    """The base class of all loss terms; its attributes declare what a term needs.
 
     Attributes:
-        paper: where the loss is from: author and year, a colon, a short title.
-        teacher_taps: which of the teacher's `Outputs` are used, by name of the field; none: the
-            term needs no teacher.
-        per_sample: returns (B,), which a weighting may multiply. False: compares samples.
-        heads: extra heads of the student whose logits are used: "backbone" if the gradient
-            reaches the backbone, "detached" if not, "network" for a separate network.
-        rotations: sees every image in four rotations: 4 B rows, image by image.
-        first_stage_params: parts of `params` that only a first stage trains, through the method
-            `pretrain`, which takes what the call takes.
-        choices: the values that a hyper-parameter may have, where they are few.
+        paper: source of the loss: author and year, a colon, and a short title.
+        teacher_taps: names of the fields of the teacher's `Outputs` that the term reads; if empty,
+            the term needs no teacher.
+        per_sample: whether the term returns (B,), which a weighting can multiply. If False, it
+            compares samples and returns a scalar.
+        heads: extra heads of the student whose logits the term reads, each with its source:
+            "backbone" if the gradient reaches the backbone, "detached" if it does not, "network"
+            for a separate network.
+        rotations: whether the term sees every image in four rotations, as 4 B rows, with the four
+            rows of an image next to each other.
+        first_stage_params: parts of `params` that are trained only in a first stage, by the method
+            `pretrain`, which takes the same arguments as the call.
+        choices: the allowed values of each hyper-parameter that has only a few.
     """
 
     paper: ClassVar[str] = ""
@@ -60,49 +64,51 @@ class Term(nn.Module):
 
     @property
     def heads(self) -> Mapping[str, str]:
-        """See above; the default: none."""
+        """The extra heads that the term reads, none by default; see the class attributes."""
         return {}
 
     @nn.nowrap
     def check(self, dataset: "Dataset") -> None:
-        """Raises `UserError` where the term cannot be applied to this data. The default: never."""
+        """Raises `UserError` if the term cannot be applied to this data; never by default."""
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "Term":
-        """The term with what it needs to know of a trained teacher; by default itself."""
+        """The term with what it needs to know about a trained teacher; by default unchanged."""
         return self
 
     @nn.nowrap
     def label_loss(self, student: Outputs, batch: "Batch") -> jax.Array | None:
-        """The part of the loss that no weighting multiplies, (B,); None where there is none.
+        """The part of the loss, (B,), that no weighting multiplies; None if there is no such part.
 
-        It is added to what the call returns.
+        The train step adds it to the loss that the call returns.
         """
         return None
 
     @nn.nowrap
     def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray | None:
-        """(C,) what a term that teaches by itself gives each class in all; None for all others.
+        """The total probability that a self-distillation term's targets give each class, (C,).
+
+        All other terms return None.
 
         Args:
-            memory: the term's variables of that collection.
+            memory: the term's variables in the collection `memory`.
         """
         return None
 
 
 @flax.struct.dataclass
 class Batch:
-    """The rows of one step on one device.
+    """The rows that one device processes in one step.
 
     Attributes:
         image: (B, H, W, channels) float32, augmented and normalised.
         label: (B,) int32 in 0..classes-1.
-        index: (B,) int32, position in the training set.
-        view: (B,) int32, which of the augmented views of the image this is.
-        mask: (B,) float32, 0 for rows that only pad the batch.
-        epoch: scalar int32, epochs finished in this stage.
+        index: (B,) int32, positions in the training set.
+        view: (B,) int32, which augmented view of the image this is; 0 if images are streamed.
+        mask: (B,) float32, 0 for padding rows and 1 for all others.
+        epoch: scalar int32, number of epochs finished in this stage.
         train_labels: (N,) int32, the labels of the whole training set.
-        key: typed PRNG key of this epoch for whatever a term draws; fold the index in.
+        key: typed PRNG key of this epoch for anything that a term draws; fold the index into it.
     """
 
     image: jax.Array
@@ -116,7 +122,7 @@ class Batch:
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Cross-entropy of each sample with its label.
+    """Cross-entropy of each sample with respect to its label.
 
     The target is `(1 - label_smoothing) * onehot + label_smoothing / C`, as in
     `torch.nn.CrossEntropyLoss`.
@@ -124,7 +130,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     Args:
         logits: (B, C).
         labels: (B,) integers in 0..C-1.
-        label_smoothing: mass spread evenly over the classes, in 0..1.
+        label_smoothing: probability mass spread evenly over the classes, in 0..1.
 
     Returns:
         (B,) loss in nats, of the dtype of `logits`.
@@ -149,8 +155,8 @@ def gather_rows(
 def gather_rows(axis_name: str | None, *arrays: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
     """The rows of all devices, in the order of the global batch: (B, ...) -> (devices B, ...).
 
-    Valid rows come first, those that only pad last. The gradient flows back to each row's device.
-    Returns one array for one, and a tuple for several.
+    Valid rows come first and padding rows last. The gradient of each row flows back to its device.
+    Returns an array if one array is given, and a tuple if several are given.
     """
     if axis_name is not None:
         arrays = lax.all_gather(arrays, axis_name, tiled=True)
@@ -158,26 +164,27 @@ def gather_rows(axis_name: str | None, *arrays: jax.Array) -> jax.Array | tuple[
 
 
 def sum_losses(losses: Iterable[jax.Array]) -> jax.Array:
-    """The sum of losses of one shape; 0 where there are none."""
+    """The sum of losses of the same shape, or 0 if there are none."""
     return jnp.asarray(sum(losses))
 
 
 def safe_norm(x: jax.Array, axis: int = -1, keepdims: bool = False) -> jax.Array:
-    """Euclidean norm whose gradient at the zero vector is 0, as PyTorch's, instead of NaN."""
+    """Euclidean norm whose gradient at the zero vector is 0, as in PyTorch, instead of NaN."""
     squares = jnp.square(x).sum(axis, keepdims=keepdims)
     zero = squares == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
 
 
 def l2_normalize(x: jax.Array, axis: int = -1, eps: float = 1e-12) -> jax.Array:
-    """`x / max(norm, eps)` along an axis, as `torch.nn.functional.normalize`; any shape."""
+    """`x / max(norm, eps)` along an axis, as in `torch.nn.functional.normalize`; any shape."""
     return x / jnp.maximum(safe_norm(x, axis, keepdims=True), eps)
 
 
 def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
-    """`torch.nn.functional.adaptive_avg_pool2d`: (B, H, W, C) -> (B, height, width, C).
+    """Average pooling to a given size: (B, H, W, C) -> (B, height, width, C).
 
-    Each output pixel is the mean of the input pixels that it touches.
+    Each output pixel is the mean of the input pixels that it overlaps, as in
+    `torch.nn.functional.adaptive_avg_pool2d`.
     """
 
     def windows(inputs: int, outputs: int) -> jax.Array:
@@ -190,13 +197,14 @@ def adaptive_avg_pool(x: jax.Array, height: int, width: int) -> jax.Array:
     _, rows, columns, _ = x.shape
     if (rows, columns) == (height, width):
         return x
-    # A mean is no product to be rounded, though it is computed as one.
+    # The mean is computed as a matrix product, but its operands must not be rounded like those of
+    # other products.
     over_rows, over_columns = windows(rows, height), windows(columns, width)
     return jnp.einsum("oh,bhwc,pw->bopc", over_rows, x, over_columns, precision="highest")
 
 
 def pool_to_smaller(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two maps (B, H, W, C) with the larger one, by height, pooled to the size of the smaller."""
+    """Two maps (B, H, W, C), the one with the greater height pooled to the size of the other."""
     if a.shape[1] > b.shape[1]:
         return adaptive_avg_pool(a, *b.shape[1:3]), b
     return a, adaptive_avg_pool(b, *a.shape[1:3])

@@ -11,13 +11,14 @@ from ipwd_jax.models.base import Linear, Outputs
 def cc_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean product of the absolute differences of consecutive samples, summed over the features.
 
-    Agrees with `Correlation` of RepDistiller, which has little to do with the kernels of the
-    paper. Without two valid rows the loss is 0.
+    The differences are those between student and teacher. Agrees with `Correlation` of
+    RepDistiller, which has little in common with the kernels of the paper. With fewer than two
+    valid rows the loss is 0.
 
     Args:
         student: (B, D).
         teacher: (B, D).
-        mask: (B,), 0 for rows to leave out, which come last.
+        mask: (B,), 0 for padding rows, which must come last.
 
     Returns:
         Scalar loss.
@@ -28,13 +29,14 @@ def cc_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Arra
 
 
 class CC(Term):
-    """`cc_loss` of linear embeddings of the pooled vectors, over the rows of all devices.
+    """`cc_loss` of linear projections of the embeddings, over the rows of all devices.
 
-    Both embeddings are trained. Largest intermediate: (B, feat_dim); B counts all devices.
+    Both projections are trained. The largest intermediate array is (B, feat_dim), where B counts
+    the rows of all devices.
 
     Attributes:
-        feat_dim: width of the embeddings.
-        axis_name: mapped axis over which the rows are spread.
+        feat_dim: width of the projections.
+        axis_name: mapped axis over which the rows are distributed.
     """
 
     feat_dim: int = 128

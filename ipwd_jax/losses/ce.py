@@ -1,4 +1,4 @@
-"""Cross-entropy with the labels: of the student's own logits, and of its extra `cls` head."""
+"""Cross-entropy with the labels, for the student's own logits and for its extra `cls` head."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,8 @@ class CrossEntropy(Term):
     """`CE(logits, label)`, per sample.
 
     Attributes:
-        label_smoothing: mass spread evenly over the classes (0.1 in Szegedy et al., 2016).
+        label_smoothing: probability mass spread evenly over the classes (0.1 in Szegedy et al.,
+            2016).
     """
 
     label_smoothing: float = 0.0
@@ -24,17 +25,18 @@ class CrossEntropy(Term):
 
 
 class ClsHead(Term):
-    """`CE(extra_logits["cls"], label)`, per sample: trains the head that IPWD compares with.
+    """`CE(extra_logits["cls"], label)`, per sample; it trains the label-only head of IPWD.
 
-    Niu et al., 2022: the CLS-trained output is one extra linear head on the student's backbone,
-    which sees the labels and never the teacher; of IPWD* it is a separate network of the
+    In Niu et al., 2022, the CLS-trained output is an extra linear head on the student's backbone,
+    which sees the labels but never the teacher. In IPWD* it is a separate network with the
     student's architecture.
 
     Attributes:
-        source: "backbone", a linear head whose loss also trains the backbone; "detached", one
-            whose loss does not; "network", a separate network (IPWD*). The paper does not say
-            which of the first two it has; with "backbone" the backbone gets one more
-            cross-entropy, so compare with a run that has this term and uniform weights.
+        source: "backbone" for a linear head whose loss also trains the backbone; "detached" for a
+            linear head whose loss does not; "network" for a separate network (IPWD*). The paper
+            does not say which of the first two it uses. With "backbone", the backbone is trained
+            with one more cross-entropy, so compare with a run that has this term and uniform
+            weights.
     """
 
     source: str = "backbone"

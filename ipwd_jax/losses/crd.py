@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ipwd_jax.data.base import Dataset
 
 _EPS = 1e-7
-# After r rounds a number has stayed where it was with a probability of 2^-r.
+# After r rounds, a number is still at its original position with a probability of 2^-r.
 _ROUNDS = 32
 
 
@@ -26,19 +26,20 @@ def draw_negatives(
 ) -> jax.Array:
     """Draw samples of other classes, uniformly and without replacement.
 
-    They are the first `count` of a random permutation of all samples of other classes, of which
-    only these are computed: the K largest of N random numbers cost several training steps.
-    At least `count` samples must be of other classes; a run checks that before it starts.
+    They are the first `count` elements of a random permutation of all samples of other classes.
+    Only these elements are computed, because selecting the K largest of N random numbers would take
+    as long as several training steps. At least `count` samples must belong to other classes; a run
+    checks this before it starts.
 
     Args:
-        key: typed PRNG key of the epoch; the draw is a function of it and of the index alone.
+        key: typed PRNG key of the epoch; the draw depends on it and on the index alone.
         index: (B,) int32.
         labels: (B,) int32.
         train_labels: (N,) int32.
         count: K.
 
     Returns:
-        (B, K) int32 positions in the training set.
+        (B, K) int32, positions in the training set.
     """
     by_class = jnp.argsort(train_labels)
     ordered = train_labels[by_class]
@@ -53,19 +54,19 @@ def draw_negatives(
 
 
 def permute(key: jax.Array, x: jax.Array, size: jax.Array) -> jax.Array:
-    """Where a pseudo-random permutation of 0..size-1 takes some numbers, each alone.
+    """Apply a pseudo-random permutation of 0..size-1 to each element of `x` independently.
 
-    In each round x and `pivot - x` (modulo size) change places or not, as a bit says that is
-    hashed from the larger of the two: the swap-or-not shuffle of Hoang, Morris and Rogaway
-    (CRYPTO 2012, https://arxiv.org/abs/1208.1176).
+    In each round, a bit hashed from the larger of x and `pivot - x` (modulo size) decides whether
+    the two change places. This is the swap-or-not shuffle of Hoang, Morris and Rogaway (CRYPTO
+    2012, https://arxiv.org/abs/1208.1176).
 
     Args:
-        key: typed PRNG key, which chooses the permutation.
+        key: typed PRNG key, which selects the permutation.
         x: int32 of any shape, in 0..size-1.
         size: scalar integer, below 2^30.
 
     Returns:
-        int32 like `x`, different for different numbers.
+        int32 of the shape of `x`; different numbers give different results.
     """
     of_pivots, of_bits = jax.random.split(key)
     pivots = jax.random.randint(of_pivots, (_ROUNDS,), 0, size, jnp.int32)
@@ -79,19 +80,19 @@ def permute(key: jax.Array, x: jax.Array, size: jax.Array) -> jax.Array:
         mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
         return jnp.where(mixed >> 31 > 0, y, x), None
 
-    # As one expression of all rounds it does not compile within minutes with jaxlib 0.12.
+    # With jaxlib 0.12, a single expression of all rounds does not compile within minutes.
     return lax.scan(swap, x, (pivots, salts), unroll=4)[0]
 
 
 def contrast_loss(scores: jax.Array, train_size: int) -> jax.Array:
-    """Noise-contrastive loss of each sample, as `ContrastLoss` of RepDistiller.
+    """Noise-contrastive loss of each sample, as in `ContrastLoss` of RepDistiller.
 
     Args:
-        scores: (B, 1 + K), the positive first, already divided by their normaliser.
-        train_size: N; the noise is uniform over the training set.
+        scores: (B, 1 + K), the positive first, already divided by the normaliser.
+        train_size: N, the number of training samples; the noise is uniform over them.
 
     Returns:
-        (B,).
+        (B,) loss.
     """
     noise = (scores.shape[1] - 1) / train_size
     positive = jnp.log(scores[:, 0] / (scores[:, 0] + noise + _EPS))
@@ -100,20 +101,23 @@ def contrast_loss(scores: jax.Array, train_size: int) -> jax.Array:
 
 
 class CRD(Term):
-    """Contrasts each sample's embedding with the other network's memory of all samples.
+    """Contrasts each sample's embedding with the other network's memory bank of all samples.
 
-    Agrees with `crd/` of RepDistiller (mode "exact"): two linear embeddings of unit length, two
-    banks of the training set's embeddings, normalisers that the first batch sets once and for
-    all, banks read before they are updated. All scores of a batch with a bank are one matrix
-    product, from which the drawn ones are taken: the same dot products as gathering the rows
-    first, for a fraction of the memory traffic. Weighting is refused: a bank is shared by all
-    samples. Largest intermediate: B x N scores.
+    Agrees with `crd/` of RepDistiller (mode "exact"): there are two linear embeddings of unit
+    length and two banks that hold the embeddings of the training set; the first batch sets the
+    normalisers, which then stay fixed; and the banks are read before they are updated. The scores
+    of a batch against a whole bank are computed as one matrix product, from which the drawn ones
+    are taken. The dot products are the same as if the rows were gathered first, but take a fraction
+    of the memory traffic. The term cannot be weighted, because all samples share the banks. The
+    largest intermediate array is B x N, the scores.
 
     Attributes:
         feat_dim: width of the embeddings and of the banks.
-        negatives: K, drawn anew for each sample in each epoch.
-        temperature: of the scores.
-        momentum: share of a bank's row that a visit keeps.
+        negatives: K, the number of negatives, drawn anew for each sample in each epoch.
+        temperature: temperature that divides the dot products.
+        momentum: fraction of a bank's row that is kept when the row is updated.
+        axis_name: mapped axis over which the rows are distributed.
+        train_size: N, the number of training samples.
     """
 
     feat_dim: int = 128
@@ -129,13 +133,13 @@ class CRD(Term):
 
     @nn.nowrap
     def check(self, dataset: "Dataset") -> None:
-        """Raises `UserError` where a class leaves fewer than `negatives` images of others."""
+        """Raises `UserError` if a class leaves fewer than `negatives` images of other classes."""
         labels = dataset.train.labels
         others = len(labels) - int(np.bincount(labels).max())
         if self.negatives > others:
             raise UserError(
-                f"config.terms.crd.negatives is {self.negatives}, but {dataset.name} has classes "
-                f"with only {others} training images of other classes"
+                f"config.terms.crd.negatives is {self.negatives}, but {dataset.name} has a class "
+                f"with only {others} training images of other classes; set it to at most {others}"
             )
 
     @nn.compact
@@ -146,7 +150,7 @@ class CRD(Term):
         batch: Batch,
         contrast_index: jax.Array | None = None,
     ) -> jax.Array:
-        """The scalar loss; `contrast_index` (B, 1 + K) in place of drawn ones, positive first."""
+        """The scalar loss; `contrast_index` (B, 1 + K), positive first, replaces drawn samples."""
         v1 = _unit(Linear(self.feat_dim, name="embed_s.linear")(student.embedding))
         v2 = _unit(Linear(self.feat_dim, name="embed_t.linear")(teacher.embedding))
         bound = 1 / math.sqrt(self.feat_dim / 3)
@@ -168,7 +172,7 @@ class CRD(Term):
             contrast_index = jnp.concatenate([batch.index[:, None], negatives], axis=1)
 
         def scores(v: jax.Array, bank: jax.Array) -> jax.Array:
-            # At full precision: a division by a small number and an exponential follow.
+            # Full precision, because a division by a small number and an exponential follow.
             products = jnp.matmul(v, bank.astype(v.dtype).T, precision="highest")
             products = products / self.temperature
             return jnp.exp(jnp.take_along_axis(products, contrast_index, axis=1))
@@ -183,7 +187,7 @@ class CRD(Term):
         loss = contrast_loss(s1 / z[0].astype(v1.dtype), self.train_size)
         loss += contrast_loss(s2 / z[1].astype(v2.dtype), self.train_size)
 
-        # Rows that only pad are written past the end, which drops them.
+        # Padding rows get an index past the end, so that their update is dropped.
         index = jnp.where(batch.mask > 0, batch.index, self.train_size)
         index, loss, mask, rows1, rows2 = gather_rows(
             self.axis_name, index, loss, batch.mask, *map(lax.stop_gradient, (v1, v2))

@@ -1,4 +1,4 @@
-"""Zhao et al., 2022 (Decoupled knowledge distillation): target and other classes apart."""
+"""Zhao et al., 2022 (Decoupled knowledge distillation): the target and the other classes."""
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ def dkd_loss(
 ) -> jax.Array:
     """`T^2 (alpha TCKD + beta NCKD)` of each sample.
 
-    TCKD is the KL divergence between the teacher's and the student's probabilities of the target
-    class against all others, NCKD the one between their distributions over the other classes.
-    Agrees with mdistiller, which drops the target from the second softmax by a logit 1000 lower;
-    here it is left out of the sum.
+    TCKD is the KL divergence between the binary distributions of teacher and student over the
+    target class and the rest; NCKD is the KL divergence between their distributions over the other
+    classes. Agrees with mdistiller, which removes the target from the second softmax by lowering
+    its logit by 1000; here it is left out of the sum.
 
     Args:
         student_logits: (B, C), C >= 2.
@@ -46,22 +46,22 @@ def dkd_loss(
 
     (binary_s, rest_s), (binary_t, rest_t) = split(student_logits), split(teacher_logits)
     tckd = jnp.sum(jnp.exp(binary_t) * (binary_t - binary_s), axis=1)
-    nckd = jnp.sum(jnp.exp(rest_t) * (rest_t - rest_s), axis=1)  # the target adds 1 * 0
+    nckd = jnp.sum(jnp.exp(rest_t) * (rest_t - rest_s), axis=1)  # the target contributes 1 * 0
     return temperature**2 * (alpha * tckd + beta * nckd)
 
 
 class DKD(Term):
     """`dkd_loss` of the two networks' logits, ramped up over the first epochs, per sample.
 
-    Largest intermediate: (B, C), the logits.
+    The largest intermediate array is (B, C), the logits.
 
     Attributes:
-        alpha: weight of the target class against the rest.
-        beta: weight of the other classes among themselves; by pair of networks, 8 for most of
-            those on CIFAR-100, 6 or 2 for some.
+        alpha: weight of TCKD.
+        beta: weight of NCKD. It depends on the pair of networks: 8 for most pairs on CIFAR-100, 6
+            or 2 for some.
         temperature: T; 4 on CIFAR-100, 1 on ImageNet.
-        warmup: epochs over which the weight rises to 1. The reference counts epochs from 1, so
-            the first one weighs `1 / warmup`.
+        warmup: number of epochs over which the factor of the loss rises to 1. As in the reference,
+            epochs are counted from 1, so the factor is `1 / warmup` in the first epoch.
     """
 
     alpha: float = 1.0

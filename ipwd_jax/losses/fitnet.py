@@ -1,4 +1,4 @@
-"""Romero et al., 2015 (FitNets): one map of the teacher as a hint."""
+"""Romero et al., 2015 (FitNets): one of the teacher's maps serves as a hint."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from ipwd_jax.models.base import Outputs
 
 
 def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Mean squared difference of two maps (B, H, W, C) of each sample: (B,).
+    """Mean squared difference between two maps (B, H, W, C) for each sample: (B,).
 
     Agrees with `HintLoss` of RepDistiller.
     """
@@ -18,14 +18,15 @@ def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 class FitNet(Term):
-    """`hint_loss` of the student's map, brought to the teacher's shape, and that map, per sample.
+    """`hint_loss` between the teacher's map and the regressed map of the student, per sample.
 
-    The regressor is trained along with the student, as in RepDistiller; the paper has a first
-    stage for it. Largest intermediate: (B, H, W, C) of the teacher's map.
+    The regressor brings the student's map to the shape of the teacher's. It is trained together
+    with the student, as in RepDistiller; the paper trains it in a first stage. The largest
+    intermediate array is (B, H, W, C), the teacher's map.
 
     Attributes:
-        layer: which of `features`, the stem being 0; 2 in RepDistiller.
-        axis_name: mapped axis whose devices share batch statistics.
+        layer: index into `features`, where 0 is the stem; 2 in RepDistiller.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     layer: int = 2
@@ -36,12 +37,12 @@ class FitNet(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """(B,) loss. Raises `ValueError` where one of the two networks has no such map."""
+        """The loss, (B,). Raises `ValueError` if one of the two networks has no such map."""
         maps = min(len(student.features), len(teacher.features))
         if not -maps <= self.layer < maps:
             raise ValueError(
-                f"config.terms.fitnet.layer is {self.layer}, but student and teacher have the maps "
-                f"0 to {maps - 1} in common; choose one of them"
+                f"config.terms.fitnet.layer is {self.layer}, but student and teacher only have the "
+                f"maps 0 to {maps - 1} in common; choose one of these"
             )
         s, t = (
             x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Yim et al., 2017 (A gift from knowledge distillation): the flow between layers."""
+"""Yim et al., 2017 (A gift from knowledge distillation): match the flow between layers."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from ipwd_jax.models.base import Outputs
 
 
 def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
-    """The matrices (B, C, C') of mean products of channels of consecutive maps.
+    """The matrices (B, C, C') of mean products between the channels of consecutive maps.
 
-    The larger map of each two is average-pooled to the size of the smaller.
+    The larger map of each pair is average-pooled to the size of the smaller one.
 
     Args:
-        maps: (B, H, W, C) each.
+        maps: maps of shape (B, H, W, C).
     """
     wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in maps]
     matrices = []
@@ -28,7 +28,7 @@ def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def fsp_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.Array:
-    """Mean squared difference of the two networks' `fsp_matrices`, summed over them, per sample.
+    """Mean squared difference of the two networks' `fsp_matrices`, summed over the matrices.
 
     Agrees with `FSP` of RepDistiller.
 
@@ -45,18 +45,19 @@ def fsp_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.
     channels = [[x.shape[-1] for x in maps] for maps in (student, teacher)]
     if channels[0] != channels[1]:
         raise ValueError(
-            f"FSP needs maps of equal channels, but the student's have {channels[0]} and the"
-            f" teacher's {channels[1]}"
+            f"FSP needs maps with equal numbers of channels, but the student's have {channels[0]} "
+            f"and the teacher's {channels[1]}; choose another pair of networks"
         )
     gaps = (s - t for s, t in zip(fsp_matrices(student), fsp_matrices(teacher), strict=True))
     return sum_losses(jnp.square(gap).mean(axis=(1, 2)) for gap in gaps)
 
 
 class FSP(Term):
-    """`fsp_loss` of all maps, the stem included, per sample.
+    """`fsp_loss` of all maps, including the stem's, per sample.
 
-    A loss of a first stage, without distillation in the main one. Largest intermediate: the
-    pooled map (B, H, W, C), or the matrix (B, C, C') of the two widest maps.
+    The loss is meant for a first stage, with no distillation in the main stage. The largest
+    intermediate array is a pooled map (B, H, W, C), or the matrix (B, C, C') of the two widest
+    maps.
     """
 
     paper = "Yim et al., 2017: A gift from knowledge distillation"

@@ -1,4 +1,4 @@
-"""Kim et al., 2018 (Paraphrasing complex network): factors of the last map."""
+"""Kim et al., 2018 (Paraphrasing complex network): match factors of the last map."""
 
 from functools import partial
 
@@ -14,11 +14,12 @@ _leaky_relu = partial(nn.leaky_relu, negative_slope=0.1)
 
 
 def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Mean absolute difference of the two normalised factors of each sample.
+    """Mean absolute difference between the two normalised factors of each sample.
 
-    A factor is the mean square over the channels, as a unit vector over the pixels; the larger
-    map is average-pooled first. Agrees with `FactorTransfer` of RepDistiller (p1 = 2, p2 = 1),
-    while the paper compares the whole normalised tensors.
+    The larger map is first average-pooled to the size of the smaller one. A factor is the mean
+    square over the channels, normalised to a unit vector over the pixels. Agrees with
+    `FactorTransfer` of RepDistiller (p1 = 2, p2 = 1); the paper compares the whole normalised
+    tensors.
 
     Args:
         student: (B, H, W, C).
@@ -33,12 +34,12 @@ def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 class Coder(nn.Module):
-    """Three 3 x 3 convolutions, each with a leaky ReLU: an encoder, a decoder or a translator.
+    """Three 3 x 3 convolutions, each with a leaky ReLU, as an encoder, a decoder or a translator.
 
     Attributes:
-        transpose: transposed convolutions.
-        batch_norm: a BatchNorm after each convolution.
-        axis_name: mapped axis whose devices share batch statistics.
+        transpose: whether the convolutions are transposed.
+        batch_norm: whether a BatchNorm follows each convolution.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     transpose: bool = False
@@ -49,7 +50,7 @@ class Coder(nn.Module):
     def __call__(
         self, x: jax.Array, channels: tuple[int, int, int], mask: jax.Array | None = None
     ) -> jax.Array:
-        """(B, H, W, C), the convolutions' channels and mask (B,) -> (B, H, W, channels[-1])."""
+        """(B, H, W, C), `channels` of the convolutions, mask (B,) -> (B, H, W, channels[-1])."""
         for i, width in enumerate(channels):
             layer = Conv(
                 width, 3, padding=1, use_bias=True, transpose=self.transpose, name=str(3 * i)
@@ -63,10 +64,10 @@ class Coder(nn.Module):
 
 
 class Paraphraser(nn.Module):
-    """An autoencoder of the teacher's map whose code has `rate` as many channels.
+    """An autoencoder of the teacher's map, whose code has `rate` times as many channels.
 
     Attributes:
-        rate: channels of the code over those of the map.
+        rate: ratio of the code's channels to the map's.
     """
 
     rate: float = 0.5
@@ -76,7 +77,7 @@ class Paraphraser(nn.Module):
         self.decoder = Coder(transpose=True)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) -> (B, H, W, rate C). Raises `ValueError` where no channel is left."""
+        """(B, H, W, C) -> (B, H, W, rate C). Raises `ValueError` if no channel is left."""
         channels, code = x.shape[-1], int(self.rate * x.shape[-1])
         if not code:
             raise ValueError(
@@ -91,10 +92,10 @@ class Paraphraser(nn.Module):
 
 
 class Translator(nn.Module):
-    """Convolutions with BatchNorm from the student's map to the width of the teacher's code.
+    """Convolutions with BatchNorm that bring the student's map to the width of the teacher's code.
 
     Attributes:
-        axis_name: mapped axis whose devices share batch statistics.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     axis_name: str | None = None
@@ -108,14 +109,15 @@ class Translator(nn.Module):
 
 
 class FT(Term):
-    """`factor_loss` of the student's translated last map and the teacher's code of it, per sample.
+    """`factor_loss` between the student's translated last map and the teacher's code, per sample.
 
-    The paraphraser, which gives the teacher's code, learns in a first stage to reconstruct the
-    teacher's map, and is fixed afterwards. Largest intermediate: (B, H, W, C) of the last map.
+    The paraphraser computes the code from the teacher's last map. In a first stage it learns to
+    reconstruct that map; afterwards it is fixed. The largest intermediate array is (B, H, W, C),
+    the last map.
 
     Attributes:
-        rate: channels of the code over those of the teacher's map; 0.5 in RepDistiller.
-        axis_name: mapped axis whose devices share batch statistics.
+        rate: ratio of the code's channels to those of the teacher's map; 0.5 in RepDistiller.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     rate: float = 0.5
@@ -132,13 +134,13 @@ class FT(Term):
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         source, target = _last_map(student), _last_map(teacher)
         code = self.paraphraser.encode(target)
-        if self.is_initializing():  # the call has no use for the decoder, but the first stage has
+        if self.is_initializing():  # the decoder is used in the first stage alone
             self.paraphraser.decode(code, target.shape[-1])
         translated = self.translator(source, code.shape[-1], batch.mask)
         return factor_loss(translated, lax.stop_gradient(code))
 
     def pretrain(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """Mean squared error of the paraphraser's reconstruction of the teacher's map: (B,)."""
+        """Mean squared error, (B,), of the paraphraser's reconstruction of the teacher's map."""
         target = _last_map(teacher)
         reconstruction = self.paraphraser.decode(self.paraphraser.encode(target), target.shape[-1])
         return jnp.square(reconstruction - target).mean(axis=(1, 2, 3))

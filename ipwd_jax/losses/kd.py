@@ -1,4 +1,4 @@
-"""Hinton et al., 2015: match the teacher's softened answers."""
+"""Hinton et al., 2015: match the teacher's softened predictions."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,15 @@ def kd_loss(
 ) -> jax.Array:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))` of each sample.
 
-    Agrees with RepDistiller's `DistillKL`; with `cross_entropy` with the soft term of WSLD, which
-    leaves the teacher's entropy in (another value, the same gradient).
+    Agrees with `DistillKL` of RepDistiller and, with `cross_entropy`, with the soft term of WSLD,
+    which does not subtract the teacher's entropy; the value then differs, but the gradient does
+    not.
 
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
         temperature: T > 0.
-        cross_entropy: `H(teacher, student)` in place of the KL divergence.
+        cross_entropy: whether to compute `H(teacher, student)` instead of the KL divergence.
 
     Returns:
         (B,) loss in nats, times T^2.
@@ -40,7 +41,7 @@ class KD(Term):
 
     Attributes:
         temperature: T; 4 on CIFAR-100 (Tian et al., 2020).
-        cross_entropy: leave the teacher's entropy in the value, as WSLD does.
+        cross_entropy: whether to keep the teacher's entropy in the value, as WSLD does.
     """
 
     temperature: float = 4.0
@@ -54,13 +55,14 @@ class KD(Term):
 
 
 class KDHead(KD):
-    """`kd_loss` of the extra head `kd`, which sees the teacher and never the labels: IPWD-dagger.
+    """`kd_loss` of the extra head `kd`, which sees the teacher but never the labels (IPWD-dagger).
 
-    Niu et al., 2022, appendix: a third head gives the distilled output that the weights are taken
-    from, while the student's own head still predicts. Set `weighting.kd_source` to "head".
+    In the appendix of Niu et al., 2022, a third head provides the distilled output from which the
+    weights are computed, while the student's own head still makes the predictions. To use it, set
+    `weighting.kd_source` to "head".
 
     Attributes:
-        source: "backbone", its loss also trains the backbone, or "detached".
+        source: "backbone" if the loss of the head also trains the backbone, otherwise "detached".
     """
 
     source: str = "backbone"

@@ -1,8 +1,9 @@
 """KD with logit adjustment: the class prior of Menon et al., 2021, inside the distillation loss.
 
 Niu et al., 2022 (IPWD), compare with it and say only that the prior is applied to the student's
-output when the KL divergence is taken. Labels may be balanced, so the prior is the teacher's mean
-probabilities; where it enters against the temperature is left open, hence the option.
+output when the KL divergence is computed. Because labels may be balanced, the prior is taken to be
+the teacher's mean probabilities. The paper does not say whether the prior is added before or after
+the division by the temperature, so this is an option.
 """
 
 from collections.abc import Sequence
@@ -33,10 +34,10 @@ def kd_la_loss(
     Args:
         student_logits: (B, C).
         teacher_logits: (B, C).
-        class_prior: (C,) probabilities; (): uniform, which adjusts nothing.
+        class_prior: (C,) probabilities; if (), the prior is uniform and nothing is adjusted.
         temperature: T > 0.
-        tau: strength of the adjustment; 0: plain KD.
-        after_temperature: add it to `logits / T` instead of the logits.
+        tau: strength of the adjustment; 0 gives plain KD.
+        after_temperature: whether to add it to `logits / T` instead of to the logits.
 
     Returns:
         (B,) loss in nats, times T^2.
@@ -55,14 +56,14 @@ def kd_la_loss(
 class KDLA(Term):
     """`kd_la_loss` of the two networks' logits, per sample.
 
-    Largest intermediate: (B, C), the logits.
+    The largest intermediate array is (B, C), the logits.
 
     Attributes:
         temperature: T.
         tau: strength of the adjustment.
-        after_temperature: add the logarithm of the prior after the division by T.
-        prior_temperature: of the probabilities that the prior is the mean of.
-        class_prior: (C,) the teacher's mean probabilities over the training set; (): uniform.
+        after_temperature: whether to add the logarithm of the prior after the division by T.
+        prior_temperature: temperature of the probabilities whose mean is the prior.
+        class_prior: (C,) the teacher's mean probabilities over the training set; () is uniform.
     """
 
     temperature: float = 4.0

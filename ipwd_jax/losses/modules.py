@@ -1,4 +1,4 @@
-"""Trainable parts that several terms put between the student's maps and the teacher's."""
+"""Trainable modules that several terms put between the student's maps and the teacher's."""
 
 import jax
 from flax import linen as nn
@@ -9,14 +9,15 @@ from ipwd_jax.models.base import BatchNorm, Conv, relu
 class ConvRegressor(nn.Module):
     """A convolution, BatchNorm and ReLU that bring a map to the shape of another.
 
-    After `ConvReg` of RepDistiller: a stride-2 convolution where the target is half as large, a
-    transposed one where it is twice as large, an unpadded one that crops otherwise. PyTorch's
-    default initialisation. The heights decide, as there.
+    As in `ConvReg` of RepDistiller, the heights decide which convolution it is: one of stride 2 if
+    the target is half as high, a transposed one if the target is twice as high, and otherwise an
+    unpadded one whose kernel is large enough to shrink the map to the target. The initialisation is
+    PyTorch's default.
 
     Attributes:
-        shape: (..., H, W, C) of the target.
-        axis_name: mapped axis whose devices share batch statistics.
-        relu: whether a ReLU ends it.
+        shape: (..., H, W, C), the shape of the target.
+        axis_name: mapped axis over which batch statistics are synchronised.
+        relu: whether a ReLU follows the BatchNorm.
     """
 
     shape: tuple[int, ...]
@@ -28,7 +29,7 @@ class ConvRegressor(nn.Module):
         """(B, H, W, C) and mask (B,) -> (B, H', W', C').
 
         Raises:
-            ValueError: no such convolution leads from one size to the other.
+            ValueError: none of these convolutions leads from one size to the other.
         """
         source, (target, _, channels) = x.shape[1], self.shape[-3:]
         if source == 2 * target:
@@ -40,6 +41,9 @@ class ConvRegressor(nn.Module):
         elif source >= target:
             layer = Conv(channels, 1 + source - target, padding=0, use_bias=True, name="conv")
         else:
-            raise ValueError(f"no regressor from maps of height {source} to {target}")
+            raise ValueError(
+                f"no regressor leads from maps of height {source} to height {target}; choose "
+                "networks or maps where the target is at most as high or twice as high"
+            )
         x = BatchNorm(train=True, axis_name=self.axis_name, name="bn")(layer(x), mask)
         return relu(x) if self.relu else x

@@ -1,4 +1,4 @@
-"""Huang and Wang, 2017 (Like what you like): the distribution of a map's channels."""
+"""Huang and Wang, 2017 (Like what you like): match the distribution of channels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,16 @@ from ipwd_jax.models.base import Outputs
 
 
 def nst_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Maximum mean discrepancy between the channels of two maps, of each sample.
+    """Maximum mean discrepancy between the channels of two maps, for each sample.
 
-    A channel is a unit vector over the pixels; the kernel is the squared scalar product. The
-    larger map is average-pooled first. Agrees with `NSTLoss` of RepDistiller, which lists the
-    products of all channels element by element: only their sums matter, and with the channels as
-    columns of S and T, `|S' T|^2 = <S S', T T'>`. So the loss is the squared distance of two
-    matrices of pixels, or three sums over matrices of channels; the static shapes tell which are
-    smaller. The former does not cancel.
+    The larger map is first average-pooled to the size of the smaller one. Each channel is
+    normalised to a unit vector over the pixels, and the kernel is the squared scalar product.
+    Agrees with `NSTLoss` of RepDistiller, which computes the products of all channels element by
+    element. Only their sums matter, and with the channels as columns of S and T,
+    `|S' T|^2 = <S S', T T'>`. The loss is therefore either the squared distance between two
+    pixel-by-pixel matrices, or a combination of three sums over channel-by-channel matrices. The
+    static shapes decide which matrices are smaller. The first form does not suffer from
+    cancellation.
 
     Args:
         student: (B, H, W, C).
@@ -34,21 +36,21 @@ def nst_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def _pixel_gram(x: jax.Array) -> jax.Array:
-    """Mean over the channels of the outer products: (B, HW, C) -> (B, HW, HW)."""
+    """Mean of the channels' outer products with themselves: (B, HW, C) -> (B, HW, HW)."""
     return jnp.einsum("bpc,bqc->bpq", x, x, precision="highest") / x.shape[-1]
 
 
 def _mean_kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean of the squared products of the channels: (B, HW, C) and (B, HW, C') -> (B,)."""
+    """Mean squared scalar product of the channels: (B, HW, C) and (B, HW, C') -> (B,)."""
     products = jnp.einsum("bpc,bpd->bcd", a, b, precision="highest")
     return jnp.square(products).mean(axis=(1, 2))
 
 
 class NST(Term):
-    """`nst_loss` of each map after the stem, summed over them, per sample.
+    """`nst_loss` of each map after the stem, summed over the maps, per sample.
 
-    Largest intermediate: (B, H, W, C), a normalised map, or the smaller of (B, HW, HW) and
-    (B, C, C), with C the wider of the two maps.
+    The largest intermediate array is a normalised map, (B, H, W, C), or the smaller one of
+    (B, HW, HW) and (B, C, C), where C is the number of channels of the wider map.
     """
 
     paper = "Huang and Wang, 2017: Like what you like"

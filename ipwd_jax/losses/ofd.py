@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """The mean of the negative part of a channel that BatchNorm made normal.
+    """The mean of the negative values of a channel, taken to be normal after BatchNorm.
 
-    `E[x | x < 0]` for x ~ N(bias, scale^2), and `-3 |scale|` where x is negative with a
+    This is `E[x | x < 0]` for x ~ N(bias, scale^2), or `-3 |scale|` if x is negative with a
     probability of at most 0.001. Agrees with `get_margin_from_BN` of the authors' code.
 
     Args:
@@ -26,10 +26,10 @@ def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
         bias: (C,) its betas.
 
     Returns:
-        (C,) margins, none above 0.
+        (C,) margins, at most 0.
     """
     deviation = jnp.abs(scale)
-    ratio = -bias / jnp.maximum(deviation, 1e-30)  # a channel without spread is its bias
+    ratio = -bias / jnp.maximum(deviation, 1e-30)  # with scale 0, x is the bias
     tail = norm.cdf(ratio)
     rare = tail <= 0.001
     mean = bias - deviation * norm.pdf(ratio) / jnp.where(rare, 1, tail)
@@ -37,16 +37,16 @@ def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def ofd_distance(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
-    """Partial squared distance of each sample, summed over its map.
+    """Partial squared distance for each sample, summed over its map.
 
-    Where the teacher is positive the student shall equal it; where it is not, the student shall
-    stay below it, or below the margin where the teacher is lower still. Agrees with `distance` of
-    the authors' code.
+    Where the teacher is positive, the student should equal it. Elsewhere, the student should not
+    exceed the teacher or the margin, whichever is greater. Agrees with `distance` of the authors'
+    code.
 
     Args:
         student: (B, H, W, C).
         teacher: (B, H, W, C) before its ReLU.
-        margin: (C,), none above 0.
+        margin: (C,), at most 0.
 
     Returns:
         (B,) distances.
@@ -57,16 +57,18 @@ def ofd_distance(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> j
 
 
 class OFD(Term):
-    """`ofd_distance` of the maps before their activation, after a connector each, per sample.
+    """`ofd_distance` of the maps before their activation, each after a connector, per sample.
 
-    A connector is a 1 x 1 convolution and BatchNorm to the teacher's channels; the teacher's map
-    is average-pooled to the student's size. The deepest map weighs 1, each shallower one half of
-    the next. Largest intermediate: (B, H, W, C) with the student's size and the teacher's channels.
+    A connector is a 1 x 1 convolution with BatchNorm that produces the teacher's channels; the
+    teacher's map is average-pooled to the student's size. The deepest map has the weight 1, and
+    each shallower map half the weight of the next deeper one. The largest intermediate array is
+    (B, H, W, C) with the student's size and the teacher's channels.
 
     Attributes:
         preact_norms: (gammas, betas) of the BatchNorm before the teacher's ReLU, one pair of
-            tuples for each of the teacher's maps after the stem; (): gammas 1 and betas 0.
-        axis_name: mapped axis whose devices share batch statistics.
+            tuples for each of the teacher's maps after the stem; () stands for gammas of 1 and
+            betas of 0.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     preact_norms: tuple = ()
@@ -77,15 +79,15 @@ class OFD(Term):
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "OFD":
-        """The term with the gammas and betas of the teacher's maps."""
+        """The term with the gammas and betas of this teacher."""
         return self.clone(preact_norms=teacher.preact_norms())
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """Outputs and batch -> (B,).
+        """The loss, (B,).
 
         Raises:
-            ValueError: `preact_norms` does not fit the teacher's maps.
+            ValueError: `preact_norms` does not match the teacher's maps.
         """
         maps_s, maps_t = _wide(student.preact[1:]), _wide(teacher.preact[1:])
         margins = self._margins(maps_t)
@@ -106,8 +108,8 @@ class OFD(Term):
         found = [(len(scale), len(bias)) for scale, bias in norms]
         if found != [(c, c) for c in channels]:
             raise ValueError(
-                f"OFD needs the gammas and betas of {channels} channels of the teacher's maps, but"
-                f" preact_norms has {found}"
+                f"OFD needs gammas and betas for teacher maps with {channels} channels, but the "
+                f"pairs in preact_norms have the lengths {found}; pass a matching pair for each map"
             )
         return [
             ofd_margin(jnp.asarray(scale, t.dtype), jnp.asarray(bias, t.dtype))

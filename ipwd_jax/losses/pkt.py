@@ -1,4 +1,4 @@
-"""Passalis and Tefas, 2018 (Probabilistic knowledge transfer): who is whose neighbour."""
+"""Passalis and Tefas, 2018 (Probabilistic knowledge transfer): match neighbourhoods of samples."""
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +10,25 @@ _EPS = 1e-7
 
 
 def neighbours(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Each row's distribution over the valid rows, by cosine: (B, D) and mask (B,) -> (B, B)."""
+    """Each row's distribution over valid rows, by cosine: (B, D) and mask (B,) -> (B, B)."""
     valid = mask > 0
     x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
     unit = x / (safe_norm(x, keepdims=True) + _EPS)
     cosine = jnp.einsum("id,jd->ij", unit, unit, precision="highest")
-    # Rounding must not take a kernel below zero, since its logarithm follows.
+    # Rounding must not make the kernel negative, because its logarithm is taken later.
     kernel = jnp.where(valid[None], jnp.maximum((cosine + 1) / 2, 0), 0)
     return kernel / kernel.sum(axis=1, keepdims=True)
 
 
 def pkt_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
-    """KL divergence of the student's `neighbours` from the teacher's, over the squared count.
+    """KL divergence of the student's `neighbours` from the teacher's, divided by the squared count.
 
-    Agrees with `PKT` of RepDistiller: a mean over all pairs of valid rows.
+    This is a mean over all pairs of valid rows, as in `PKT` of RepDistiller, with which it agrees.
 
     Args:
         student: (B, D).
         teacher: (B, D').
-        mask: (B,), 0 for rows to leave out; at least one is valid.
+        mask: (B,), 0 for padding rows; at least one row must be valid.
 
     Returns:
         Scalar loss, in float32 or better.
@@ -40,12 +40,13 @@ def pkt_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Arr
 
 
 class PKT(Term):
-    """`pkt_loss` of the pooled vectors, over the rows of all devices.
+    """`pkt_loss` of the embeddings, over the rows of all devices.
 
-    Largest intermediate: (B, D) of the embeddings, or (B, B); B counts all devices.
+    The largest intermediate array is (B, D), the embeddings, or (B, B), where B counts the rows of
+    all devices.
 
     Attributes:
-        axis_name: mapped axis over which the rows are spread.
+        axis_name: mapped axis over which the rows are distributed.
     """
 
     axis_name: str | None = None

@@ -13,26 +13,30 @@ from ipwd_jax.models.base import Outputs
 
 
 def progress(epoch: jax.Array, epochs: int, last_share: float) -> jax.Array:
-    """Share of the target that past predictions have: rises linearly to `last_share`.
+    """The share of past predictions in the target, which rises linearly to `last_share`.
 
     Args:
-        epoch: epochs finished.
-        epochs: epochs of the whole run.
+        epoch: number of epochs finished.
+        epochs: number of epochs in the stage.
         last_share: share in the last epoch (alpha_T).
     """
     return last_share * (epoch + 1) / epochs
 
 
 class PSKD(Term):
-    """`(1 - a) CE(label) + a H(P, softmax)`, P being the student's own answer an epoch ago.
+    """`(1 - a) CE(label) + a H(P, softmax)`, where P is the student's prediction an epoch ago.
 
-    P is the softmax that the sample got in the training step of the epoch before, view and
-    BatchNorm of that step included; in the first epoch it is the label. The share a is that of
-    `progress`. Agrees with https://github.com/lgcnsai/PS-KD-Pytorch. A weighting multiplies the
-    second part alone. Largest intermediate: the table, N x C.
+    P is the softmax that the sample got in the training step of the previous epoch, with the view
+    and the BatchNorm statistics of that step; in the first epoch it is the one-hot label. The share
+    a is that of `progress`. Agrees with https://github.com/lgcnsai/PS-KD-Pytorch. A weighting
+    multiplies only the second part. The largest intermediate array is N x C, the table of past
+    predictions.
 
     Attributes:
         last_share: a in the last epoch; 0.8 on CIFAR-100.
+        axis_name: mapped axis over which the rows are distributed.
+        train_size: N, the number of training samples.
+        epochs: number of epochs in the stage.
     """
 
     last_share: float = 0.8
@@ -44,7 +48,7 @@ class PSKD(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
-        """`a H(P, softmax)` of each sample, (B,); remembers the softmax for the next epoch."""
+        """`a H(P, softmax)` of each sample, (B,); stores the softmax for the next epoch."""
         classes = student.logits.shape[1]
         table = self.variable(
             "memory", "predictions", jnp.zeros, (self.train_size, classes), jnp.float32
@@ -53,7 +57,7 @@ class PSKD(Term):
         onehot = jax.nn.one_hot(batch.label, classes, dtype=log_p.dtype)
         past = jnp.where(batch.epoch == 0, onehot, table.value[batch.index].astype(log_p.dtype))
         if not self.is_initializing():
-            # Rows that only pad are written past the end, which drops them.
+            # Padding rows get an index past the end, so that their update is dropped.
             index = jnp.where(batch.mask > 0, batch.index, self.train_size)
             now = lax.stop_gradient(jnp.exp(log_p)).astype(jnp.float32)
             index, now = gather_rows(self.axis_name, index, now)
@@ -69,5 +73,5 @@ class PSKD(Term):
 
     @nn.nowrap
     def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray:
-        """(C,) the past predictions, summed over the training set."""
+        """The past predictions summed over the training set, (C,)."""
         return np.asarray(memory["predictions"]).sum(axis=0)

@@ -1,4 +1,4 @@
-"""Chen et al., 2021 (Distilling knowledge via knowledge review): deep maps help the shallow."""
+"""Chen et al., 2021 (Distilling knowledge via knowledge review): fuse maps from deep to shallow."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,13 @@ _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 def nearest_resize(x: jax.Array, height: int, width: int) -> jax.Array:
     """(B, H, W, C) -> (B, height, width, C); output pixel i is input pixel floor(i in / out).
 
-    As `torch.nn.functional.interpolate(mode="nearest")`. `jax.image.resize` takes the pixel under
-    the centre, which is another one unless the output is a multiple of the input.
+    This is what `torch.nn.functional.interpolate(mode="nearest")` does. `jax.image.resize` takes
+    the pixel under the centre, which is a different one unless the output size is a multiple of the
+    input size.
     """
     for axis, size in ((1, height), (2, width)):
         old = x.shape[axis]
-        if size % old == 0:  # its gradient is a sum; that of an index would be a scatter
+        if size % old == 0:  # the gradient is a sum, while that of indexing is a scatter
             x = jnp.repeat(x, size // old, axis=axis)
         else:
             x = jnp.take(x, np.arange(size) * old // size, axis=axis)
@@ -30,11 +31,12 @@ def nearest_resize(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def hcl_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.Array:
-    """Hierarchical context loss of each sample, summed over levels.
+    """Hierarchical context loss of each sample, summed over the levels.
 
-    A level adds the mean squared difference of its two maps and, for each l in 4, 2, 1 below the
-    map's height, that of the maps pooled to l x l; each further one weighs half, and the weights
-    of a level are divided by their sum. Agrees with `HCL` of the authors' code.
+    Each level contributes a weighted mean of the mean squared difference between its two maps and,
+    for each l in 4, 2, 1 that is less than the map's height, that between the maps pooled to l x l.
+    The first weight is 1 and each further weight is half of the one before. Agrees with `HCL` of
+    the authors' code.
 
     Args:
         student: maps (B, H, W, C).
@@ -47,7 +49,7 @@ def hcl_loss(student: Sequence[jax.Array], teacher: Sequence[jax.Array]) -> jax.
 
 
 def _level_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    # Pooling is linear: that of the difference is the difference of the pooled maps.
+    # Pooling is linear, so the pooled difference is the difference of the pooled maps.
     gap = student - teacher
     loss, weight, total = jnp.square(gap).mean(axis=(1, 2, 3)), 1.0, 1.0
     for size in (4, 2, 1):
@@ -60,12 +62,12 @@ def _level_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 class ABF(nn.Module):
-    """Attention-based fusion of a student's map with what the deeper level passes up.
+    """Attention-based fusion of a student's map with the fused map of the next deeper level.
 
     Attributes:
-        mid_channels: of the fused map.
-        out_channels: of the teacher's map.
-        axis_name: mapped axis whose devices share batch statistics.
+        mid_channels: channels of the fused map.
+        out_channels: channels of the teacher's map.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     mid_channels: int
@@ -76,16 +78,17 @@ class ABF(nn.Module):
     def __call__(
         self, x: jax.Array, deeper: jax.Array | None, size: tuple[int, int], mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Fuse and bring to the teacher's shape.
+        """Fuse the maps and bring the result to the teacher's shape.
 
         Args:
             x: (B, H, W, C), the student's map.
-            deeper: (B, H', W', mid_channels) of the next deeper level; None at the deepest.
+            deeper: (B, H', W', mid_channels), the fused map of the next deeper level; None at the
+                deepest level.
             size: height and width of the teacher's map.
-            mask: (B,), 0 for padding.
+            mask: (B,), 0 for padding rows.
 
         Returns:
-            (B, *size, out_channels) to compare with the teacher's map, and the fused
+            The map (B, *size, out_channels) that is compared with the teacher's, and the fused map
             (B, *size, mid_channels) for the next shallower level.
         """
 
@@ -107,18 +110,20 @@ class ABF(nn.Module):
 class ReviewKD(Term):
     """`hcl_loss` of the student's maps, fused from deep to shallow, and the teacher's, per sample.
 
-    Levels are the maps after the stem and the embedding as a 1 x 1 map. The teacher's maps are
-    those before their last activation. Largest intermediate: (B, H, W, 2 mid) at the size of the
-    student's shallowest map, or (B, H, W, mid) at that of the teacher's, mid being
-    `min(mid_channels, D)`.
+    The levels are the maps after the stem, and the embedding as a map of 1 x 1 pixels. The
+    teacher's maps are those before their last activation. The largest intermediate array is
+    (B, H, W, 2 mid) at the size of the student's shallowest map, or (B, H, W, mid) at the size of
+    the teacher's, where mid is `min(mid_channels, D)` and D is the width of the student's
+    embedding.
 
     Attributes:
-        mid_channels: most channels of the fused maps; never more than the student's embedding.
-        warmup: epochs over which the weight rises to 1.
-        first_epoch: the number of the first epoch: 1 as in mdistiller, 0 as in the authors' code,
-            where the first epoch weighs nothing.
-        student_preact: take the student's maps before their last activation too, as on ImageNet.
-        axis_name: mapped axis whose devices share batch statistics.
+        mid_channels: channels of the fused maps, limited to the width of the student's embedding.
+        warmup: number of epochs over which the factor of the loss rises to 1.
+        first_epoch: number of the first epoch: 1 as in mdistiller, or 0 as in the authors' code,
+            where the factor is 0 in the first epoch.
+        student_preact: whether the student's maps, too, are those before their last activation, as
+            on ImageNet.
+        axis_name: mapped axis over which batch statistics are synchronised.
     """
 
     mid_channels: int = 512
@@ -132,17 +137,17 @@ class ReviewKD(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """Outputs and batch -> (B,).
+        """The loss, (B,).
 
         Raises:
-            ValueError: the networks do not have equally many levels.
+            ValueError: the networks have different numbers of levels.
         """
         maps_s = _levels(student.preact if self.student_preact else student.features, student)
         maps_t = _levels(teacher.preact, teacher)
         if len(maps_s) != len(maps_t):
             raise ValueError(
-                f"ReviewKD pairs level by level, but the student has {len(maps_s)} and the"
-                f" teacher {len(maps_t)}"
+                f"ReviewKD needs networks with equally many levels, but the student has "
+                f"{len(maps_s)} and the teacher {len(maps_t)}; choose another pair of networks"
             )
         mid, fused, fitted = min(self.mid_channels, maps_s[-1].shape[-1]), None, []
         for depth, (s, t) in enumerate(reversed(list(zip(maps_s, maps_t, strict=True)))):
@@ -155,6 +160,6 @@ class ReviewKD(Term):
 
 
 def _levels(maps: Sequence[jax.Array], outputs: Outputs) -> list[jax.Array]:
-    """The maps after the stem and the embedding (B, 1, 1, D), in float32 or better."""
+    """The maps after the stem, and the embedding as (B, 1, 1, D), in float32 or better."""
     levels = [*maps[1:], outputs.embedding[:, None, None, :]]
     return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in levels]

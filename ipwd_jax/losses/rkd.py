@@ -1,4 +1,4 @@
-"""Park et al., 2019 (Relational knowledge distillation): distances and angles between samples."""
+"""Park et al., 2019 (Relational knowledge distillation): match distances and angles of samples."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,21 @@ _MIN_SQUARE = 1e-12
 def rkd_losses(
     student: jax.Array, teacher: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """How much the distances of all pairs, and the angles of all triples, differ.
+    """How much the distances of all pairs of samples, and the angles of all triples, differ.
 
-    Distances are in units of their mean. Both are mean smooth L1 losses over the valid rows.
-    Agrees with `RKDLoss` of RepDistiller, but takes distances from differences, where it expands
-    the square, which cancels between near samples. A distance of 0 has no gradient. Largest
-    intermediate: the differences (B, B, D), or the cosines (B, B, B).
+    Distances are divided by their mean. Both losses are mean smooth L1 losses over the valid rows.
+    Agrees with `RKDLoss` of RepDistiller, but computes distances from differences, whereas
+    RepDistiller expands the square, which suffers from cancellation when samples are close. A
+    distance of 0 contributes no gradient. The largest intermediate array is (B, B, D), the
+    differences, or (B, B, B), the cosines.
 
     Args:
         student: (B, D).
         teacher: (B, D'); no gradient flows to it.
-        mask: (B,), 0 for rows to leave out.
+        mask: (B,), 0 for padding rows.
 
     Returns:
-        Scalar loss of the distances and of the angles, in float32 or better.
+        Scalar losses of the distances and of the angles, in float32 or better.
     """
     valid = mask > 0
     pairs = valid[:, None] & valid[None]
@@ -40,23 +41,23 @@ def rkd_losses(
 
 
 def _differences(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """From each row to each other: (B, D) -> (B, B, D)."""
+    """The differences from each row to each other row: (B, D) -> (B, B, D)."""
     x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
     return x[None] - x[:, None]
 
 
 def _distances(gap: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Lengths over their mean, 0 on the diagonal and outside of `pairs`: (B, B, D) -> (B, B)."""
+    """Lengths divided by their mean, 0 on the diagonal and outside `pairs`: -> (B, B)."""
     others = pairs & ~jnp.eye(len(gap), dtype=bool)
     lengths = jnp.sqrt(jnp.maximum(jnp.square(gap).sum(axis=2), _MIN_SQUARE))
     lengths = jnp.where(others, lengths, 0)
-    # As in the reference the mean is over what is above 0: over all pairs of two samples.
+    # As in the reference, the mean is over the positive lengths: all pairs of different samples.
     mean = lengths.sum() / jnp.maximum(others.sum(), 1)
     return lengths / jnp.where(mean > 0, mean, 1)
 
 
 def _cosines(gap: jax.Array, pairs: jax.Array) -> jax.Array:
-    """Of the angle at i between j and k, 0 outside of `pairs`: (B, B, D) -> (B, B, B)."""
+    """Cosines of the angles at i between j and k, 0 outside `pairs`: (B, B, D) -> (B, B, B)."""
     unit = jnp.where(pairs[:, :, None], l2_normalize(gap), 0)
     return jnp.einsum("ijd,ikd->ijk", unit, unit, precision="highest")
 
@@ -67,14 +68,15 @@ def _smooth_l1(x: jax.Array) -> jax.Array:
 
 
 class RKD(Term):
-    """The weighted sum of the two `rkd_losses` of the pooled vectors, over the rows of all devices.
+    """The weighted sum of the two `rkd_losses` of the embeddings, over the rows of all devices.
 
-    Largest intermediate: (B, B, D), the differences, or (B, B, B); B counts all devices.
+    The largest intermediate array is (B, B, D), the differences, or (B, B, B), the cosines, where B
+    counts the rows of all devices.
 
     Attributes:
-        distance_weight: of the distances.
-        angle_weight: of the angles.
-        axis_name: mapped axis over which the rows are spread.
+        distance_weight: weight of the loss of the distances.
+        angle_weight: weight of the loss of the angles.
+        axis_name: mapped axis over which the rows are distributed.
     """
 
     distance_weight: float = 25.0

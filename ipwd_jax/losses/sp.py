@@ -1,4 +1,4 @@
-"""Tung and Mori, 2019 (Similarity-preserving distillation): which samples are alike."""
+"""Tung and Mori, 2019 (Similarity-preserving distillation): match which samples are alike."""
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +8,26 @@ from ipwd_jax.models.base import Outputs
 
 
 def similarity(x: jax.Array) -> jax.Array:
-    """Scalar products of all rows, each row of them a unit vector: (B, D) -> (B, B)."""
+    """Scalar products of all pairs of rows, normalised row by row: (B, D) -> (B, B)."""
     return l2_normalize(jnp.einsum("id,jd->ij", x, x, precision="highest"))
 
 
 def sp_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared difference of the two similarity matrices of the valid rows.
+    """Mean squared difference between the two similarity matrices of the valid rows.
 
     Agrees with `Similarity` of RepDistiller.
 
     Args:
-        student: (B, ...), flattened.
-        teacher: (B, ...), flattened.
-        mask: (B,), 0 for rows to leave out.
+        student: (B, ...); each row is flattened.
+        teacher: (B, ...); each row is flattened.
+        mask: (B,), 0 for padding rows.
 
     Returns:
         Scalar loss, in float32 or better.
     """
     valid = mask > 0
     s, t = (_rows(x, valid) for x in (student, teacher))
-    # Rows of zeros are like nothing: they add nothing to the norms, nor to the sum.
+    # Padding rows are set to 0, so they contribute neither to the norms nor to the sum.
     return jnp.square(similarity(s) - similarity(t)).sum() / jnp.square(valid.sum(dtype=s.dtype))
 
 
@@ -39,10 +39,11 @@ def _rows(x: jax.Array, valid: jax.Array) -> jax.Array:
 class SP(Term):
     """`sp_loss` of the last maps, over the rows of all devices.
 
-    Largest intermediate: (B, H W C) of the last map, or (B, B); B counts all devices.
+    The largest intermediate array is (B, H W C), the last map, or (B, B), where B counts the rows
+    of all devices.
 
     Attributes:
-        axis_name: mapped axis over which the rows are spread.
+        axis_name: mapped axis over which the rows are distributed.
     """
 
     axis_name: str | None = None

@@ -20,10 +20,11 @@ def similarity(embedding: jax.Array) -> jax.Array:
     """Cosine similarity of every rotated image with every upright one.
 
     Args:
-        embedding: (4 B, D), image by image, each upright, then turned by 90, 180 and 270 degrees.
+        embedding: (4 B, D); four consecutive rows belong to one image: upright, then rotated by 90,
+            180 and 270 degrees.
 
     Returns:
-        (3 B, B), rows image by image.
+        (3 B, B); three consecutive rows belong to one image.
     """
     norm = safe_norm(embedding, keepdims=True)
     unit = (embedding / jnp.maximum(norm, 1e-8)).reshape(-1, 4, embedding.shape[1])
@@ -32,19 +33,20 @@ def similarity(embedding: jax.Array) -> jax.Array:
 
 
 def best_ranked(scores: jax.Array, target: jax.Array, valid: jax.Array, share: float) -> jax.Array:
-    """Which rows to learn from: those that are right, and the least wrong of the others.
+    """Select the rows to learn from: those that are right, and the least wrong of the others.
 
-    A row is right when `target` has its largest score. Of the others the `floor(share * count)`
-    with the smallest rank of the target are kept, ties broken by position.
+    A row is right if `target` has the largest score. Of the `count` wrong rows, the
+    `floor(share * count)` rows with the best rank of the target are kept; ties are broken by
+    position.
 
     Args:
         scores: (R, C).
-        target: (R,) integers.
-        valid: (R,), 0 for rows that never count.
-        share: of the wrong rows, in 0..1.
+        target: (R,) integers in 0..C-1.
+        valid: (R,), 0 for padding rows, which are never kept.
+        share: fraction of the wrong rows that is kept, in 0..1.
 
     Returns:
-        (R,) 0 or 1.
+        (R,) bool, True for the rows that are kept.
     """
     right_score = jnp.take_along_axis(scores, target[:, None], axis=1)
     before = jnp.arange(scores.shape[1])[None] < target[:, None]
@@ -58,22 +60,24 @@ def best_ranked(scores: jax.Array, target: jax.Array, valid: jax.Array, share: f
 
 
 class SSKD(Term):
-    """Matches the teacher's answers about rotated images, and how it relates them to upright ones.
+    """Matches the teacher's predictions for rotated images and their similarity to upright ones.
 
-    The sum of `transform_weight` times the distillation loss of the rotated images and
-    `similarity_weight` times that of the rows of `similarity`, both over the rows that
-    `best_ranked` keeps by the teacher's ranking. Cross-entropy and distillation of the upright
-    images are the terms `ce` and `kd`. The first stage trains the teacher's projection alone, to
-    tell which upright image a rotated one is. Agrees with https://github.com/xuguodong03/SSKD.
-    Largest intermediate: 3 B x B similarities.
+    The loss is `transform_weight` times the distillation loss of the rotated images plus
+    `similarity_weight` times the distillation loss of the rows of `similarity`. Both are means over
+    the rows that `best_ranked` selects by the teacher's scores. Cross-entropy and distillation of
+    the upright images are the separate terms `ce` and `kd`. The first stage trains only the
+    teacher's projection, to identify the upright image from which a rotated one was made. Agrees
+    with https://github.com/xuguodong03/SSKD. The largest intermediate array is 3 B x B, the
+    similarities.
 
     Attributes:
-        transform_temperature: of the rotated images' logits.
-        transform_weight: of their loss.
-        transform_share: of the wrong rows among them.
-        similarity_temperature: of the similarities.
-        similarity_weight: of their loss.
-        similarity_share: of the wrong rows among them.
+        transform_temperature: temperature of the rotated images' logits.
+        transform_weight: weight of the loss of the rotated images.
+        transform_share: fraction of the wrong rows of the rotated images that is kept.
+        similarity_temperature: temperature of the similarities.
+        similarity_weight: weight of the loss of the similarities.
+        similarity_share: fraction of the wrong rows of the similarities that is kept.
+        axis_name: mapped axis over which the rows are distributed.
     """
 
     transform_temperature: float = 4.0
@@ -92,15 +96,17 @@ class SSKD(Term):
 
     @nn.nowrap
     def check(self, dataset: "Dataset") -> None:
-        """Raises `UserError` where images cannot be turned, or are cropped by the host."""
+        """Raises `UserError` if the images are not square, or are streamed."""
         _, height, width, _ = dataset.train.images.shape
         if height != width:
             raise UserError(
-                f"the term sskd turns images and needs square ones, found {height}x{width}"
+                f"the term sskd rotates images and needs square ones, found {height}x{width}; "
+                "crop or resize them to squares"
             )
         if dataset.train.streamed:
             raise UserError(
-                "the term sskd crops each rotation by itself, which streamed images cannot"
+                "the term sskd crops each rotation of an image separately, which streamed images "
+                "do not allow; set --config.data.streaming=False"
             )
 
     def setup(self) -> None:
@@ -116,7 +122,7 @@ class SSKD(Term):
         )
 
     def pretrain(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """Loss of the first stage: cross-entropy of similarity rows with the true image."""
+        """The loss of the first stage: cross-entropy of the similarity rows with the true image."""
         projected = self.teacher_head(lax.stop_gradient(teacher.embedding))
         rep, mask = gather_rows(self.axis_name, projected, batch.mask)
         log_p = jax.nn.log_softmax(_valid_columns(similarity(rep), mask))
@@ -131,7 +137,7 @@ class SSKD(Term):
         label: jax.Array,
         mask: jax.Array,
     ) -> jax.Array:
-        """KD of the rotated images: (4 B, C) twice, labels and mask (B,) -> scalar."""
+        """KD of the rotated images: logits (4 B, C) twice, labels and mask (B,) -> scalar."""
 
         def rotated(x: jax.Array) -> jax.Array:
             return x.reshape(-1, 4, x.shape[1])[:, 1:].reshape(-1, x.shape[1])
@@ -145,7 +151,7 @@ class SSKD(Term):
     def similarity_loss(
         self, student_rep: jax.Array, teacher_rep: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """KD of the rows of similarities: projections (4 B, D) twice, mask (B,) -> scalar."""
+        """KD of the similarity rows: projections (4 B, D) twice, mask (B,) -> scalar."""
         rows = [_valid_columns(similarity(rep), mask) for rep in (student_rep, teacher_rep)]
         student_rows, teacher_rows = rows[0], lax.stop_gradient(rows[1])
         target, valid = jnp.repeat(jnp.arange(len(mask)), 3), jnp.repeat(mask, 3)
@@ -154,7 +160,7 @@ class SSKD(Term):
 
 
 class Projection(nn.Module):
-    """Linear, ReLU, Linear of the width of the embedding."""
+    """Two linear layers of the width of the embedding, with a ReLU between them."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -164,7 +170,7 @@ class Projection(nn.Module):
 
 
 def _valid_columns(similarities: jax.Array, mask: jax.Array) -> jax.Array:
-    """Similarities with images that only pad become so small that no softmax sees them."""
+    """The similarities, with those to padding rows so low that every softmax ignores them."""
     return jnp.where(mask[None] > 0, similarities, jnp.asarray(-1e4, similarities.dtype))
 
 

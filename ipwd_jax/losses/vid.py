@@ -1,4 +1,4 @@
-"""Ahn et al., 2019 (Variational information distillation): maps that tell the teacher's."""
+"""Ahn et al., 2019 (Variational information distillation): predict the teacher's maps."""
 
 import math
 
@@ -13,22 +13,23 @@ _MIN_VARIANCE = 1e-5
 
 
 class Variational(nn.Module):
-    """A Gaussian over the teacher's map, whose mean is computed from the student's.
+    """A Gaussian over the teacher's map, whose mean is computed from the student's map.
 
-    Three 1 x 1 convolutions give the mean. The variance is one trained number a channel,
+    Three 1 x 1 convolutions compute the mean. The variance is one trained number per channel,
     `softplus(log_scale) + 1e-5`.
 
     Attributes:
-        variance: what the variance starts at.
+        variance: initial value of the variance.
     """
 
     variance: float = 5.0
 
     @nn.compact
     def __call__(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        """The mean negative log-likelihood of each sample, less its constant.
+        """The mean negative log-likelihood of each sample, without its constant.
 
-        The larger map is average-pooled first. Agrees with `VIDLoss` of RepDistiller.
+        The larger map is first average-pooled to the size of the smaller one. Agrees with `VIDLoss`
+        of RepDistiller.
 
         Args:
             student: (B, H, W, C).
@@ -57,20 +58,20 @@ class Variational(nn.Module):
 def _inverse_softplus(variance: float) -> float:
     if variance <= 0:
         raise ValueError(
-            f"config.terms.vid.variance must be above {_MIN_VARIANCE}, which is added to every "
-            f"variance; found {variance + _MIN_VARIANCE:.6g}"
+            f"config.terms.vid.variance must be above {_MIN_VARIANCE}, which is added to "
+            f"every variance; found {variance + _MIN_VARIANCE:.6g}"
         )
-    # Beyond 40 the two agree to the last bit, and the exponential will overflow.
+    # Above 40 the two agree to the last bit, and for large values the exponential would overflow.
     return math.log(math.expm1(variance)) if variance < 40 else variance
 
 
 class VID(Term):
-    """`Variational` of each map after the stem, summed over them, per sample.
+    """`Variational` of each map after the stem, summed over the maps, per sample.
 
-    Largest intermediate: (B, H, W, C) of the teacher's largest map, after pooling.
+    The largest intermediate array is (B, H, W, C), the teacher's largest map after pooling.
 
     Attributes:
-        variance: what the variances start at; 5 in RepDistiller.
+        variance: initial value of the variances; 5 in RepDistiller.
     """
 
     variance: float = 5.0

@@ -1,8 +1,8 @@
 """Per-sample weights of distillation terms: uniform, constant, WSLD and IPWD.
 
-A weighting is a function of the two networks' outputs and the labels; it multiplies the per-sample
-loss of the terms named in `config.weighting.terms`. Weights never carry a gradient. A new one is a
-class like those below and one line in `WEIGHTINGS`.
+A weighting computes a weight for each sample from the outputs of the two networks and the labels.
+The weights multiply the per-sample losses of the terms named in `config.weighting.terms`, and never
+carry a gradient. To add a weighting, write a class like those below and add a line to `WEIGHTINGS`.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
-# Settings of `config.weighting` that no weighting may have a field for.
+# Settings in `config.weighting` that belong to no single weighting; no field can have their names.
 _OF_ALL = ("name", "terms", "start_epoch", "clip", "batch_normalize", "average")
-_LARGEST_RATIO = 1e26  # leaves room in float32 for its product with a loss and a sum over samples
+_LARGEST_RATIO = 1e26  # times a loss and summed over samples, it still fits into float32
 
 
 def surprise(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of each sample with its label, with a small relative error also near 0.
+    """Cross-entropy of each sample with its label, with a small relative error even near 0.
 
-    `log(1 + sum of exp(z_j - z_label) over the others)`. A log-softmax, which the losses take,
-    has an absolute error instead: in float32 it is 0 from about 1e-7 downwards. A loss does not
-    see that, but a ratio of two such numbers does.
+    It is computed as `log(1 + sum over the other classes of exp(z_j - z_label))`. The log-softmax
+    that the losses use has a small absolute error instead: in float32, it returns 0 for values
+    below about 1e-7. This makes no difference to a loss, but it does to a ratio of two such values.
 
     Args:
         logits: (B, C), C >= 2.
         labels: (B,) integers in 0..C-1.
 
     Returns:
-        (B,) in nats, of the dtype of `logits`; 0 only where that has no number so small.
+        (B,) in nats, of the dtype of `logits`; 0 only if the value is too small for that dtype.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     is_own = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
@@ -49,8 +49,9 @@ def wsld_weights(
 ) -> jax.Array:
     """`1 - exp(-CE(student) / CE(teacher))` of each sample, at temperature 1.
 
-    Zhou et al., 2021 (Rethinking soft labels: a bias-variance trade-off perspective); agrees with
-    the authors' code. Used with `kd.cross_entropy`, T 4 and loss weight 2.25 on CIFAR-100.
+    From Zhou et al., 2021 (Rethinking soft labels: a bias-variance trade-off perspective). Agrees
+    with the authors' code. On CIFAR-100 it is used with `kd.cross_entropy`, T = 4 and a loss weight
+    of 2.25.
 
     Args:
         student_logits: (B, C).
@@ -65,7 +66,10 @@ def wsld_weights(
 
 
 def standardized(logits: jax.Array) -> jax.Array:
-    """z-score of each sample over its classes, with the biased deviation: (B, C) -> (B, C)."""
+    """The z-scores of each sample's logits over its classes: (B, C) -> (B, C).
+
+    The standard deviation is the biased one.
+    """
     mean = logits.mean(axis=1, keepdims=True)
     return (logits - mean) / (logits.std(axis=1, keepdims=True) + 1e-6)
 
@@ -75,14 +79,14 @@ def ipwd_scores(
 ) -> tuple[jax.Array, jax.Array]:
     """How badly each of the two heads explains the label: `(H_kd, H_cls)`.
 
-    Niu et al., 2022, as far as the paper tells: the cross-entropy of the logits, standardised so
-    that the two heads' scales do not matter.
+    As far as Niu et al., 2022, describe it, the score is the cross-entropy of the logits, which are
+    standardised so that the scales of the two heads do not matter.
 
     Args:
-        kd_logits: (B, C) of the head that is trained with the teacher.
-        cls_logits: (B, C) of the head that is trained with labels only.
+        kd_logits: (B, C), logits of the distilled head, which is trained with the teacher.
+        cls_logits: (B, C), logits of the label-only head, which is trained with labels only.
         labels: (B,) integers.
-        standardize: whether `standardized` is applied first.
+        standardize: whether `standardized` is applied to the logits first.
 
     Returns:
         Two (B,) arrays in nats, detached.
@@ -93,21 +97,22 @@ def ipwd_scores(
 
 
 def ipwd_weights(h_kd: _Array, h_cls: _Array, ratio: str = "A") -> _Array:
-    """Inverse propensity of each sample from its two scores, never below 1.
+    """The inverse propensity of each sample, computed from its two scores; never below 1.
 
-    A: `1 + H_kd / H_cls`, the propensity being `H_cls / (H_cls + H_kd)`: samples that the
-    distilled head explains badly are under-represented in the teacher's answers. B turns the
-    ratio round. The paper leaves the direction open; an inverse propensity must be negatively
-    correlated with the teacher's mass, which every IPWD run reports for both.
+    With ratio "A" the weight is `1 + H_kd / H_cls`, so the propensity is `H_cls / (H_cls + H_kd)`:
+    samples that the distilled head explains badly are under-represented in the teacher's
+    predictions. Ratio "B" inverts the quotient. The paper leaves the direction open.
+    An inverse propensity should be negatively correlated with the teacher's class mass, and every
+    IPWD run reports this correlation for both ratios.
 
-    Nothing limits a weight but the float type: a score below its smallest normal number, 1e-38 in
-    float32, counts as that number, so that two heads that are both certain weigh 2, and the ratio
-    ends at 1e26. With 1,000 classes a label-only head that is certain where the distilled one is
-    wrong makes weights of up to 1e12; `weighting.clip` limits them.
+    Only the float type limits a weight. A score below its smallest normal number, 1e-38 in float32,
+    is replaced by that number, so that the weight is 2 if both heads are certain; and the ratio is
+    at most 1e26. With 1,000 classes, weights of up to 1e12 occur where the label-only head is
+    certain and the distilled head is wrong; `weighting.clip` limits them.
 
     Args:
-        h_kd: (B,) score of the distilled head, NumPy or JAX.
-        h_cls: (B,) score of the label-only head.
+        h_kd: (B,) scores of the distilled head, NumPy or JAX.
+        h_cls: (B,) scores of the label-only head.
         ratio: "A" or "B".
 
     Returns:
@@ -120,17 +125,17 @@ def ipwd_weights(h_kd: _Array, h_cls: _Array, ratio: str = "A") -> _Array:
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """What a weighting is. The attributes of the class are what it asks of the rest.
+    """The base class of all weightings; its class attributes declare what a weighting needs.
 
-    The fields of a subclass, which is a frozen dataclass too, are its hyper-parameters, each with a
-    default. They are settings of `config.weighting`, where those of all weightings stand side by
-    side, so that equal names mean one setting.
+    The fields of a subclass, which must be a frozen dataclass too, are its hyper-parameters, each
+    with a default. They become settings in `config.weighting`. The settings of all weightings share
+    this section, so that fields of the same name are the same setting.
 
     Attributes:
-        weighs: False: every weight is 1, so that nothing is multiplied and nothing remembered.
-        teacher_taps: which of the teacher's `Outputs` are read, by name of the field.
-        memory: what `weights` records of every sample.
-        choices: the values that a hyper-parameter may have, where they are few.
+        weighs: whether the weights can differ from 1. If False, nothing is multiplied or stored.
+        teacher_taps: names of the fields of the teacher's `Outputs` that the weighting reads.
+        memory: names of the values that `weights` records for every sample.
+        choices: the allowed values of each hyper-parameter that has only a few.
     """
 
     weighs: ClassVar[bool] = True
@@ -139,36 +144,37 @@ class Weighting:
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def heads(self) -> Mapping[str, str]:
-        """Extra heads of the student that must be trained; of each, what it is for.
+        """The extra heads of the student that must be trained, each with its purpose.
 
-        What it is for is a predicate that follows the weighting's name in an error message.
+        The purpose is a predicate that follows the name of the weighting in an error message.
         """
         return {}
 
     def weights(
         self, student: Outputs, teacher: Outputs | None, batch: Batch
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The weight of each sample of the batch, (B,), and a (B,) record for each of `memory`.
+        """The weight of each sample, (B,), and a record (B,) for each name in `memory`.
 
         Args:
-            student: logits (B, C), and `extra_logits` of its heads.
-            teacher: what `teacher_taps` names; None: neither a term nor a weighting reads it.
-            batch: rows of one device.
+            student: its logits (B, C), and the `extra_logits` of its heads.
+            teacher: the fields that `teacher_taps` names; None if neither a term nor the weighting
+                reads any.
+            batch: the rows of one device.
         """
         raise NotImplementedError
 
     def alternatives(self, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Weights (N,) by name whose correlation with the teacher's mass each epoch reports.
+        """Weights (N,) by name; their correlation with the class mass is reported every epoch.
 
         Args:
-            memory: of `init_memory`, after the epoch.
+            memory: the memory of `init_memory` as it is after the epoch.
         """
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Weighting):
-    """1 for every sample: the run is the same as without a weighting."""
+    """A weight of 1 for every sample, as if there were no weighting."""
 
     weighs = False
 
@@ -180,10 +186,10 @@ class Uniform(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Weighting):
-    """One number for every sample.
+    """The same weight for every sample.
 
     Attributes:
-        constant: the number.
+        constant: the weight.
     """
 
     constant: float = 1.0
@@ -212,9 +218,10 @@ class IPWD(Weighting):
     """`ipwd_weights` of a distilled head and the label-only head `cls`.
 
     Attributes:
-        kd_source: whose logits H_kd is of: "student", its own, or "head", the extra head `kd`.
-        ratio: "A" is 1 + H_kd / H_cls, "B" is 1 + H_cls / H_kd.
-        standardize: whether the logits of both heads are z-scored first.
+        kd_source: the distilled head: "student" for the student's own head, "head" for the extra
+            head `kd`.
+        ratio: "A" for 1 + H_kd / H_cls, "B" for 1 + H_cls / H_kd.
+        standardize: whether the logits of both heads are standardised to z-scores first.
     """
 
     kd_source: str = "student"
@@ -225,9 +232,9 @@ class IPWD(Weighting):
     choices = {"kd_source": ("student", "head"), "ratio": ("A", "B")}  # noqa: RUF012
 
     def heads(self) -> Mapping[str, str]:
-        heads = {"cls": "compares with the label-only head"}
+        heads = {"cls": "needs the label-only head"}
         if self.kd_source == "head":
-            heads["kd"] = "with config.weighting.kd_source=head compares the distilled head"
+            heads["kd"] = "with config.weighting.kd_source=head needs the distilled head"
         return heads
 
     def weights(
@@ -240,7 +247,7 @@ class IPWD(Weighting):
         return ipwd_weights(h_kd, h_cls, self.ratio), {"h_kd": h_kd, "h_cls": h_cls}
 
     def alternatives(self, memory: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The weights of both directions, since the paper leaves open which it has."""
+        """The weights of both ratios, because the paper leaves open which one it uses."""
         return {
             ratio: ipwd_weights(memory["h_kd"], memory["h_cls"], ratio)
             for ratio in self.choices["ratio"]
@@ -256,11 +263,11 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
 
 
 def settings() -> dict[str, Any]:
-    """The fields of all weightings and their defaults, as they stand in `config.weighting`.
+    """The fields of all weightings and their defaults, as they appear in `config.weighting`.
 
     Raises:
-        ValueError: a field has no default, or its name is taken: by a setting of all weightings,
-            or by a field of another one with another default.
+        ValueError: a field has no default, or its name is already taken by a setting that is common
+            to all weightings or by another weighting's field with a different default.
     """
     found: dict[str, Any] = {}
     for name, kind in WEIGHTINGS.items():
@@ -271,8 +278,8 @@ def settings() -> dict[str, Any]:
             taken = found.setdefault(field.name, field.default) != field.default
             if taken or field.name in _OF_ALL:
                 raise ValueError(
-                    f"{where} would be a second config.weighting.{field.name}, which has another "
-                    "meaning or default; give it another name"
+                    f"{where} clashes with the setting config.weighting.{field.name}, which has "
+                    "another meaning or default; rename the field"
                 )
     return found
 
@@ -290,15 +297,16 @@ def create(weighting: ConfigDict) -> Weighting:
 
 
 def teacher_taps(weighting: ConfigDict) -> frozenset[str]:
-    """Fields of the teacher's `Outputs` that a weighting reads."""
+    """Names of the fields of the teacher's `Outputs` that a weighting reads."""
     return frozenset(create(weighting).teacher_taps)
 
 
 def init_memory(weighting: ConfigDict, size: int) -> dict[str, jax.Array]:
-    """What a weighting remembers of every training sample, each (size,) float32.
+    """What a weighting stores for every training sample, each (size,) float32 and initially 0.
 
-    `weight` is the weight of the sample's latest visit, `average` the running mean where
-    `weighting.average` asks for one; the rest is `Weighting.memory`. Zero before the first visit.
+    `weight` is the weight that the sample had when it was last seen. `average`, which exists only
+    if `weighting.average` is set, is the running mean of its weights. The other names are those of
+    `Weighting.memory`.
     """
     kind = create(weighting)
     if not kind.weighs:
@@ -308,9 +316,10 @@ def init_memory(weighting: ConfigDict, size: int) -> dict[str, jax.Array]:
 
 
 def check(weighting: ConfigDict, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
-    """Raises `ValueError` where a weighting does not return a number a sample for all it should.
+    """Raises `ValueError` if a weighting does not return one number per sample for each name.
 
-    Nothing is computed; arguments as of `weigh`.
+    The names are the weights themselves and those in `Weighting.memory`. Only shapes are computed.
+    The arguments are those of `weigh`.
     """
     kind, rows = create(weighting), batch.mask.shape
     weights, record = jax.eval_shape(kind.weights, student, teacher, batch)
@@ -331,21 +340,21 @@ def weigh(
     memory: dict[str, jax.Array],
     axis_name: str | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The weights of one batch, and the memory after it.
+    """The weights of one batch, and the memory updated with them.
 
-    Running mean, clip, division by the batch mean and `start_epoch` follow each other in this
+    The running mean, the clip, the division by the batch mean and `start_epoch` are applied in this
     order.
 
     Args:
         weighting: `config.weighting`.
-        student: logits (B, C), and the `extra_logits` that the weighting reads.
-        teacher: what the weighting reads of it.
-        batch: labels, indices, mask and epoch.
-        memory: of `init_memory`.
-        axis_name: mapped axis over which the global batch is spread.
+        student: its logits (B, C), and the `extra_logits` that the weighting reads.
+        teacher: the fields of the teacher's outputs that the weighting reads.
+        batch: the rows of one device, with labels, indices, mask and epoch.
+        memory: the memory of `init_memory`, as updated so far.
+        axis_name: mapped axis over which the global batch is distributed.
 
     Returns:
-        (B,) float32 weights without gradient, and the new memory, equal on all devices.
+        (B,) float32 weights without gradient, and the new memory, which is equal on all devices.
     """
     kind = create(weighting)
     if not kind.weighs:
@@ -367,7 +376,7 @@ def weigh(
         weights = jnp.where(batch.epoch < weighting.start_epoch, 1.0, weights)
     record["weight"] = weights
 
-    # Rows that only pad the batch are written past the end, which drops them.
+    # Padding rows get an index past the end, so that their update is dropped.
     index = jnp.where(batch.mask > 0, batch.index, len(memory["weight"]))
     if axis_name:
         index, record = lax.all_gather((index, record), axis_name, tiled=True)

@@ -1,9 +1,10 @@
 """The networks, by name.
 
-A network is called as `net(x, train=False, mask=None)`, x (B, H, W, channels) float, and returns
-`Outputs`. Its module has the fields `classes` and `axis_name` and says which is its
-`smallest_image` and which of its modules, behind the last map, are `head_modules`. A new family is
-one file beside this one and one line in `NETWORKS`.
+A network is called as `net(x, train=False, mask=None)`, where x is a float array (B, H, W,
+channels), and returns `Outputs`. Its module has the fields `classes` and `axis_name`, and two class
+attributes: `smallest_image`, the smallest image side in pixels that it can process, and
+`head_modules`, the names of its modules behind the last map. To add a family of networks, write a
+file beside this one and add a line to `NETWORKS`.
 """
 
 from collections.abc import Callable
@@ -44,16 +45,16 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
-    """Return the network `name`, one of `NETWORKS`, `wrn_<depth>_<width>`, `MobileNetV2_<width>`.
+    """Return the network called `name`.
 
     Args:
-        name: as above.
+        name: one of `NETWORKS`, or of the form `wrn_<depth>_<width>` or `MobileNetV2_<width>`.
         classes: number of logits.
-        axis_name: the mapped axis (of `jax.pmap` or `jax.shard_map`) whose devices take batch
-            statistics together; None: each device takes its own.
+        axis_name: mapped axis (of `jax.pmap` or `jax.shard_map`) over which batch statistics are
+            synchronised; if None, each device computes its own.
 
     Raises:
-        UserError: no such network; the message names the nearest.
+        UserError: there is no such network; the message suggests the most similar name.
     """
     constructor = NETWORKS.get(name) or wrn.from_name(name) or mobilenetv2.from_name(name)
     if constructor is None:
@@ -63,7 +64,7 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
 
 
 def check_input(name: str, height: int, width: int) -> None:
-    """Raise `UserError` when images of `height` x `width` are too small for the network `name`."""
+    """Raise `UserError` if images of `height` x `width` are too small for the network `name`."""
     smallest = create(name, classes=1).smallest_image
     if min(height, width) < smallest:
         raise UserError(

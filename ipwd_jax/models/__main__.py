@@ -1,8 +1,8 @@
 """List the networks: `python -m ipwd_jax.models [NAME ...]`.
 
-Parameters and multiply-adds are those with 100 classes at 32x32, or with 1,000 classes at 224x224
-for the networks of ImageNet. Multiply-adds are those of convolutions and of the classifier for one
-image, including those with the zeros of the border.
+Parameters and multiply-adds are counted with 100 classes and images of 32x32 pixels, or with 1,000
+classes and 224x224 pixels for ImageNet networks. The multiply-adds are those of the convolutions
+and of the classifier for one image, including multiplications by the zeros of the padding.
 """
 
 import math
@@ -26,7 +26,7 @@ def multiply_adds(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
 
     def logits(variables: PyTree, image: jax.Array) -> jax.Array:
-        # To Flax, `apply` may also return a pair; it does so where something is mutable.
+        # By its type, `apply` can also return a pair, but only does so with mutable collections.
         return cast(models.Outputs, network.apply(variables, image)).logits
 
     return _count(jax.make_jaxpr(logits)(variables, image).jaxpr)
@@ -37,7 +37,7 @@ def _count(jaxpr: core.Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
             kernel, out = _shape(equation.invars[1]), _shape(equation.outvars[0])
-            total += math.prod(out) * math.prod(kernel[:3])  # HWIO, I of one group
+            total += math.prod(out) * math.prod(kernel[:3])  # kernel is HWIO, I in one group
         elif equation.primitive.name == "dot_general":
             total += math.prod(_shape(equation.invars[1]))
         total += sum(_count(inner) for inner in core.jaxprs_in_params(equation.params))
@@ -45,11 +45,11 @@ def _count(jaxpr: core.Jaxpr) -> int:
 
 
 def _shape(variable: core.Var | core.Literal) -> tuple[int, ...]:
-    return variable.aval.shape  # type: ignore[attr-defined]  # only an array's value has a shape
+    return variable.aval.shape  # type: ignore[attr-defined]  # only an array's aval has one
 
 
 def describe(name: str) -> str:
-    """A line about a network: its name, parameters, multiply-adds, image size and taps."""
+    """A line with a network's name, parameters, multiply-adds, image size and taps."""
     small = models.create(name, classes=1).smallest_image < 32
     classes, size = (100, 32) if small else (1000, 224)
     network = models.create(name, classes)
@@ -65,12 +65,12 @@ def describe(name: str) -> str:
 
 
 def main(names: Sequence[str]) -> None:
-    """Print the table of `names`, or of all networks."""
+    """Print the table for the networks `names`, or for all networks if there are none."""
     print(f"{'network':20}{'parameters':>12}{'MACs (M)':>12}{'image':>6}  taps, channels x side")
     for name in names or models.NETWORKS:
         print(describe(name), flush=True)
     if not names:
-        print("\nAny other wrn_<depth>_<width> and MobileNetV2_<width> is a network too.")
+        print("\nwrn_<depth>_<width> and MobileNetV2_<width> exist with other numbers, too.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What every network is built from: its output, batch normalisation, convolution, initialisers.
+"""What every network is built from: its outputs, batch normalisation, convolutions, initialisers.
 
-Networks follow the public PyTorch implementations that the distillation papers measured, so that
-their checkpoints can be read and their tables compared. Where PyTorch and Flax differ (padding
-of strided convolutions, the stored variance, initialisers) this module does as PyTorch does.
+The networks follow the public PyTorch implementations with which the distillation papers measured
+their results, so that their checkpoints can be imported and their tables compared. Where PyTorch
+and Flax differ (padding of strided convolutions, the stored variance, initialisers), this module
+follows PyTorch.
 """
 
 import math
@@ -25,11 +26,11 @@ class Outputs:
 
     Attributes:
         logits: (B, classes), before the softmax.
-        embedding: (B, D), the pooled vector that enters the classifier.
+        embedding: (B, D), the pooled vector that the classifier reads.
         features: maps (B, H, W, C) from shallow to deep, without the embedding.
-        preact: the same maps before their last activation. As in the reference, the first one
-            (the stem) is the same array in both.
-        extra_logits: (B, classes) each, by name: the heads beside the main one, if any.
+        preact: the same maps before their last activation. As in the reference, the first map
+            (the stem) is the same array in `features` and `preact`.
+        extra_logits: logits (B, classes) of each extra head, by name.
     """
 
     logits: jax.Array
@@ -39,8 +40,8 @@ class Outputs:
     extra_logits: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
-# N(0, 2 / (H W out)), not truncated, for a kernel (H, W, in, out); `out` is the full width, also
-# when the convolution is grouped. He et al. 2015, https://arxiv.org/abs/1502.01852, eq. 14.
+# N(0, 2 / (H W out)), not truncated, for a kernel (H, W, in, out); in a grouped convolution, `out`
+# is the number of channels of all groups. He et al. 2015, https://arxiv.org/abs/1502.01852, eq. 14.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -49,7 +50,7 @@ torch_uniform_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "unifor
 
 
 def torch_uniform(fan_in: int) -> Initializer:
-    """Return PyTorch's initialiser of a bias: U(-b, b), b = 1 / sqrt(fan_in) of the kernel."""
+    """Return PyTorch's initialiser for biases: U(-b, b), b = 1 / sqrt(fan_in of the kernel)."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(
         key, shape, dtype, -bound, bound, out_sharding=out_sharding
@@ -57,13 +58,13 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def frozen_norms(trainable: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The collection `frozen` that keeps BatchNorm layers in inference mode while others train.
+    """The collection `frozen`, which keeps some BatchNorm layers in inference mode during training.
 
     Args:
-        trainable: bools like the parameters of a network.
+        trainable: bools in the structure of a network's parameters.
 
     Returns:
-        A variable `norm` for each module of whose own parameters none is trained.
+        A variable `norm` for each module that has parameters of its own but trains none of them.
     """
     below = {name: frozen_norms(tree) for name, tree in trainable.items() if isinstance(tree, dict)}
     own = [leaf for leaf in trainable.values() if not isinstance(leaf, dict)]
@@ -74,19 +75,21 @@ def frozen_norms(trainable: Mapping[str, PyTree]) -> dict[str, PyTree]:
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with the semantics of PyTorch.
 
-    A batch is normalised by its biased variance, while the running variance that is kept for
-    evaluation is the unbiased one, n / (n - 1) times as large (`flax.linen.BatchNorm` keeps the
-    biased one). Parameters `scale` and `bias`, statistics `mean` and `var` in `batch_stats`,
-    all (C,) float32. The statistics change only in training, when that collection is mutable;
-    initialisation leaves them at 0 and 1.
+    A batch is normalised by its biased variance, but the running variance, which is kept for
+    evaluation, is the unbiased one, n / (n - 1) times as large (`flax.linen.BatchNorm` keeps the
+    biased one). The parameters are `scale` and `bias`, and the running statistics in `batch_stats`
+    are `mean` and `var`, all (C,) float32. The running statistics change only in training mode, and
+    only if `batch_stats` is mutable; initialisation leaves them at 0 and 1.
 
     Attributes:
-        train: normalise by the statistics of the batch; otherwise, and where the collection
-            `frozen` has a variable `norm` for the layer (`frozen_norms`), by the running ones.
-        axis_name: the mapped axis over which the devices share their batches: every device
-            normalises by the statistics of the global batch. None: each by its own.
+        train: whether to normalise by the statistics of the batch. The running statistics are used
+            otherwise, and also if the collection `frozen` has a variable `norm` for the layer (see
+            `frozen_norms`).
+        axis_name: mapped axis over which batch statistics are synchronised: every device normalises
+            by the statistics of the global batch. If None, each device uses its own.
         eps: added to the variance.
-        momentum: share of the running statistics that a step keeps (PyTorch's is one minus this).
+        momentum: fraction of the running statistics that a step keeps (PyTorch's momentum is one
+            minus this).
     """
 
     train: bool
@@ -99,13 +102,14 @@ class BatchNorm(nn.Module):
         """Normalise `x`.
 
         Args:
-            x: (B, ..., C), any float type; statistics are taken in float32 or better.
-            mask: (B,), float or bool; rows where it is 0 are padding: finite numbers of any size,
-                which are normalised too but count in no statistic. A device may hold padding
-                alone; without `axis_name` its statistics are then meaningless but finite.
+            x: (B, ..., C), any float type; statistics are computed in float32 or better.
+            mask: (B,), float or bool, 0 for padding rows. These must be finite; they are normalised
+                like the others, but do not contribute to the statistics. A device can hold nothing
+                but padding rows; without `axis_name`, its statistics are then meaningless but
+                finite.
 
         Returns:
-            An array with the shape and type of `x`.
+            An array of the shape and type of `x`.
         """
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -114,10 +118,11 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
 
         dtype = jnp.promote_types(x.dtype, jnp.float32)
-        row = (1,) * (x.ndim - 1) + (channels,)  # per-channel vectors against x, rank for rank
-        # The sums below are of x - running mean. Any constant would give the same statistics and
-        # gradients; one near the mean of the batch keeps E[d^2] - E[d]^2 from cancelling, which
-        # is what lets a single pass over x (and a single collective) do in float32.
+        row = (1,) * (x.ndim - 1) + (channels,)  # shape of per-channel vectors, at the rank of x
+        # The sums below are over d = x - running mean. Subtracting any constant would give the same
+        # statistics and gradients; one near the mean of the batch prevents cancellation in
+        # E[d^2] - E[d]^2, so that a single pass over x (and a single collective) is accurate enough
+        # in float32.
         d = x.astype(dtype) - lax.stop_gradient(running_mean.value).astype(dtype).reshape(row)
         var = running_var.value.astype(dtype)
         frozen = self.has_variable("frozen", "norm")
@@ -134,7 +139,7 @@ class BatchNorm(nn.Module):
     def _moments(
         self, d: jax.Array, mask: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Count (), mean (C,) and biased variance (C,) of the valid rows on all devices."""
+        """Count (), mean (C,) and biased variance (C,) of `d` over all devices' valid rows."""
         rows: jax.Array | int = d.shape[0]
         if mask is not None:
             valid = mask != 0
@@ -146,21 +151,21 @@ class BatchNorm(nn.Module):
         if self.axis_name is not None:
             sums = lax.psum(sums, self.axis_name)
         count, total, squares = sums
-        count = jnp.maximum(count, 1)  # a device by itself may hold padding alone
+        count = jnp.maximum(count, 1)  # without `axis_name`, all rows can be padding
         mean = total / count
-        # Rounding can take the difference below zero when a channel is constant. The gradient
-        # that the clip stops is d - mean, which is zero for such a channel.
+        # Rounding can make the difference negative if a channel is constant. Clipping it stops the
+        # gradient, but that gradient is proportional to d - mean, which is zero for such a channel.
         return count, mean, jnp.maximum(squares / count - jnp.square(mean), 0)
 
 
 class Linear(nn.Module):
-    """A linear layer whose parameters `kernel` and `bias` start as PyTorch's do.
+    """A linear layer whose parameters `kernel` and `bias` are initialised as in PyTorch.
 
     Attributes:
         features: width of the output.
         kernel_init: initialiser of the kernel.
-        bias_init: initialiser of the bias; None: PyTorch's, which follows the width of the input
-            (so that `flax.linen.Dense`, whose initialiser does not see it, cannot draw it).
+        bias_init: initialiser of the bias. None stands for PyTorch's, which depends on the width of
+            the input; `flax.linen.Dense` cannot use it, because it does not pass that width on.
     """
 
     features: int
@@ -169,7 +174,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, D) -> (B, features), of the wider type of `x` and the bias."""
+        """(B, D) -> (B, features), in the wider type of `x` and the bias."""
         fan_in = x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (fan_in, self.features), jnp.float32)
         bias_init = self.bias_init or torch_uniform(fan_in)
@@ -181,21 +186,21 @@ class Linear(nn.Module):
 class Conv(nn.Module):
     """A square convolution, or its transpose, with PyTorch's padding and initialisation.
 
-    The padding is explicit because "SAME" pads a strided convolution on the far side only, which
-    shifts the map against PyTorch's by one pixel. `flax.linen.Conv` would do but for the bias,
-    whose initialiser does not see the fan-in. Parameters: `kernel` (H, W, in / groups, features),
-    for a transpose (H, W, features, in), and `bias` (features,).
+    The padding is explicit because "SAME" pads a strided convolution only on the far side, which
+    shifts the map by one pixel compared with PyTorch's. `flax.linen.Conv` would be sufficient if
+    its bias initialiser had access to the fan-in. The parameters are `kernel` (H, W, in / groups,
+    features), or (H, W, features, in) for a transposed convolution, and `bias` (features,).
 
     Attributes:
         features: channels of the output.
-        kernel: pixels a side.
-        stride: of the output; of a transpose, by how much it enlarges.
-        padding: pixels on each side; None: kernel // 2.
-        groups: of channels that do not see each other.
+        kernel: side of the kernel in pixels.
+        stride: factor by which the map shrinks, or by which a transposed convolution enlarges it.
+        padding: pixels on each side; None stands for kernel // 2.
+        groups: number of groups of channels that are convolved separately.
         use_bias: whether there is a bias.
         kernel_init: initialiser of the kernel.
-        bias_init: initialiser of the bias; None: PyTorch's.
-        transpose: the transposed convolution, as `torch.nn.ConvTranspose2d`.
+        bias_init: initialiser of the bias; None stands for PyTorch's.
+        transpose: whether the convolution is transposed, as in `torch.nn.ConvTranspose2d`.
     """
 
     features: int
@@ -210,9 +215,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) -> (B, H', W', features), of the type of `x` and the kernel."""
-        # Of a transpose PyTorch takes the width of the output for the fan-in: its kernel is
-        # stored the other way round.
+        """(B, H, W, C) -> (B, H', W', features), in the wider type of `x` and the kernel."""
+        # For a transposed convolution, PyTorch computes the fan-in from the output channels, since
+        # its kernel stores input and output channels the other way round.
         width = self.features if self.transpose else x.shape[-1] // self.groups
         other = x.shape[-1] if self.transpose else self.features
         shape = (self.kernel, self.kernel, width, other)
@@ -242,25 +247,25 @@ class Conv(nn.Module):
         return y
 
 
-# A convolution without bias that starts He-normal, as most networks have them.
+# A convolution without bias and with He-normal initialisation, as most of the networks use it.
 conv = partial(Conv, kernel_init=he_normal_fan_out)
 
 
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0), shape and float type kept; gradient 0 at 0 as `flax.linen.relu`; NaN stays NaN.
+    """max(x, 0) in the shape and type of `x`; as in `flax.linen.relu`, the gradient at 0 is 0.
 
-    On a CPU as a selection: XLA computes an elementwise operation again for each of its readers
-    if it reads one array (a maximum with 0), but not if it reads two (the selection: a condition
-    and x). Here that saves the normalisation and activation inside the transposed copy that the
-    gradient of the next kernel reads.
+    NaN stays NaN. On a CPU this is a select operation, because there XLA recomputes an elementwise
+    operation for each of its consumers if it reads one array, as a maximum with 0 does, but not if
+    it reads two, as a select does (the condition and x). This avoids repeating the normalisation
+    and activation inside the transposed copy that the gradient of the next kernel reads.
     """
     return jnp.where(x <= 0, 0, x) if jax.default_backend() == "cpu" else nn.relu(x)
 
 
 def avg_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:
-    """Average pooling as `torch.nn.AvgPool2d`: the padding counts as zeros.
+    """Average pooling as in `torch.nn.AvgPool2d`, which counts the padding as zeros.
 
-    Sums are taken in float32 or better; the result has the type of `x`.
+    Sums are computed in float32 or better; the result has the type of `x`.
     """
     border = ((padding, padding),) * 2
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -268,12 +273,12 @@ def avg_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int 
 
 
 def max_pool(x: jax.Array, kernel: int, stride: int | None = None, padding: int = 0) -> jax.Array:
-    """Max pooling as `torch.nn.MaxPool2d`: the padding never wins."""
+    """Max pooling as in `torch.nn.MaxPool2d`, where the padding is never the maximum."""
     border = ((padding, padding),) * 2
     return nn.max_pool(x, (kernel, kernel), (stride or kernel,) * 2, border)
 
 
 def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
-    """Deal the channels of `groups` groups out in turn, as the ShuffleNets do: (..., C)."""
+    """Interleave the channels of `groups` groups, as the ShuffleNets do: (..., C) -> (..., C)."""
     split = x.reshape(*x.shape[:-1], groups, -1)
     return split.swapaxes(-1, -2).reshape(x.shape)

@@ -1,6 +1,7 @@
 """DenseNet-121 for small images (Huang et al. 2017, https://arxiv.org/abs/1608.06993).
 
-After the DenseNet-121 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints it reads.
+The network follows the DenseNet-121 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints
+can be imported.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, rel
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 1x1, BatchNorm, ReLU, 3x3; puts new channels before those of its input."""
+    """A 1x1 and a 3x3 convolution, each after BatchNorm and ReLU.
+
+    The new channels are concatenated in front of those of the input.
+    """
 
     growth: int
     norm: Callable[..., BatchNorm]
@@ -30,13 +34,13 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """DenseNet with bottlenecks and transitions that halve the channels and the map.
+    """DenseNet with bottlenecks, and with transitions that halve both the channels and the map.
 
     Attributes:
         classes: number of logits.
-        layers: layers of each dense block.
-        growth: channels that a layer adds.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        layers: number of layers in each dense block.
+        growth: number of channels that each layer adds.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
@@ -44,15 +48,16 @@ class DenseNet(nn.Module):
     growth: int = 32
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("bn", "linear")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem's convolution and the raw output of each dense block. The BatchNorm that
-        reads the latter, of a transition or the final one, gives its `preact`.
+        The taps are the output of the stem's convolution and the raw output of each dense block.
+        The `preact` of a dense block is the output of the BatchNorm that reads the block, which is
+        that of a transition or the final one.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(2 * self.growth, name="conv1")(x)

@@ -1,8 +1,9 @@
-"""A frozen copy of a network without its BatchNorm layers, for teachers that only answer.
+"""Folding the BatchNorm layers of a network into its convolutions, for teachers in inference mode.
 
-In inference a BatchNorm is an affine map of each channel. Where it reads a convolution, its factor
-goes into the kernel and its offset becomes a bias, which saves a pass over the map. Where it reads
-something else (the first layer of a pre-activation block), it stays as that affine map.
+In inference mode, a BatchNorm is an affine function of each channel. Where it reads the output of a
+convolution, its factor is multiplied into the kernel and its offset becomes a bias, which saves a
+pass over the map. Where it reads anything else (as the first layer of a pre-activation block does),
+it remains as that affine function.
 """
 
 from collections import Counter
@@ -24,16 +25,18 @@ _Path = tuple[str, ...]
 
 
 def fold(network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]) -> PyTree:
-    """Return what `apply_folded` needs in place of `variables`, computed in float32 or better.
+    """Return the variables that `apply_folded` takes instead of `variables`.
+
+    They are computed in float32 or better.
 
     Args:
-        network: any of `ipwd_jax.models`.
+        network: any network of `ipwd_jax.models`.
         variables: its parameters and running statistics.
-        image_shape: (H, W, channels), to trace the network once.
+        image_shape: (H, W, channels), with which the network is traced once.
 
     Returns:
-        `{"params": as before, with folded kernels, "affine": {path: {"gain", "shift"}}}`; gain is
-        missing where it is in a kernel.
+        `{"params": ..., "affine": {path: {"gain": ..., "shift": ...}}}`. The parameters are those
+        given, with the convolutions folded. `gain` is missing if it has been folded into a kernel.
     """
     fed_by = _convolutions_before_norms(network, variables, image_shape)
     params = traverse_util.flatten_dict(variables["params"])
@@ -55,11 +58,11 @@ def fold(network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]) ->
 
 
 def apply_folded(network: nn.Module, folded: PyTree, x: jax.Array) -> Outputs:
-    """Answer as `network.apply(variables, x)` does, up to rounding.
+    """Return the same as `network.apply(variables, x)`, up to rounding.
 
     Args:
-        network: as given to `fold`.
-        folded: of `fold`; may be cast to another float type.
+        network: the network that was given to `fold`.
+        folded: the result of `fold`, which can be cast to another float type.
         x: (B, H, W, channels).
     """
 
@@ -79,7 +82,10 @@ def apply_folded(network: nn.Module, folded: PyTree, x: jax.Array) -> Outputs:
 def _convolutions_before_norms(
     network: nn.Module, variables: PyTree, image_shape: tuple[int, ...]
 ) -> dict[_Path, _Path]:
-    """BatchNorm -> the convolution that it reads, where nothing else reads it, not even a tap."""
+    """Path of each BatchNorm that is the only reader of a convolution -> path of the convolution.
+
+    A tap counts as a reader, too.
+    """
     outputs: list[tuple[jax.Array, _Path]] = []  # arrays are compared by identity
     fed_by = {}
 
@@ -89,7 +95,7 @@ def _convolutions_before_norms(
             fed_by[path] = next((conv for array, conv in outputs if array is args[0]), None)
         result = call(*args, **kwargs)
         if _is_call(context, Conv):
-            result = checkpoint_name(result, "/".join(path))  # to find it in the jaxpr
+            result = checkpoint_name(result, "/".join(path))  # marks it in the jaxpr
             outputs.append((result, path))
         return result
 

@@ -1,4 +1,4 @@
-"""Classifiers beside a network's own: linear ones on its embedding, or a second network."""
+"""Extra heads beside a network's own classifier: linear ones on its embedding, or a network."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,19 @@ from jax import lax
 
 from ipwd_jax.models.base import Linear
 
-SOURCES = ("backbone", "detached", "network")  # what a head may compute from; see `Heads`
+SOURCES = ("backbone", "detached", "network")  # see `Heads`
 
 
 class Heads(nn.Module):
-    """Extra logits by name.
+    """The extra heads of a student, which return their logits by name.
 
     Attributes:
-        classes: width of each head.
-        sources: head name -> "backbone", a linear head whose gradient reaches the embedding,
-            "detached", one whose gradient does not, or "network", the logits of `network`.
-        network: trained beside the student, on the same images; only where a source asks for it.
+        classes: number of logits of each head.
+        sources: source of each head, by name: "backbone" for a linear head whose gradient reaches
+            the embedding, "detached" for a linear head whose gradient does not, or "network" for
+            the logits of `network`.
+        network: a network that is trained beside the student on the same images; needed only if a
+            head has the source "network".
     """
 
     classes: int
@@ -29,7 +31,7 @@ class Heads(nn.Module):
     def __call__(
         self, embedding: jax.Array, image: jax.Array, train: bool, mask: jax.Array | None = None
     ) -> dict[str, jax.Array]:
-        """Embedding (B, D) of images (B, H, W, channels) -> head name -> (B, classes) logits."""
+        """Embedding (B, D) and image (B, H, W, channels) -> logits (B, classes) by head name."""
         logits = {}
         for name, source in self.sources.items():
             if source == "network":

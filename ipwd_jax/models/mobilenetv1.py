@@ -1,8 +1,8 @@
 """MobileNetV1 (Howard et al. 2017, https://arxiv.org/abs/1704.04861).
 
-After `models/mobilenetv1.py` of https://github.com/bellymonster/Weighted-Soft-Label-Distillation,
-whose checkpoints it reads. Papers of this family print "MobileNet(V2)" for their ImageNet student;
-it is this network.
+The network follows `models/mobilenetv1.py` of
+https://github.com/bellymonster/Weighted-Soft-Label-Distillation, whose checkpoints can be imported.
+It is the ImageNet student that this family of papers calls "MobileNet(V2)".
 """
 
 from collections.abc import Callable
@@ -30,24 +30,25 @@ _TAPPED = (3, 5, 11, 13)
 
 
 class MobileNetV1(nn.Module):
-    """Thirteen pairs of a depthwise 3x3 and a 1x1 convolution after a strided stem.
+    """A strided stem, followed by thirteen units of a depthwise 3x3 and a 1x1 convolution.
 
     Attributes:
         classes: number of logits.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 32  # halved five times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 32  # five halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("fc",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem, and the last unit at each size of the map from a quarter of the image down.
+        The taps are the outputs of the stem and of the last unit at each size of the map, from a
+        quarter of the image's size down.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(32, stride=2, name="model.0.0")(x)

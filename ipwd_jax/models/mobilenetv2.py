@@ -1,7 +1,7 @@
 """MobileNetV2 for small images (Sandler et al. 2018, https://arxiv.org/abs/1801.04381).
 
-After `models/mobilenetv2.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they
-read.
+The networks follow `models/mobilenetv2.py` of https://github.com/HobbitLong/RepDistiller, whose
+checkpoints can be imported.
 """
 
 import re
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
-# Expansion, channels at width 1, repeats, stride of the first.
+# Expansion, channels at width 1, number of blocks, stride of the first block.
 _STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -28,9 +28,9 @@ _TAPPED = (1, 2, 4, 6)
 
 
 class InvertedResidual(nn.Module):
-    """Expand, convolve each channel by itself, project; the end is linear.
+    """An expanding 1x1, a depthwise 3x3 and a projecting 1x1 convolution; the output is linear.
 
-    As in the reference, the expanding convolution is there even where it expands by 1, and the
+    As in the reference, the expanding convolution is present even if it expands by 1, and the
     activations are plain ReLUs.
     """
 
@@ -56,22 +56,23 @@ class MobileNetV2(nn.Module):
 
     Attributes:
         classes: number of logits.
-        width: factor on the channels of the stages.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        width: factor by which the channels of the stages are multiplied.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
     width: float = 0.5
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 16  # halved four times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 16  # four halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("conv2.0", "conv2.1", "classifier.0")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the linear outputs of four stages, so `preact` equals `features`.
+        The taps are the output of the stem and the linear outputs of four stages, so that
+        `preact` equals `features`.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = conv(int(32 * self.width), stride=2, name="conv1.0")(x)
@@ -100,10 +101,10 @@ class MobileNetV2(nn.Module):
 
 
 def from_name(name: str) -> Callable[..., nn.Module] | None:
-    """Return the constructor that `MobileNetV2_<width>` names; None for a name of another form."""
+    """The constructor for a name `MobileNetV2_<width>`; None if the name has another form."""
     match = re.fullmatch(r"MobileNetV2_(\d+\.\d+)", name)
     return partial(MobileNetV2, width=float(match[1])) if match and float(match[1]) > 0 else None
 
 
-# The published tables have the half width; `from_name` knows all the others.
+# The published tables use half the width; `from_name` constructs all other widths.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"MobileNetV2": MobileNetV2}

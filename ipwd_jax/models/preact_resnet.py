@@ -1,6 +1,7 @@
 """Pre-activation ResNet-18 for small images (He et al. 2016, https://arxiv.org/abs/1603.05027).
 
-After the ResNet-18 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints it reads.
+The network follows the ResNet-18 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints can
+be imported.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,7 @@ from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
 class PreactBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut.
 
-    As in the reference, the shortcut starts from the activated input, also where it is the
-    identity.
+    As in the reference, the shortcut starts from the activated input even if it is the identity.
 
     Returns:
         The raw sum, and the output of the first BatchNorm (`x` normalised, before the ReLU).
@@ -43,28 +43,29 @@ class PreactBlock(nn.Module):
 class PreactResNet(nn.Module):
     """Pre-activation ResNet of four stages.
 
-    As in the reference, the stem ends with BatchNorm and ReLU, and no BatchNorm or ReLU lies
+    As in the reference, the stem ends with BatchNorm and ReLU, and there is no BatchNorm or ReLU
     between the last sum and the pooling.
 
     Attributes:
         classes: number of logits.
-        blocks: blocks of each stage.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        blocks: number of blocks in each stage.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
     blocks: tuple[int, int, int, int] = (2, 2, 2, 2)
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("linear",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the raw sums of the four stages. The BatchNorm that reads such a sum,
-        the next stage's first, gives its `preact`; the last sum is its own.
+        The taps are the output of the stem and the raw sums of the four stages. The `preact` of a
+        stage is the output of the BatchNorm that reads its sum, which is the first one of the next
+        stage; the last stage's `preact` is the sum itself.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(64, name="conv1")(x)

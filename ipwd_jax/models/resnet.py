@@ -1,6 +1,7 @@
 """ResNets for small images (He et al. 2016, https://arxiv.org/abs/1512.03385, section 4.2).
 
-After `models/resnet.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they read.
+The networks follow `models/resnet.py` of https://github.com/HobbitLong/RepDistiller, whose
+checkpoints can be imported.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; returns the sum, without the ReLU that follows it."""
+    """Two 3x3 convolutions and a shortcut; returns the sum before the final ReLU."""
 
     width: int
     stride: int
@@ -33,13 +34,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet of depth 6 * blocks + 2: a stem and three stages, of which two halve the map.
+    """ResNet of depth 6 * blocks + 2: a stem and three stages, two of which halve the map.
 
     Attributes:
-        blocks: blocks per stage.
+        blocks: number of blocks in each stage.
         classes: number of logits.
         widths: channels of the stem and of the three stages.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     blocks: int
@@ -47,14 +48,14 @@ class ResNet(nn.Module):
     widths: tuple[int, int, int, int] = (16, 16, 32, 64)
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 4  # two halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("fc",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the three stages.
+        The taps are the outputs of the stem and of the three stages.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         stem, *stages = self.widths
@@ -74,12 +75,12 @@ class ResNet(nn.Module):
         return Outputs(fc(embedding), embedding, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
-        """Paths of the BatchNorm layers whose outputs enter each `preact` after the stem."""
+        """Paths of the residual branches' last BatchNorm, one per `preact` after the stem."""
         return [(f"layer{stage}.{self.blocks - 1}", "bn2") for stage in (1, 2, 3)]
 
 
-# The stem of the x4 networks is 32 wide, not 64. Every published x4 checkpoint and parameter count
-# has it so.
+# The stem of the x4 networks has 32 channels, not 64, as in every published x4 checkpoint and
+# parameter count.
 _X4 = (32, 64, 128, 256)
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

@@ -1,7 +1,8 @@
 """ResNets of four stages (He et al. 2016, https://arxiv.org/abs/1512.03385, table 1).
 
-For small images after `models/resnetv2.py` of https://github.com/HobbitLong/RepDistiller, for large
-ones after torchvision, whose checkpoints they read.
+The networks for small images follow `models/resnetv2.py` of
+https://github.com/HobbitLong/RepDistiller, and those for large images follow torchvision. The
+checkpoints of both can be imported.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from ipwd_jax.models.base import (
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; returns the sum, without the ReLU that follows it."""
+    """Two 3x3 convolutions and a shortcut; returns the sum before the final ReLU."""
 
     width: int
     stride: int
@@ -46,9 +47,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; returns the sum, without the ReLU after it.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; returns the sum before the final ReLU.
 
-    The stride is that of the 3x3 convolution. The block is four times as wide as `width`.
+    The stride is that of the 3x3 convolution. The output has four times `width` channels.
     """
 
     width: int
@@ -73,14 +74,14 @@ class Bottleneck(nn.Module):
 
 
 class LargeResNet(nn.Module):
-    """ResNet of four stages, for small images: a 3x3 stem that keeps their size.
+    """ResNet of four stages for small images, with a 3x3 stem that keeps their size.
 
     Attributes:
         block: `BasicBlock` or `Bottleneck`.
-        blocks: blocks of each stage.
+        blocks: number of blocks in each stage.
         classes: number of logits.
         kernel_init: initialiser of the convolutions.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     block: Callable[..., nn.Module]
@@ -89,15 +90,15 @@ class LargeResNet(nn.Module):
     kernel_init: Initializer = he_normal_fan_out
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("linear",)
     shortcut: ClassVar[str] = "shortcut"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the four stages.
+        The taps are the outputs of the stem and of the four stages.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         conv = partial(Conv, kernel_init=self.kernel_init)
@@ -120,23 +121,23 @@ class LargeResNet(nn.Module):
         return Outputs(classifier(embedding), embedding, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
-        """Paths of the BatchNorm layers whose outputs enter each `preact` after the stem."""
+        """Paths of the residual branches' last BatchNorm, one per `preact` after the stem."""
         last = "bn3" if self.block is Bottleneck else "bn2"
         return [(f"layer{stage}.{n - 1}", last) for stage, n in enumerate(self.blocks, start=1)]
 
     def stem(self, x: jax.Array, conv: Callable[..., Conv]) -> jax.Array:
-        """The first convolution."""
+        """Apply the first convolution."""
         return conv(64, name="conv1")(x)
 
     def after_stem(self, x: jax.Array) -> jax.Array:
-        """What lies between the tap of the stem and the first stage."""
+        """Apply what lies between the tap of the stem and the first stage."""
         return x
 
 
 class ImageNetResNet(LargeResNet):
-    """The same for large images: a 7x7 stem and a pooling that each halve the map."""
+    """ResNet of four stages for large images, with a 7x7 stem and a pooling that halve the map."""
 
-    smallest_image: ClassVar[int] = 32  # halved five times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 32  # five halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("fc",)
     shortcut: ClassVar[str] = "downsample"
 
@@ -157,7 +158,7 @@ _DEPTHS = {
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"ResNet{d}": partial(LargeResNet, block=b, blocks=n) for d, (b, n) in _DEPTHS.items()},
-    # Of these PS-KD trains this one, from PyTorch's default initialisation.
+    # PS-KD trains this one with PyTorch's default initialisation.
     "ResNet101": partial(
         LargeResNet, block=Bottleneck, blocks=(3, 4, 23, 3), kernel_init=torch_uniform_kernel
     ),

@@ -1,6 +1,7 @@
 """ResNeXt-29 for small images (Xie et al. 2017, https://arxiv.org/abs/1611.05431).
 
-After the ResNeXt-29 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints it reads.
+The network follows the ResNeXt-29 of https://github.com/lgcnsai/PS-KD-Pytorch, whose checkpoints
+can be imported.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
 class GroupedBottleneck(nn.Module):
-    """1x1, grouped 3x3 and 1x1 convolutions and a shortcut; returns the sum without its ReLU."""
+    """1x1, grouped 3x3 and 1x1 convolutions, a shortcut; returns the sum before the final ReLU."""
 
     width: int
     inside: int
@@ -42,10 +43,10 @@ class ResNeXt(nn.Module):
 
     Attributes:
         classes: number of logits.
-        groups: of the 3x3 convolutions.
-        group_width: channels of a group in the first stage.
-        blocks: blocks of each stage.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        groups: number of groups of the 3x3 convolutions.
+        group_width: channels per group in the first stage.
+        blocks: number of blocks in each stage.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
@@ -54,14 +55,14 @@ class ResNeXt(nn.Module):
     blocks: int = 3
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 4  # two halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the three stages.
+        The taps are the outputs of the stem and of the three stages.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = conv(64, name="conv_1_3x3")(x)

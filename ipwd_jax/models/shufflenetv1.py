@@ -1,7 +1,7 @@
 """ShuffleNetV1 for small images (Zhang et al. 2018, https://arxiv.org/abs/1707.01083).
 
-After `models/ShuffleNetv1.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints it
-reads.
+The network follows `models/ShuffleNetv1.py` of https://github.com/HobbitLong/RepDistiller, whose
+checkpoints can be imported.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, cha
 class Unit(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; returns the sum or the concatenation.
 
-    As in the reference and unlike the paper, a ReLU follows the depthwise convolution; the first
-    1x1 convolution of the network, which sees the 24 channels of the stem, is not grouped. The
-    ReLU that follows the unit is left to the caller. A strided unit concatenates its input,
-    averaged with the zeros of the border, and so has fewer channels of its own.
+    As in the reference and unlike in the paper, a ReLU follows the depthwise convolution. The unit
+    that reads the 24 channels of the stem does not group its first 1x1 convolution. The caller
+    applies the ReLU that follows the unit. A strided unit concatenates its convolutions' output and
+    its input, average-pooled with zero padding, so its convolutions produce fewer channels.
     """
 
     width: int
@@ -49,20 +49,20 @@ class ShuffleNetV1(nn.Module):
 
     Attributes:
         classes: number of logits.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     classes: int
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("linear",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the three stages.
+        The taps are the outputs of the stem and of the three stages.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = Conv(24, kernel=1, name="conv1")(x)

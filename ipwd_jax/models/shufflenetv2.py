@@ -1,7 +1,7 @@
 """ShuffleNetV2 for small images (Ma et al. 2018, https://arxiv.org/abs/1807.11164).
 
-After `models/ShuffleNetv2.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they
-read.
+The networks follow `models/ShuffleNetv2.py` of https://github.com/HobbitLong/RepDistiller, whose
+checkpoints can be imported.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, channel_shuff
 
 
 class DownUnit(nn.Module):
-    """Two branches, both of which halve the map; their channels are shuffled."""
+    """Two branches that both halve the map, and whose channels are then shuffled."""
 
     width: int
     norm: Callable[..., BatchNorm]
@@ -38,11 +38,11 @@ class DownUnit(nn.Module):
 
 
 class BasicUnit(nn.Module):
-    """Half of the channels pass untouched, the other half through three convolutions.
+    """Passes half of the channels through unchanged, the other half through three convolutions.
 
     Returns:
-        The shuffled output, and the same before the last ReLU and, as in the reference, before
-        the shuffle.
+        The shuffled output, and the output before the last ReLU, which, as in the reference, is
+        also before the shuffle.
     """
 
     norm: Callable[..., BatchNorm]
@@ -68,8 +68,8 @@ class ShuffleNetV2(nn.Module):
     Attributes:
         widths: channels of the three stages and of the last convolution.
         classes: number of logits.
-        units: units of each stage beside the one that halves the map.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        units: number of units in each stage, in addition to the one that halves the map.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     widths: tuple[int, int, int, int]
@@ -77,14 +77,14 @@ class ShuffleNetV2(nn.Module):
     units: tuple[int, int, int] = (3, 7, 3)
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("conv2", "bn2", "linear")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem and the three stages.
+        The taps are the outputs of the stem and of the three stages.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         *stages, last = self.widths
@@ -111,6 +111,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ShuffleV2_0.3": partial(ShuffleNetV2, widths=(40, 80, 160, 512)),
     "ShuffleV2_0.5": partial(ShuffleNetV2, widths=(48, 96, 192, 1024)),
     "ShuffleV2_1.5": partial(ShuffleNetV2, widths=(176, 352, 704, 1024)),
-    # The second stage has 488 channels, in the paper and in the reference.
+    # The second stage has 488 channels, both in the paper and in the reference.
     "ShuffleV2_2": partial(ShuffleNetV2, widths=(224, 488, 976, 2048)),
 }

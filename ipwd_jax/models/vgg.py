@@ -1,6 +1,7 @@
 """VGG with BatchNorm for small images (Simonyan & Zisserman 2015, https://arxiv.org/abs/1409.1556).
 
-After `models/vgg.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they read.
+The networks follow `models/vgg.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints
+can be imported.
 """
 
 from collections.abc import Callable
@@ -16,27 +17,29 @@ from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, max_pool, rel
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions, each with a bias, BatchNorm and ReLU.
 
-    As in the reference, the map is halved after the first three blocks, and after the fourth only
-    for images of 64 pixels and more: at 32x32 the last two blocks both see 4x4 maps.
+    As in the reference, the map is halved after each of the first three blocks, and after the
+    fourth block only if images have at least 64 pixels per side. With 32x32 images, the last two
+    blocks both see 4x4 maps.
 
     Attributes:
         widths: channels of the convolutions of each block.
         classes: number of logits.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     widths: tuple[tuple[int, ...], ...]
     classes: int
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 8  # halved three times, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the blocks, of which the first has no other `preact` than itself.
+        The taps are the outputs of the blocks. The `preact` of the first block is its output after
+        the ReLU.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         halvings = 4 if x.shape[1] >= 64 else 3
@@ -46,7 +49,7 @@ class VGG(nn.Module):
             if 0 < block <= halvings:
                 x = max_pool(x, 2)
             for i, width in enumerate(widths):
-                name = f"block{block}.{{}}"  # conv, BatchNorm and ReLU count in the reference
+                name = f"block{block}.{{}}"  # the reference counts conv, BatchNorm and ReLU
                 layer = conv(
                     width, use_bias=True, bias_init=nn.initializers.zeros, name=name.format(3 * i)
                 )
@@ -62,7 +65,7 @@ class VGG(nn.Module):
         return Outputs(classifier(embedding), embedding, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
-        """Paths of the BatchNorm layers whose outputs are each `preact` after the stem."""
+        """Paths of the BatchNorm layers whose outputs are the `preact` after the first block."""
         return [(f"block{i}.{3 * len(w) - 2}",) for i, w in enumerate(self.widths) if i]
 
 

@@ -1,6 +1,7 @@
 """Wide residual networks (Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146).
 
-After `models/wrn.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints they read.
+The networks follow `models/wrn.py` of https://github.com/HobbitLong/RepDistiller, whose checkpoints
+can be imported.
 """
 
 import re
@@ -18,8 +19,8 @@ from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 class PreactBlock(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut.
 
-    As in the reference, and unlike a ResNet's block: the projection acts on the activated input,
-    not on `x`, and the widths alone decide whether there is one, not the stride.
+    As in the reference, and unlike in a ResNet's block, the projection of the shortcut reads the
+    activated input instead of `x`, and only a change of width, not the stride, makes one necessary.
 
     Returns:
         The raw sum, and the output of the first BatchNorm (`x` normalised, before the ReLU).
@@ -45,10 +46,10 @@ class WideResNet(nn.Module):
     """WRN of depth 6 * blocks + 4, without dropout.
 
     Attributes:
-        blocks: blocks per group.
-        width: factor on the channels 16, 32, 64 of the three groups (the stem keeps 16).
+        blocks: number of blocks in each group.
+        width: factor on the channels 16, 32 and 64 of the three groups (the stem keeps 16).
         classes: number of logits.
-        axis_name: mapped axis whose devices share batch statistics; see `BatchNorm`.
+        axis_name: mapped axis over which batch statistics are synchronised; see `BatchNorm`.
     """
 
     blocks: int
@@ -56,17 +57,17 @@ class WideResNet(nn.Module):
     classes: int
     axis_name: str | None = None
 
-    smallest_image: ClassVar[int] = 4  # halved twice, it leaves a deepest map of one pixel
+    smallest_image: ClassVar[int] = 4  # two halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("bn1", "fc")
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:
-        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for rows of padding.
+        """Classify images `x` (B, H, W, channels); `mask` (B,) is 0 for padding rows.
 
-        Taps: the stem's convolution and the raw sum that leaves each group. The BatchNorm that
-        reads such a sum, the next group's first or the final one, gives its `preact`. The
-        reference evaluates that layer again for the tap, and so updates its running statistics
-        twice in a step; here they are updated once.
+        The taps are the output of the stem's convolution and the raw sum of each group. The
+        `preact` of a group is the output of the BatchNorm that reads its sum, which is the first
+        one of the next group or the final one. The reference evaluates that layer a second time for
+        the tap, and so updates its running statistics twice per step; here they are updated once.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
         x = conv(16, name="conv1")(x)
@@ -89,15 +90,15 @@ class WideResNet(nn.Module):
         return Outputs(fc(embedding), embedding, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
-        """Paths of the BatchNorm layers whose outputs are each `preact` after the stem."""
+        """Paths of the BatchNorm layers whose outputs are the `preact` after the stem."""
         return [("block2.layer.0", "bn1"), ("block3.layer.0", "bn1"), ("bn1",)]
 
 
 def from_name(name: str) -> Callable[..., nn.Module] | None:
-    """Return the constructor that `wrn_<depth>_<width>` names; None for a name of another form.
+    """The constructor for a name `wrn_<depth>_<width>`; None if the name has another form.
 
     Raises:
-        UserError: no such network exists: wrong depth, or width 0.
+        UserError: there is no such network, because the depth is not possible or the width is 0.
     """
     match = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
     if match is None:
@@ -113,7 +114,7 @@ def from_name(name: str) -> Callable[..., nn.Module] | None:
     return partial(WideResNet, blocks=blocks, width=width)
 
 
-# Those of the published tables, for lists and hints; `from_name` knows all the others.
+# The networks of the published tables, for lists and hints; `from_name` constructs all others.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     f"wrn_{6 * n + 4}_{width}": partial(WideResNet, blocks=n, width=width)
     for n in (2, 6)

@@ -7,9 +7,9 @@ is the command for both.
 
 The parts, each of which uses only those above it:
 
-- `records`: what the names in a pickle stand for: inert records and a few functions.
+- `records`: the inert records and the few functions that the names in a pickle stand for.
 - `pickles`: carries out the instructions of a pickle one by one. Nothing that a file names is ever
-  imported or called, and a small file cannot take much memory.
+  imported or called, and a small file cannot use much memory.
 - `files`: the file formats around the pickle or the tensors, for reading and for writing.
 - `names`: the names and layouts of tensors, from PyTorch's to Flax's and back, bit for bit. Modules
   carry the names of the reference implementations, so one rule serves every network.
@@ -17,8 +17,8 @@ The parts, each of which uses only those above it:
 - `state_dicts`: finds the network's tensors among everything else that training scripts save.
 - `convert`: `import_file` and `export_file`, the two functions that a program needs.
 
-Compared with PyTorch itself, all networks of this package return the same outputs and gradients in
-float64, and a state dict that was imported and exported again is bitwise the one before.
+In float64, all networks of this package return the same outputs and gradients as in PyTorch. A
+state dict that is imported and exported again is bitwise the same.
 """
 
 from ipwd_jax.pytorch.convert import export_file, import_file

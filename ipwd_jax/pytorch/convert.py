@@ -1,4 +1,4 @@
-"""Import PyTorch checkpoints into work directories, and export them."""
+"""Import PyTorch checkpoints as work directories, and export the networks of runs to PyTorch."""
 
 import hashlib
 import json
@@ -24,21 +24,22 @@ from ipwd_jax.typing import PyTree
 def import_file(
     path: pathlib.Path, workdir: pathlib.Path | None = None, network: str = "", key: str = ""
 ) -> dict[str, Any]:
-    """Make a work directory of a finished teacher from a PyTorch checkpoint.
+    """Make the work directory of a finished teacher from a PyTorch checkpoint.
 
     Args:
-        path: written by `torch.save`, or a `.safetensors` file.
-        workdir: made here, whole or not at all; None: `runs/` and the file's name.
-        network: one of `models.NETWORKS`; empty: inferred from tensor names and shapes.
-        key: entry of the file that has the tensors; empty: one of the usual ones.
+        path: a file that `torch.save` wrote, or a `.safetensors` file.
+        workdir: the work directory, which is created whole or not at all; None means `runs/`
+            followed by the name of the file without its suffix.
+        network: one of `models.NETWORKS`; if empty, it is inferred from tensor names and shapes.
+        key: the entry of the file that holds the tensors; empty means one of the usual entries.
 
     Returns:
-        What `result.json` holds.
+        The content of `result.json`.
 
     Raises:
         UserError: the file cannot be read, matches no known network or several, or has weights
-            that are NaN, infinite or near to it; or the work directory exists. Nothing is written
-            then.
+            that are NaN or infinite or whose squares overflow; or the work directory exists.
+            Nothing is written in these cases.
     """
     workdir = workdir or pathlib.Path("runs") / path.stem
     if workdir.exists():
@@ -49,7 +50,7 @@ def import_file(
     tensors = renamed(tensors, torch_shapes(template))
     if (claimed := sum(x.nbytes for x in tensors.values())) > path.stat().st_size:
         raise UserError(
-            f"the tensors of {path} share their numbers: they would take {claimed:,} bytes, the "
+            f"the tensors of {path} share memory: they would take {claimed:,} bytes apart, but the "
             f"file has {path.stat().st_size:,}. In PyTorch, save a tensor.clone() of each."
         )
     variables = _float32(from_torch(tensors, template))
@@ -74,7 +75,7 @@ def import_file(
 
 
 def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict) -> None:
-    """Writes a work directory under another name first, so that it appears whole."""
+    """Write a work directory under a temporary name and rename it, so that it appears whole."""
     unfinished = workdir.with_name(f".{workdir.name}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,9 +94,12 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
     """Write the network of a run as a state dict that PyTorch loads strictly.
 
     Args:
-        workdir: of the run, or of an imported network.
-        path: ends in .pth, .pt or .safetensors and must not exist.
-        which: "last" or "best".
+        workdir: the work directory of the run or of an imported network.
+        path: the file to write; it must end in .pth, .pt or .safetensors and must not exist.
+        which: the epoch to export, "last" or "best".
+
+    Returns:
+        The name, the classes and the image channels of the network.
 
     Raises:
         UserError: the run has no readable checkpoint, or `path` cannot be written.
@@ -116,13 +120,15 @@ def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
         name = json.loads(path.read_text())["config"]["model"]["name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({detail}); is {workdir} a run?") from error
+        raise UserError(
+            f"{path} cannot be read ({detail}); check that {workdir} is the work directory of a run"
+        ) from error
     try:
         models.create(name, classes=1)
     except UserError as error:
         raise UserError(
-            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if a config file "
-            "of yours adds it, name that file with --config=FILE"
+            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
+            "config files adds it, name that file with --config=FILE"
         ) from error
     saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
     shapes = torch_shapes({name: saved[name] for name in ("params", "batch_stats")})
@@ -133,17 +139,17 @@ def _float32(variables: PyTree) -> PyTree:
     types = {x.dtype for x in jax.tree.leaves(variables)} - {np.dtype(np.float32)}
     for dtype in types:
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise UserError(f"the file has weights of type {dtype}; save them as float32")
+            raise UserError(f"the file has weights of type {dtype}; save them in float32")
         print(f"converted from {dtype} to float32", flush=True)
-    with np.errstate(over="ignore"):  # found by `_check_finite`
+    with np.errstate(over="ignore"):  # `_check_finite` finds what overflows
         return jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
 
 
 def _check_finite(path: pathlib.Path, variables: PyTree) -> None:
-    """Raises `UserError` with the names of tensors that are NaN, infinite or near to it."""
+    """Raise `UserError` with the names of tensors that are not finite or whose squares are not."""
     if names := not_finite(to_torch(variables)):
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         raise UserError(
-            f"{path} has weights that are not finite in float32, or near to it, in "
+            f"{path} has weights that are NaN or infinite in float32, or whose squares are, in "
             f"{', '.join(names[:20])}{more}. Use a checkpoint from before the training diverged."
         )

@@ -1,6 +1,7 @@
 """Read and write the files of `torch.save` and of safetensors as NumPy arrays, without PyTorch.
 
-In pickles, `ipwd_jax.pytorch.pickles` reads plain data and refuses everything else unexecuted.
+The pickles in them are read by `ipwd_jax.pytorch.pickles`, which accepts plain data only and
+executes nothing.
 """
 
 import io
@@ -21,7 +22,7 @@ from ipwd_jax.pytorch.pickles import Unpickler, plain
 from ipwd_jax.pytorch.records import STORAGES
 
 SAFETENSORS = ".safetensors"
-_MAGIC = 0x1950A86A20F9469CFC6C  # first object of a legacy file
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in a legacy file
 _SAFETENSORS_TYPES = {
     "F64": STORAGES["DoubleStorage"],
     "F32": STORAGES["FloatStorage"],
@@ -37,15 +38,15 @@ _SAFETENSORS_TYPES = {
 
 
 def load(path: pathlib.Path) -> Any:
-    """Read what `torch.save` wrote (either of its formats), or a `.safetensors` file.
+    """Read a file that `torch.save` wrote in either of its formats, or a `.safetensors` file.
 
     Returns:
-        The saved object, of dicts, lists, tuples, sets, strings and numbers; tensors and NumPy
-        arrays are `np.ndarray`, bfloat16 as `ml_dtypes.bfloat16`.
+        The saved object, which consists of dicts, lists, tuples, sets, strings and numbers. Tensors
+        and NumPy arrays are returned as `np.ndarray`, and bfloat16 as `ml_dtypes.bfloat16`.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind, or needs something that is not
-            plain data; nothing of it was executed.
+        UserError: the file is missing, damaged or of a different format, or needs something that is
+            not plain data. Nothing in it was executed.
     """
     try:
         with path.open("rb") as file:
@@ -58,30 +59,32 @@ def load(path: pathlib.Path) -> Any:
             if start.startswith(b"PK"):
                 return _load_zip(file)
             if start[0] != 0x80:  # how every pickle of protocol 2 starts
-                raise UserError(f"{path} is no file of torch.save: it starts with {start!r}")
+                raise UserError(f"{path} was not written by torch.save: it starts with {start!r}")
             return _load_legacy(file)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # what damaged bytes can raise is not listed anywhere
+    except Exception as error:  # no list exists of what damaged bytes can raise
         detail = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            f"{path} cannot be read ({detail}); it is incomplete or no file of "
+            f"{path} cannot be read ({detail}); it is incomplete or was not written by "
             f"{'safetensors' if path.suffix == SAFETENSORS else 'torch.save'}. Copy it again."
         ) from error
 
 
 def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a state dict that `torch.load(path, weights_only=True)` reads, or a `.safetensors`.
+    """Write tensors to a state dict that `torch.load(path, weights_only=True)` reads.
+
+    If `path` ends in .safetensors, a file of that format is written instead.
 
     Args:
-        path: must not exist; it appears whole or not at all.
-        tensors: by name.
+        path: the file to write, which must not exist; it appears whole or not at all.
+        tensors: the tensors by name.
 
     Raises:
-        UserError: `path` exists, cannot be written or has another suffix than .pth, .pt and
-            .safetensors; or a tensor has a type that PyTorch lacks.
+        UserError: `path` exists, cannot be written or does not end in .pth, .pt or .safetensors; or
+            PyTorch lacks the type of a tensor.
     """
     if path.suffix not in (".pth", ".pt", SAFETENSORS):
         raise UserError(f"the file to write must end in .pth, .pt or {SAFETENSORS}, found {path}")
@@ -101,7 +104,9 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError:
-        raise UserError(f"{SAFETENSORS} files need a package: pip install safetensors") from None
+        raise UserError(
+            f"{SAFETENSORS} files need a package that is not installed: pip install safetensors"
+        ) from None
     return safetensors
 
 
@@ -109,11 +114,11 @@ def _safetensors() -> ModuleType:
 
 
 def _load_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    # Not `safetensors.numpy.load`, which fails at bfloat16.
+    # `safetensors.numpy.load` is of no use, because it fails for bfloat16.
     tensors = {}
     for name, tensor in _safetensors().deserialize(file.read()):
         if tensor["dtype"] not in _SAFETENSORS_TYPES:
-            raise UserError(f"the tensor {name} has the type {tensor['dtype']}; save it as float32")
+            raise UserError(f"the tensor {name} has the type {tensor['dtype']}; save it in float32")
         flat = np.frombuffer(tensor["data"], _SAFETENSORS_TYPES[tensor["dtype"]])
         tensors[name] = flat.reshape(tensor["shape"])
     return tensors
@@ -125,17 +130,17 @@ def _load_zip(file: BinaryIO) -> Any:
         names = archive.namelist()
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UserError("it is a zip archive, but not one of torch.save")
+            raise UserError("it is a zip archive, but not one that torch.save wrote")
         folder = pickles[0].removesuffix("data.pkl")
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError("it is compressed, which torch.save never does; unpack it first")
         sizes = [max(entry.file_size, entry.compress_size) for entry in entries]
         if sum(sizes) > size:
-            raise ValueError(f"parts of {sum(sizes)} bytes in a file of {size}")
+            raise ValueError(f"its parts claim {sum(sizes)} bytes, but the file has {size}")
         order = f"{folder}byteorder"
         if order in names and archive.read(order) != b"little":
-            raise UserError("it is of a big-endian machine; save it again on another")
+            raise UserError("it was saved on a big-endian machine; save it on a little-endian one")
         reader = Unpickler(io.BytesIO(archive.read(pickles[0])))
         tree = reader.load()
         for key, storage in reader.storages.items():
@@ -146,20 +151,20 @@ def _load_zip(file: BinaryIO) -> Any:
 def _load_legacy(file: BinaryIO) -> Any:
     file = io.BytesIO(file.read())
     if Unpickler(file).load() != _MAGIC:
-        raise UserError("it is a pickle, but not one of torch.save")
+        raise UserError("it is a pickle, but not one that torch.save wrote")
     Unpickler(file).load()  # the version of the format, which never changed
     if not Unpickler(file).load()["little_endian"]:
-        raise UserError("it is of a big-endian machine; save it again on another")
+        raise UserError("it was saved on a big-endian machine; save it on a little-endian one")
     reader = Unpickler(file)
     tree = reader.load()
     keys = Unpickler(file).load()
     if not all(isinstance(key, str) for key in keys):
-        raise ValueError("storages without names")
+        raise ValueError("its storages have no names")
     for key in keys:
         (numel,) = struct.unpack("<q", file.read(8))
         storage = reader.storages[key]
         if numel != storage.numel:
-            raise ValueError(f"a storage has {numel} numbers instead of {storage.numel}")
+            raise ValueError(f"a storage has {numel} elements instead of {storage.numel}")
         storage.fill(file.read(storage.nbytes))
     return plain(tree)
 
@@ -168,7 +173,10 @@ def _load_legacy(file: BinaryIO) -> Any:
 
 
 def _zip(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The zip format of `torch.save`, with fixed dates: equal tensors give equal files."""
+    """Encode tensors in the zip format of `torch.save`.
+
+    Dates are fixed, so that equal tensors give equal files.
+    """
     entries = {"data.pkl": _pickle(tensors), "byteorder": b"little", "version": b"3\n"}
     entries |= {f"data/{i}": x.tobytes() for i, x in enumerate(tensors.values())}
     file = io.BytesIO()
@@ -179,7 +187,7 @@ def _zip(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The opcodes that rebuild an ordered dictionary of tensors, each with a storage of its own."""
+    """Return the opcodes that rebuild an ordered dictionary of tensors with one storage each."""
     empty = b"ccollections\nOrderedDict\n)R"
     items = b"".join(_plain_pickle(k) + _tensor(i, x) for i, (k, x) in enumerate(tensors.items()))
     return b"\x80\x02" + empty + b"(" + items + b"u."
@@ -204,5 +212,5 @@ def _tensor(number: int, x: np.ndarray) -> bytes:
 
 
 def _plain_pickle(value: Any) -> bytes:
-    """The opcodes of a string, a number or a tuple, without the frame around them."""
+    """Return the opcodes of a string, a number or a tuple, without the frame around them."""
     return pickle.dumps(value, protocol=2)[2:-1]

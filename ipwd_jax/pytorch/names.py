@@ -1,8 +1,9 @@
 """Convert weights between the public PyTorch implementations and Flax variables.
 
-Modules carry the names of the reference, dots included, so one rule serves every network:
-`params/layer1.0/conv1/kernel` is `layer1.0.conv1.weight`, `batch_stats/bn1/var` is
-`bn1.running_var`. No PyTorch is needed: a state dict is a mapping from names to NumPy arrays.
+Modules carry the names of the reference implementations, dots included, so one rule serves every
+network: `params/layer1.0/conv1/kernel` corresponds to `layer1.0.conv1.weight`, and
+`batch_stats/bn1/var` to `bn1.running_var`. PyTorch is not needed, because a state dict is a mapping
+from names to NumPy arrays.
 """
 
 from collections.abc import Mapping
@@ -20,21 +21,23 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# By rank: vectors, linear kernels (in, out) <-> (out, in), convolutions HWIO <-> OIHW.
+# Axes by rank: vectors stay as they are, linear kernels (in, out) become (out, in), and convolution
+# kernels HWIO become OIHW; and back.
 _TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 _FROM_TORCH = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyTree]) -> dict:
-    """Return `variables` with every array taken from `state_dict`, bit for bit, type kept.
+    """Return a tree like `variables` whose arrays are those of `state_dict`, bit for bit.
 
     Args:
         state_dict: PyTorch's tensors by name. The counters `num_batches_tracked` are ignored.
-        variables: {'params': ..., 'batch_stats': ...} of the network; only the names and shapes
-            are read, so the tree of `jax.eval_shape` will do.
+        variables: {'params': ..., 'batch_stats': ...} of the network. Only names and shapes are
+            read, so a tree from `jax.eval_shape` is sufficient.
 
     Raises:
-        UserError: tensors are missing, left over or misshapen; nothing is imported in part.
+        UserError: tensors are missing, left over or of a different shape. Nothing is imported in
+            part.
     """
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
     wanted = traverse_util.flatten_dict(variables)
@@ -44,13 +47,15 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyT
 
 
 def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
-    """Raise `UserError`, with a table of the differences, unless the named shapes are the same."""
+    """Raise `UserError` with a table of the differences unless all names and shapes are equal."""
     if found != wanted:
-        raise UserError(f"these weights are not of this network: {_differences(found, wanted)}")
+        raise UserError(
+            f"these weights do not belong to this network: {_differences(found, wanted)}"
+        )
 
 
 def torch_shapes(variables: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of `variables` (arrays, or of `jax.eval_shape`) as PyTorch has them."""
+    """Return the shapes of `variables` (arrays, or the result of `jax.eval_shape`) in PyTorch."""
     leaves = traverse_util.flatten_dict(variables)
     return {
         _torch_name(path): tuple(leaf.shape[axis] for axis in _TO_TORCH[len(leaf.shape)])
@@ -70,12 +75,12 @@ def _torch_name(path: tuple[str, ...]) -> str:
 
 
 def _transpose(x: np.ndarray, axes_by_rank: dict[int, tuple[int, ...]]) -> np.ndarray:
-    # A copy: the buffer of a JAX array may be donated, and that of a caller changed.
+    # A copy is made because the buffer of a JAX array can be donated, and a caller's be changed.
     return np.array(x.transpose(axes_by_rank[x.ndim]), order="C")
 
 
 def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: int = 20) -> str:
-    """A table of the tensors that are missing, left over or misshapen."""
+    """Return a table of the tensors that are missing, left over or of a different shape."""
     names = [n for n in (*wanted, *found) if found.get(n) != wanted.get(n)]
     names = list(dict.fromkeys(names))
     counts = {

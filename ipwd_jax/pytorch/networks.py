@@ -13,16 +13,16 @@ from ipwd_jax.typing import PyTree
 Shapes = Mapping[str, tuple[int, ...]]
 _Tensor = TypeVar("_Tensor")  # an array or a shape
 
-# Names that some repositories use for a tensor of ours.
+# Names that some repositories give to tensors, and the names of the same tensors here.
 _ALIASES = {f"classifier.{leaf}": f"classifier.0.{leaf}" for leaf in ("weight", "bias")}
-# Stand for the numbers of classes and of image channels where a file will tell them.
+# Placeholders for the numbers of classes and of image channels, which a file determines.
 _CLASSES, _CHANNELS = 104_729, 7_919
-# In a group of a wide ResNet whose name is inferred: each block costs time to try.
+# Most blocks in a group of a wide ResNet whose name is inferred, since every block takes time.
 _MOST_BLOCKS = 100
 
 
 class Fit(NamedTuple):
-    """The network whose tensors a file has: its name, its classes, and its image channels."""
+    """The network that a file belongs to, with its numbers of classes and of image channels."""
 
     name: str
     classes: int
@@ -30,23 +30,26 @@ class Fit(NamedTuple):
 
 
 def guess(shapes: Shapes, network: str = "") -> Fit:
-    """Find the network that has tensors of these names and shapes.
+    """Infer the network from the names and shapes of its tensors.
 
     Args:
-        shapes: PyTorch's, by name.
-        network: the only one to consider; empty: all of `models.NETWORKS` and any width and
-            depth of `wrn_<depth>_<width>` and `MobileNetV2_<width>`.
+        shapes: shapes in PyTorch's layout, by tensor name.
+        network: the only network to consider; if empty, these are all of `models.NETWORKS` and
+            `wrn_<depth>_<width>` and `MobileNetV2_<width>` of any depth and width.
 
     Raises:
-        UserError: no network fits, with a table of how the nearest differs; or several do.
+        UserError: no network fits, in which case a table shows how the closest one differs; or
+            several fit.
     """
     names = [network] if network else list(dict.fromkeys([*models.NETWORKS, *_patterned(shapes)]))
     fits = {name: _fit(name, shapes) for name in names}
     equal = [name for name, (_, wrong) in fits.items() if not wrong]
-    # A pattern may also give a network that has a name of its own.
+    # A pattern can also produce a network that is listed under a name of its own.
     equal = [name for name in equal if name in models.NETWORKS] or equal
     if len(equal) > 1:
-        raise UserError(f"{', '.join(equal)} have these tensors; choose one with --network=NAME")
+        raise UserError(
+            f"these tensors fit {', '.join(equal)}; choose one of them with --network=NAME"
+        )
     if equal:
         return fits[equal[0]][0]
     nearest = min(names, key=lambda name: fits[name][1])
@@ -55,38 +58,38 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
     try:
         check_shapes(renamed(shapes, wanted), wanted)
     except UserError as error:
-        hint = "" if network else "no network has these tensors; the nearest is "
+        hint = "" if network else "no network has these tensors; the closest is "
         raise UserError(f"{hint}{nearest}, {fit.classes} classes: {error}") from None
     raise AssertionError("unreachable: the shapes differ")
 
 
 def _patterned(shapes: Shapes) -> list[str]:
-    """The names that the patterns, which are not listed, give networks of such shapes."""
+    """Return the networks that `models.NETWORKS` does not list but that may have such shapes."""
     names = []
     shapes = {name: shape for name, shape in shapes.items() if 0 not in shape}
     stem, last = shapes.get("block1.layer.0.conv1.weight"), shapes.get("blocks.6.0.conv.6.weight")
     blocks = len([n for n in shapes if n.startswith("block1.") and n.endswith(".conv1.weight")])
     if stem and blocks <= _MOST_BLOCKS:
         names.append(f"wrn_{6 * blocks + 4}_{max(1, stem[0] // 16)}")
-    if last and last[0] >= 20:  # below, a stage would have no channel
+    if last and last[0] >= 20:  # with fewer, a stage would have no channels
         names.append(f"MobileNetV2_{last[0] / 320}")
     return names
 
 
 @functools.cache
 def _open_shapes(name: str) -> Shapes:
-    """Shapes of a network with `_CLASSES` and `_CHANNELS` where a file may have other numbers."""
+    """Return a network's shapes with the placeholders `_CLASSES` and `_CHANNELS`."""
     return torch_shapes(template_of(Fit(name, _CLASSES, _CHANNELS)))
 
 
 def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
-    """The network with the numbers that the file has, and how many tensors differ even so."""
+    """Return the network with the file's classes and channels, and how many tensors differ then."""
     wanted = _open_shapes(name)
     shapes = renamed(shapes, wanted)
     numbers = {_CLASSES: 10, _CHANNELS: 3}
     for tensor, shape in wanted.items():
         found = shapes.get(tensor, ())
-        if len(found) == len(shape) and 0 not in found:  # one without numbers can claim any size
+        if len(found) == len(shape) and 0 not in found:  # an empty tensor can claim any size
             numbers |= {a: b for a, b in zip(shape, found, strict=True) if a in numbers}
     wanted = {k: tuple(numbers.get(axis, axis) for axis in shape) for k, shape in wanted.items()}
     wrong = sum(wanted.get(k) != shapes.get(k) for k in {*wanted, *shapes})
@@ -94,14 +97,14 @@ def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
 
 
 def template_of(fit: Fit) -> PyTree:
-    """Shapes and types of the variables of a network, as `jax.eval_shape` gives them."""
+    """Return the shapes and types of a network's variables, as `jax.eval_shape` does."""
     network = models.create(fit.name, fit.classes)
     side = max(32, network.smallest_image)
     return network_shapes(network, (side, side, fit.channels))
 
 
 def renamed(tensors: Mapping[str, _Tensor], wanted: Mapping[str, object]) -> dict[str, _Tensor]:
-    """The same tensors under the names of our network where a repository has others."""
+    """Return `tensors` with the names of some repositories replaced by those that are used here."""
     return {
         _ALIASES[k] if k not in wanted and _ALIASES.get(k) in wanted else k: x
         for k, x in tensors.items()

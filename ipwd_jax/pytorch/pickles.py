@@ -1,9 +1,10 @@
-"""Pickles of PyTorch objects, read as plain data.
+"""Read pickles of PyTorch objects as plain data.
 
 A pickle is a program that names functions to call. Here its instructions are carried out one by
-one, and every name stands for an inert function or record of `ipwd_jax.pytorch.records`; a name
-that is not listed there ends the reading, so no file can run anything. Nor can a small file take
-much memory: a size that it announces is believed once the bytes are there, and copies are counted.
+one, and every name stands for a harmless function or an inert record of `ipwd_jax.pytorch.records`.
+A name that is not listed there ends the reading, so a file cannot run anything. Nor can a small
+file use much memory: memory is allocated only for bytes that the file really has, and copies are
+counted.
 """
 
 import pickletools
@@ -24,7 +25,7 @@ from ipwd_jax.pytorch.records import (
     names,
 )
 
-# Far above any checkpoint's: a state dict has about 40 per tensor.
+# Far more than any checkpoint has: a state dict takes about 40 per tensor.
 _MOST_INSTRUCTIONS = 1_000_000
 _DEEPEST = 100
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING"}
@@ -42,11 +43,11 @@ _NEW_VALUES: dict[str, Callable[[], Any]] = {
 
 
 class Unpickler:
-    """Reads one pickle; `storages` then has those it names, still to be filled.
+    """Reads one pickle. Afterwards `storages` holds the storages that it names, still to be filled.
 
     Args:
-        file: to read from, up to the end of the pickle. Its `read` must not set memory aside for
-            more than the file has, as that of `io.BytesIO`.
+        file: the file to read from, up to the end of the pickle. Its `read` must not allocate more
+            memory than the file has bytes, which holds for `io.BytesIO`.
     """
 
     def __init__(self, file: BinaryIO):
@@ -59,18 +60,18 @@ class Unpickler:
         self._work = 0
 
     def load(self) -> Any:
-        """The object, in which tensors and arrays are records; `plain` makes arrays of them.
+        """Read the object. Its tensors and arrays are records, which `plain` turns into arrays.
 
         Raises:
-            UserError: it needs what is not plain data, or is far too large.
-            ValueError: and others for what no program writes.
+            UserError: the object needs something that is not plain data, or is far too large.
+            ValueError: the pickle is one that no program writes. Other exceptions are possible too.
         """
         for instruction, argument, _ in pickletools.genops(self._file):
             if instruction.name == "STOP":
                 return self._stack.pop()
             self._count(1)
             self._step(instruction.name, argument)
-        raise ValueError("a pickle without an end")
+        raise ValueError("the pickle has no end")
 
     def _count(self, steps: int) -> None:
         self._work += steps
@@ -81,7 +82,7 @@ class Unpickler:
             )
 
     def _step(self, name: str, argument: Any) -> None:
-        """Carries out an instruction; see the module `pickletools` for what each does."""
+        """Carry out an instruction; the module `pickletools` explains what each of them does."""
         stack = self._stack
         match name:
             case "PROTO" | "FRAME":
@@ -117,7 +118,7 @@ class Unpickler:
                 self._collect(name, argument)
 
     def _collect(self, name: str, argument: Any) -> None:
-        """The instructions of values and of their collections."""
+        """Carry out an instruction that makes a value or collects values."""
         stack = self._stack
         match name:
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -144,10 +145,10 @@ class Unpickler:
             case _ if name in _VALUES:
                 stack.append(argument)
             case _:
-                raise ValueError(f"an instruction {name}, which plain data does not need")
+                raise ValueError(f"plain data does not need the instruction {name}")
 
     def _marked(self) -> list[Any]:
-        """Takes what lies above the last mark off the stack, and the mark."""
+        """Remove the last mark and everything above it from the stack, and return the latter."""
         mark = self._marks.pop()
         items = self._stack[mark:]
         del self._stack[mark:]
@@ -155,7 +156,7 @@ class Unpickler:
 
     def _global(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a function without a name")
+            raise ValueError("a function has no name")
         try:
             return self._globals[f"{module}.{name}"]
         except KeyError:
@@ -165,37 +166,37 @@ class Unpickler:
             ) from None
 
     def _storage(self, reference: Any) -> Storage:
-        """The storage that a persistent identifier stands for."""
+        """Return the storage that a persistent identifier stands for."""
         if not isinstance(reference, tuple) or len(reference) not in (5, 6):
-            raise ValueError("an unknown kind of reference")
+            raise ValueError("a reference to a storage is of an unknown kind")
         kind, storage_type, key, _, numel, *view = reference
         named = all(isinstance(x, str) for x in (kind, storage_type, key))
         if not named or not isinstance(numel, int) or kind != "storage" or any(view):
-            raise ValueError("an unknown kind of reference")
+            raise ValueError("a reference to a storage is of an unknown kind")
         if key not in self.storages:
             self.storages[key] = Storage(STORAGES[storage_type], numel)
         return self.storages[key]
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Function) or not isinstance(arguments, tuple):
-            raise ValueError("a call of what is no function")
+            raise ValueError("the pickle calls something that is not a function")
         self._count(sum(map(_length, arguments)))
         return function.call(*arguments)
 
     def _build(self, record: Any, state: Any) -> None:
         if not isinstance(record, Dict | Tensor | NumpyType | NumpyArray):
-            raise ValueError(f"a {type(record).__name__} with a state")
+            raise ValueError(f"the pickle sets the state of a {type(record).__name__}")
         self._count(_length(state))
         record.build(state)
 
 
 def _length(value: Any) -> int:
-    """How many items a function can copy out of an argument."""
+    """Return how many items a function can copy from an argument."""
     return len(value) if isinstance(value, list | tuple | dict | set | frozenset) else 0
 
 
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
-    """Keys and values, which alternate in `items`."""
+    """Return the pairs of keys and values, which alternate in `items`."""
     return [(hashable(key), value) for key, value in zip(items[::2], items[1::2], strict=True)]
 
 
@@ -207,31 +208,35 @@ def _extend(collection: Any, items: list[Any]) -> None:
     elif isinstance(collection, set):
         collection.update(as_set(items))
     else:
-        raise ValueError(f"a {type(collection).__name__} with items")
+        raise ValueError(f"the pickle adds items to a {type(collection).__name__}")
 
 
 def plain(tree: Any) -> Any:
-    """What an `Unpickler` loaded, with NumPy arrays, views of filled storages, for its records.
+    """Return what an `Unpickler` loaded, with its records replaced by NumPy arrays.
 
-    The arrays cannot be written to.
+    The arrays are read-only views of the storages, which must be filled before.
 
     Raises:
-        UserError: a tensor has more numbers than its storage.
-        ValueError: a tensor leaves its storage, or `tree` is nested too deeply; and others for
-            what no program writes.
+        UserError: a tensor has more elements than its storage.
+        ValueError: a tensor reaches beyond its storage, or `tree` is nested too deeply. Other
+            exceptions are possible for a pickle that no program writes.
     """
     return _plain(tree, {})
 
 
 def _plain(value: Any, done: dict[int, Any], name: str = "", depth: int = 0) -> Any:
-    """`value` with arrays in place of records; `done` by id, as one object may be in two places.
+    """Return `value` with arrays in place of records.
 
-    `name` is the nearest key on the way to `value`.
+    Args:
+        value: a part of the tree.
+        done: results by the `id` of the value, because one object can be in several places.
+        name: the last key on the path to `value`, for error messages.
+        depth: the number of collections around `value`.
     """
     if id(value) in done:
         return done[id(value)]
     if depth > _DEEPEST:
-        raise ValueError(f"lists or dictionaries nested more than {_DEEPEST} deep")
+        raise ValueError(f"lists or dictionaries are nested more than {_DEEPEST} deep")
     if isinstance(value, Tensor | NumpyArray):
         done[id(value)] = value.array(name)
     elif isinstance(value, Storage):

@@ -1,7 +1,8 @@
-"""What stands for the names in a PyTorch pickle: inert records, and functions that make them.
+"""What the names in a PyTorch pickle stand for: inert records, and the functions that make them.
 
-`ipwd_jax.pytorch.pickles` calls them with whatever a file says. None takes more memory, or much
-more time, than its arguments have, and none prints them: their text may be exponentially long.
+`ipwd_jax.pytorch.pickles` calls these functions with whatever arguments a file gives. None of them
+needs more memory than its arguments, or time out of proportion to their size. None prints its
+arguments, because their text can be exponentially long.
 """
 
 import functools
@@ -33,11 +34,11 @@ _DTYPES = (
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
 _MOST_AXES = 64  # NumPy's limit
-_LONGEST_NAME = 20  # of devices and of NumPy's types
+_LONGEST_NAME = 20  # for devices and NumPy types
 
 
 class Function:
-    """What a pickle may call."""
+    """A function that a pickle is allowed to call."""
 
     __slots__ = ("call",)
 
@@ -46,7 +47,7 @@ class Function:
 
 
 class Dict(dict):
-    """A dictionary whose further attributes, such as the `_metadata` of a state dict, are lost."""
+    """A dictionary that drops all attributes, such as the `_metadata` of a state dict."""
 
     def build(self, state: Any) -> None:
         pass
@@ -60,10 +61,11 @@ class Namespace(Dict):
 
 
 class Storage:
-    """The numbers that tensors are views of; a file has them elsewhere than its pickle.
+    """The data that tensors are views of, which a file keeps outside its pickle.
 
     Raises:
-        ValueError: `fill` gets more or fewer bytes than announced; `array` is read before.
+        ValueError: `fill` gets more or fewer bytes than announced, or `array` is read before
+            `fill` was called.
     """
 
     def __init__(self, dtype: np.dtype, numel: int):
@@ -77,7 +79,7 @@ class Storage:
     @property
     def array(self) -> np.ndarray:
         if self._array is None:
-            raise ValueError("a storage without its numbers")
+            raise ValueError("the data of a storage is missing")
         return self._array
 
     def fill(self, data: bytes) -> None:
@@ -87,57 +89,57 @@ class Storage:
 
 
 class Tensor:
-    """A view of a storage. Not an array yet: its storage is filled later.
+    """A view of a storage. It is not an array yet, because its storage is filled later.
 
     Raises:
-        UserError: the view has more numbers than its storage.
-        ValueError: it leaves its storage, or is no view.
+        UserError: the view has more elements than its storage.
+        ValueError: the view reaches beyond its storage, or is not a view at all.
     """
 
     def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any):
         numbers = (offset, *size, *stride)
         if not isinstance(storage, Storage) or not all(isinstance(n, int) for n in numbers):
-            raise ValueError("a tensor that is no view of a storage")
+            raise ValueError("a tensor is not a view of a storage")
         if len(size) > _MOST_AXES:
-            raise ValueError(f"a tensor of {len(size)} axes")
+            raise ValueError(f"a tensor has {len(size)} axes")
         self.view = (storage, offset, tuple(size), tuple(stride))
 
     def build(self, state: Any) -> None:
-        pass  # attributes of a Parameter
+        pass  # the attributes of a Parameter are ignored
 
     def array(self, name: str) -> np.ndarray:
         storage, offset, size, stride = self.view
         steps = [(n - 1) * step for n, step in zip(size, stride, strict=True)]
         last = offset + sum(steps) if 0 not in size else offset - 1
         if min((offset, *size, *stride)) < 0 or last >= storage.numel:
-            raise ValueError(f"a tensor of shape {size} leaves its storage")
+            raise ValueError(f"a tensor of shape {size} reaches beyond its storage")
         if math.prod(size) > storage.numel:
             raise UserError(
-                f"the tensor {name!r} of shape {size} repeats the {storage.numel} numbers that the "
-                "file has for it. In PyTorch, save tensor.contiguous() in its place."
+                f"the tensor {name!r} of shape {size} repeats the {storage.numel} elements that "
+                "the file has for it. In PyTorch, save tensor.contiguous() in its place."
             )
-        # An axis of one number is never stepped along, and PyTorch lets its stride be anything.
+        # The stride of an axis of size one is never used, and PyTorch allows it to be anything.
         used = [step if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
         strides = [step * storage.dtype.itemsize for step in used]
         return np.lib.stride_tricks.as_strided(storage.array[offset:], size, strides)
 
 
 class NumpyType:
-    """A `numpy.dtype` of plain numbers."""
+    """A `numpy.dtype` of numbers or Booleans."""
 
     def __init__(self, name: str, *_: Any):
         if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-            raise ValueError("a NumPy type without a name")
+            raise ValueError("a NumPy type has no valid name")
         self.dtype = np.dtype(name)
         if self.dtype.kind not in "biufc":
-            raise ValueError(f"NumPy data of type {self.dtype}")
+            raise ValueError(f"NumPy data has the type {self.dtype}")
 
     def build(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class NumpyArray:
-    """A `numpy.ndarray`, whose contents follow its creation."""
+    """A `numpy.ndarray`, which is created first and filled afterwards."""
 
     def __init__(self, encode: Callable):
         self._encode = encode
@@ -145,25 +147,28 @@ class NumpyArray:
 
     def build(self, state: tuple) -> None:
         _, shape, numpy_type, by_column, data = state
-        # No copy: arrays that share their bytes in the file share them in memory.
+        # Without a copy, arrays that share their bytes in the file also share them in memory.
         flat = np.frombuffer(self._encode(data), numpy_type.dtype)
         self._array = flat.reshape(shape, order="F" if by_column else "C")
 
     def array(self, _: str) -> np.ndarray:
         if self._array is None:
-            raise ValueError("a NumPy array without its numbers")
+            raise ValueError("the data of a NumPy array is missing")
         return self._array
 
 
 def _encoder() -> Callable[..., bytes]:
-    """Python 2's strings as bytes. Asked again for the same text, it gives the same bytes."""
+    """Return a function that turns the strings of Python 2 into bytes.
+
+    If it is called again with the same text, it returns the same object.
+    """
     done: dict[str, bytes] = {}
 
     def encode(text: str | bytes, *_: Any) -> bytes:
         if isinstance(text, bytes):
             return text
         if not isinstance(text, str):
-            raise ValueError("an encoded object that is no text")
+            raise ValueError("an encoded object is not text")
         if text not in done:
             done[text] = text.encode("latin1")
         return done[text]
@@ -177,37 +182,37 @@ def _numpy_scalar(encode: Callable, numpy_type: NumpyType, data: str | bytes) ->
 
 def _device(kind: str, index: int | None = None) -> str:
     if not isinstance(kind, str) or len(kind) > _LONGEST_NAME or not isinstance(index, int | None):
-        raise ValueError("a device without a name")
+        raise ValueError("a device has no valid name")
     return kind if index is None else f"{kind}:{index}"
 
 
 def hashable(value: Any) -> Any:
-    """Return `value`, of which a hash will be taken, unless that could do harm.
+    """Return `value` if it is safe to compute its hash.
 
-    The hash of nested tuples takes a time that is exponential in their depth where they share
-    parts, and overflows the stack where they are deep.
+    Hashing nested tuples takes a time that is exponential in their depth if they share parts, and
+    overflows the stack if they are nested deeply.
 
     Raises:
-        ValueError: it is a nested or a long tuple.
+        ValueError: `value` is a nested tuple or a long one.
     """
     if isinstance(value, tuple) and (len(value) > 10 or any(isinstance(x, tuple) for x in value)):
-        raise ValueError("a long or nested tuple as a key")
+        raise ValueError("a key is a long or nested tuple")
     return value
 
 
 def as_set(items: Iterable = ()) -> set:
-    """A set of `items`, each of which must be `hashable`."""
+    """Return a set of `items`, each of which must be `hashable`."""
     return {hashable(item) for item in items}
 
 
 def as_dict(items: Iterable[tuple[Any, Any]] | Mapping = ()) -> Dict:
-    """A dictionary of `items`, each of whose keys must be `hashable`."""
+    """Return a dictionary of `items`, whose keys must be `hashable`."""
     pairs = items.items() if isinstance(items, Mapping) else items
     return Dict((hashable(key), value) for key, value in pairs)
 
 
 def names() -> dict[str, Any]:
-    """Return what the names in one pickle stand for, as `module.name`: functions and strings."""
+    """Return the functions and strings that the names `module.name` in one pickle stand for."""
     encode = _encoder()
     tensor, first = Function(Tensor), Function(lambda value, *_: value)
     table = {

@@ -1,4 +1,4 @@
-"""Find the tensors of a network in what a training script saved."""
+"""Find the tensors of a network among everything that a training script saved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,24 +7,24 @@ import numpy as np
 
 from ipwd_jax.errors import UserError
 
-# Where training scripts keep the network's tensors in what they save.
+# The entries under which training scripts save the tensors of the network.
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "student", "teacher")
 COUNTER = "num_batches_tracked"
 
 
 def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Find the network's tensors in what a file holds, and print which of them are left out.
+    """Find the network's tensors in the content of a file, and print which ones are left out.
 
     Args:
-        tree: a state dict, or a dictionary with one in a usual place.
-        key: of the entry that has it; empty: a usual one.
+        tree: a state dict, or a dictionary with a state dict under one of the usual keys.
+        key: the key of the state dict; empty means one of the usual keys.
 
     Returns:
-        Tensors by the names that the network itself gave them, and the single numbers and strings
-        beside them, such as an epoch.
+        The tensors, by the names that the network itself gave them, and the single numbers and
+        strings that were saved beside them, such as an epoch.
 
     Raises:
-        UserError: there are no such tensors, or in several places.
+        UserError: there is no state dict, or there are several.
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"the file holds a {type(tree).__name__} instead of a state dict")
@@ -37,13 +37,13 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     if any(name.startswith("backbone.") for name in tensors):
         extra = [name for name in tensors if name.startswith("proj_head.")]
         if extra:
-            print(f"left out, not of the classifier: {', '.join(extra)}", flush=True)
+            print(f"not part of the classifier, left out: {', '.join(extra)}", flush=True)
         tensors = {k.removeprefix("backbone."): x for k, x in tensors.items() if k not in extra}
     return tensors, {k: v for k, v in metadata.items() if k not in tree}
 
 
 def _named(tree: Mapping) -> dict[str, Any]:
-    """The entries of `tree` that have names: those under numbers are no layer's."""
+    """Return the entries of `tree` whose keys are strings, as the names of layers are."""
     return {name: value for name, value in tree.items() if isinstance(name, str)}
 
 
@@ -52,14 +52,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Whether it is a dictionary with the kernel of a layer among its values."""
+    """Return whether `value` is a dictionary that holds the kernel of a layer."""
     return isinstance(value, Mapping) and any(
         _is_tensor(x) and x.ndim > 1 for x in _named(value).values()
     )
 
 
 def _place(tree: Mapping, key: str) -> str:
-    """The entry of `tree` that is the state dict; empty: `tree` itself."""
+    """Return the key of the state dict in `tree`; empty if `tree` itself is the state dict."""
     found = [name for name, value in tree.items() if _is_state_dict(value)]
     places = [name for name in ([key] if key else _WRAPPERS) if name in found]
     if len(places) == 1:
@@ -69,9 +69,10 @@ def _place(tree: Mapping, key: str) -> str:
     if not found:
         entries = ", ".join(list(tree)[:20]) or "none"
         raise UserError(
-            f"the file holds no state dict; its entries: {entries}. Save model.state_dict()."
+            f"the file holds no state dict; its entries are: {entries}. In PyTorch, save "
+            "model.state_dict()."
         )
-    what = f"no state dict under {key!r}" if key else "state dicts under other names than usual"
+    what = f"no state dict under {key!r}" if key else "state dicts under unusual names only"
     raise UserError(
         f"the file holds {'several state dicts' if places else what}; "
         f"choose one with --key=NAME: {', '.join(found)}"
@@ -79,7 +80,7 @@ def _place(tree: Mapping, key: str) -> str:
 
 
 def _scalar(value: Any) -> bool | int | float | str | None:
-    """A value for `result.json`; None for one that is not a single number or a short string."""
+    """Return a single number or a short string for `result.json`, and None for anything else."""
     if _is_tensor(value):
         return value.item() if value.size == 1 and value.dtype.kind in "biuf" else None
     is_scalar = isinstance(value, bool | int | float) or (

@@ -78,7 +78,7 @@ def test_unpacked_folder_is_read(archive):
     cut.write_bytes(whole[: len(whole) // 2])  # two whole records
     fails([cut.name, "4 images", "are needed"], name, dir=str(local))
     next(local.glob("*/*test*.bin")).unlink()
-    fails(["not the whole", "test"], name, dir=str(local))
+    fails(["incomplete copy", "test"], name, dir=str(local))
 
 
 def test_wrong_bytes_are_refused_and_leave_nothing(archive):
@@ -93,5 +93,5 @@ def test_wrong_bytes_are_refused_and_leave_nothing(archive):
 def test_no_server(archive):
     name, path, _, local = archive
     path.unlink()
-    fails(["could not be fetched", "by hand"], name, dir=str(local), download=True)
+    fails(["could not be downloaded", "by hand"], name, dir=str(local), download=True)
     assert list(local.iterdir()) == []

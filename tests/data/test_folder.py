@@ -108,4 +108,4 @@ def test_links_that_lead_nowhere_are_told(tmp_path, capsys):
     (tmp_path / "c").symlink_to("gone")
     load(f"folder:{tmp_path}")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: links") and f"left out: 2, {tmp_path}" in line
+    assert line.startswith("warning: 2 broken links") and f"among them {tmp_path}" in line

@@ -1,4 +1,4 @@
-"""The loss of AB by hand."""
+"""AB's loss by hand."""
 
 import jax.numpy as jnp
 import numpy as np

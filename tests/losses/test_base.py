@@ -1,4 +1,4 @@
-"""Closed forms of what several terms are built from."""
+"""Closed forms of functions that several terms use."""
 
 import jax
 import jax.numpy as jnp

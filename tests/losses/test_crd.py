@@ -1,4 +1,4 @@
-"""CRD: which samples it draws, its loss by hand, and rows that only pad."""
+"""CRD: the samples that it draws, its loss by hand, and padding rows."""
 
 import functools
 
@@ -43,7 +43,7 @@ def test_negatives_are_uniform():
         jnp.arange(400)
     )
     counts = np.bincount(np.asarray(rows).ravel(), minlength=60)
-    assert (counts[::5] == 0).all()  # the class of every sample here
+    assert (counts[::5] == 0).all()  # the class that all of these samples have
     others = np.delete(counts, np.arange(0, 60, 5))
     assert abs(others / others.mean() - 1).max() < 0.15  # five standard deviations
 
@@ -62,7 +62,7 @@ def test_permutations_are_uniform_in_pairs_and_of_large_sets():
     a, b = np.asarray(jax.vmap(lambda k: place(k, jnp.arange(2), jnp.int32(12)))(keys)).T
     counts = np.bincount(12 * a + b, minlength=144).reshape(12, 12)
     assert stats.chisquare(counts[~np.eye(12, dtype=bool)]).pvalue > 1e-3
-    # How many of the first third come to lie in the first tenth.
+    # The number of the first third that is moved into the first tenth.
     size, count = 9_000, 3_000
     moved = jax.vmap(lambda k: place(k, jnp.arange(count), jnp.int32(size)))(keys[:400])
     inside = (np.asarray(moved) < size // 10).sum(axis=1)

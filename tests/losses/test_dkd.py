@@ -1,4 +1,4 @@
-"""Closed forms of DKD, its warm-up, and answers that are certain."""
+"""DKD: closed forms, its warm-up, and answers that are certain."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""FSP against loops, and the networks that it cannot compare."""
+"""FSP against loops, and networks that it cannot compare."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which parts of FT each of its two stages trains."""
+"""The parts of FT that each of its two stages trains."""
 
 import jax
 import numpy as np

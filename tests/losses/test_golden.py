@@ -39,17 +39,17 @@ TAG, CASES = FILE["tag"], FILE["cases"]
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How a case of the file is put to a term.
+    """How a term computes a case of the file.
 
     Attributes:
         term: the term.
-        student: field of the student's `Outputs` that the case's inputs fill; maps fill those
-            after the stem, which is a dummy here.
-        teacher: the same of the teacher.
-        names: our prefix of a parameter's name -> the file's.
-        epoch: epochs finished.
-        method: of the term, where it is not the call.
-        trained: prefix that the file drops from the names of gradients.
+        student: field of the student's `Outputs` that the inputs of the case fill. Maps come after
+            a stem, which is a dummy here.
+        teacher: the same for the teacher.
+        names: prefixes of our parameters' names -> prefixes in the file.
+        epoch: number of finished epochs.
+        method: the method of the term that is applied; None for its call.
+        trained: prefix that the names of gradients lack in the file.
     """
 
     term: nn.Module
@@ -66,7 +66,7 @@ def hyper(case, name):
 
 
 class HCL(nn.Module):
-    """`hcl_loss` alone, of maps that need no fusion."""
+    """`hcl_loss` alone, for maps that need no fusion."""
 
     def __call__(self, student, teacher, batch):
         return hcl_loss(student.features[1:], teacher.features[1:])
@@ -120,8 +120,8 @@ def draw(name, key, dtype):
 
 
 def outputs(field, arrays):
-    """`Outputs` whose `field` is made of NumPy arrays in the file's layout (channels first)."""
-    rows = len(arrays[0]) if arrays else FILE["batch"]  # a case may draw one side only
+    """Return `Outputs` whose `field` has NumPy arrays in the file's layout (channels first)."""
+    rows = len(arrays[0]) if arrays else FILE["batch"]  # some cases draw one side only
     empty = Outputs(
         logits=jnp.zeros((rows, FILE["classes"])), embedding=jnp.zeros((rows, 1)), features=(),
         preact=(),
@@ -140,7 +140,7 @@ def outputs(field, arrays):
 
 
 def variables_of(spec, name, student, teacher, rows, dtype):
-    """The term's variables with the file's numbers, and the names of its parameters there."""
+    """Return the term's variables with the file's numbers, and a map of our names to its names."""
     template = jax.eval_shape(
         functools.partial(spec.term.init, method=spec.method),
         jax.random.key(0), student, teacher, batch(rows, epoch=spec.epoch, labels=labels(rows)),

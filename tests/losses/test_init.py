@@ -1,4 +1,4 @@
-"""The table of all terms: what each asks for, which settings are taken and which are refused."""
+"""The registry of all terms: what each asks for, and which settings are accepted or refused."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_every_term_says_where_it_is_from():
 
 
 def of_term(path, value):
-    """A run of the term with one setting changed, put together."""
+    """Assemble a run with the term and with one setting changed."""
     config = config_lib.default()
     config.model.name = config.teacher.name = "wrn_10_1"
     config.loss[path.partition(".")[0]] = 1.0

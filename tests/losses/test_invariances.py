@@ -1,7 +1,7 @@
-"""What holds of many terms.
+"""Properties of many terms.
 
-Rows that only pad and the number of devices change nothing, and extreme inputs give finite values
-and gradients.
+Padding rows and the number of devices change nothing, and extreme inputs give finite values and
+gradients.
 """
 
 import functools
@@ -51,7 +51,7 @@ of_three_classes = functools.partial(outputs, classes=3)
 
 @functools.cache
 def own_variables(name):
-    """The variables that the term draws itself."""
+    """Return the variables that the term draws itself."""
     student, teacher = (of_three_classes(s, 2, np.zeros) for s in (SMALL_STUDENT, SMALL_TEACHER))
     term = losses.TERMS[name]()
     return jax.jit(term.init)(jax.random.key(1), student, teacher, batch(2, (1, 1)))
@@ -59,7 +59,10 @@ def own_variables(name):
 
 @functools.cache
 def value_and_gradients(name):
-    """Jitted: the loss, and the gradients of its mean to the parameters and to the student."""
+    """Return a jitted function that computes the loss and the gradients of its mean.
+
+    The gradients are with respect to the parameters and to the student's outputs.
+    """
     term, variables = losses.TERMS[name](), own_variables(name)
 
     def mean(params, student, teacher, rows):
@@ -111,7 +114,7 @@ def test_padding_changes_nothing(name, rubbish):
 
 @pytest.mark.parametrize("name", RELATIONAL)
 def test_two_devices_are_as_one(name):
-    """The mean of the devices' losses has the value and the gradient of the global batch."""
+    """The mean of the devices' losses has the value and the gradients of one global batch."""
     with jax.enable_x64(True):
         student = of_three_classes(SMALL_STUDENT, 6, normal(1))
         teacher = of_three_classes(SMALL_TEACHER, 6, normal(2))
@@ -138,7 +141,7 @@ def test_two_devices_are_as_one(name):
 
 
 def degenerate(kind, seed):
-    """Makes arrays of one kind of input."""
+    """Return a function that makes an input of one kind from its shape."""
     rng = np.random.default_rng(seed)
     return lambda shape: KINDS[kind](rng, shape)
 
@@ -176,7 +179,7 @@ def test_degenerate_inputs_are_finite(name, rows, dtype):
 
 # Terms of logits and of maps that return a loss for each sample, whose variables NumPy draws
 
-# By name: the term and the shapes of the student and the teacher.
+# Name -> the term, and the shapes of the student and of the teacher.
 TERMS = {
     "dkd": (DKD(), STUDENT, TEACHER),
     "reviewkd": (ReviewKD(), SHORT_STUDENT, SHORT_TEACHER),
@@ -190,7 +193,7 @@ TERMS = {
 
 @functools.cache
 def values_and_gradients(name, rows, dtype, method=None):
-    """Compiled: the loss of each sample, and the gradients of its mean."""
+    """Return a compiled function of the loss of each sample and the gradients of its mean."""
     term, *shapes = TERMS[name]
     zeros = [outputs(s, rows, lambda shape: jnp.zeros(shape, dtype)) for s in shapes]
     variables = init(term, *zeros)
@@ -258,7 +261,7 @@ def test_padding_does_not_reach_the_other_rows(name):
     )
 
 
-# Terms of logits and embeddings, some of which remember
+# Terms of logits and embeddings, some of which have a memory
 
 WITHOUT_MAPS = {
     "kd": KD(),
@@ -271,7 +274,7 @@ WITHOUT_MAPS = {
 
 @functools.cache
 def mean_and_gradients(name):
-    """Compiled: the mean loss of fresh variables, that of the labels added, and its gradients."""
+    """Return a compiled function of the mean loss, with the labels' part, and its gradients."""
     term = WITHOUT_MAPS[name]
 
     def outputs(logits, embedding):

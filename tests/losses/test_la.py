@@ -1,4 +1,4 @@
-"""KD with logit adjustment against NumPy, and as KD where nothing is adjusted."""
+"""KD with logit adjustment against NumPy, and against KD if nothing is adjusted."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""`python -m ipwd_jax.losses`: what every term adds to the published pairs of networks."""
+"""`python -m ipwd_jax.losses` shows what every term adds to the published pairs of networks."""
 
 import functools
 import subprocess
@@ -16,9 +16,9 @@ from ipwd_jax.losses.__main__ import (
     variable_shapes,
 )
 
-# Parameters on CIFAR-100 as the reference implementations have them, by teacher and student: of
-# fitnet, cc, vid, ab; of ft's paraphraser and translator; of crd's two embeddings, the student's
-# first; of reviewkd, where its authors have released the pair.
+# (teacher, student) -> numbers of parameters on CIFAR-100 in the reference implementations: of
+# fitnet, cc, vid and ab; of ft's paraphraser and translator; of crd's two embeddings, the student's
+# first; and of reviewkd, if its authors have released the pair.
 _RESNET = (1_120, 16_640, 16_240, 0, (129_312, 64_896), (8_320, 8_320))
 TABLE = {
     ("wrn_40_2", "wrn_16_2"): (
@@ -57,7 +57,7 @@ TABLE = {
         491_712, 139_520, 204_512, 2_581_152, (516_672, 8_887_488), (123_008, 16_512), 2_984_646,
     ),
 }  # fmt: skip
-# Channels of the maps after the stem, and width of the embedding.
+# Network -> the channels of its maps after the stem, and the width of its embedding.
 NETWORKS = {
     "wrn_16_2": ((32, 64, 128), 128),
     "wrn_40_1": ((16, 32, 64), 64),
@@ -75,7 +75,7 @@ NETWORKS = {
     "ShuffleV1": ((240, 480, 960), 960),
     "ShuffleV2": ((116, 232, 464), 1024),
 }
-# The pairs with equal channels, the stem's included.
+# The pairs of networks with equal channels, including those of the stem.
 FSP_PAIRS = {
     ("resnet56", "resnet20"),
     ("resnet110", "resnet20"),
@@ -120,7 +120,7 @@ def test_numbers_by_arithmetic(teacher, student):
         "student_head": projection(width_s),
         "teacher_head": projection(width_t),
     }
-    # 1 x 1 convolutions and the two vectors of BatchNorm.
+    # A connector has a 1 x 1 convolution and the two vectors of BatchNorm.
     connectors = sum(s * t + 2 * t for s, t in zip(maps_s, maps_t, strict=True))
     assert sum(parts("ofd", teacher, student).values()) == connectors
     assert parts("cls", teacher, student) == {"cls": 100 * width_s + 100}

@@ -1,4 +1,4 @@
-"""OFD: its margins against numerical integrals, and its distance against loops."""
+"""OFD's margins against numerical integrals, and its distance against loops."""
 
 import jax
 import jax.numpy as jnp

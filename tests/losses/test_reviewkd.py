@@ -1,4 +1,4 @@
-"""ReviewKD: resizing, the hierarchical loss by hand, the warm-up, and what its modules are like."""
+"""ReviewKD: resizing, the hierarchical loss by hand, the warm-up, and its modules."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""RKD against loops, and of samples that lie close together."""
+"""RKD against loops, and for samples that are close together."""
 
 import jax
 import jax.numpy as jnp

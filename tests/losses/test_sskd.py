@@ -1,4 +1,4 @@
-"""SSKD: the rows that it learns from, its similarity, and rows that only pad."""
+"""SSKD: the rows that it learns from, its similarity, and padding rows."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the variances of VID start at."""
+"""The initial variances of VID."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Weights of samples: closed forms, invariances, extreme logits, and heads that are certain."""
+"""Per-sample weights: closed forms, invariances, extreme logits, and heads that are certain."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from ipwd_jax.models.base import Outputs
 
 
 def outputs(logits, **extra):
-    """`Outputs` with the logits of the classifier and of the extra heads."""
+    """Return `Outputs` with the logits of the classifier and of the extra heads."""
     return Outputs(
         logits=jnp.asarray(logits, jnp.float32),
         embedding=jnp.zeros((len(logits), 3)),
@@ -36,19 +36,19 @@ def outputs(logits, **extra):
 
 
 def batch_of_four(index=(0, 1, 2, 3), mask=(1, 1, 1, 1), epoch=0):
-    """The four samples whose logits are `KD_LOGITS` and `CLS_LOGITS`."""
+    """Return the four samples whose logits are `KD_LOGITS` and `CLS_LOGITS`."""
     return batch(4, mask, epoch, LABELS).replace(index=jnp.array(index))
 
 
 def weighting(**settings):
-    """A config of the weighting."""
+    """Return `config.weighting` with these settings."""
     config = config_lib.default().weighting
     config.update(settings)
     return config
 
 
 def ipwd(batch_, memory=None, **settings):
-    """The weights of the four samples and the memory after them."""
+    """Return the weights of the four samples and the memory after them."""
     config = weighting(name="ipwd", **settings)
     memory = init_memory(config, 6) if memory is None else memory
     return weigh(config, outputs(KD_LOGITS, cls=CLS_LOGITS), None, batch_, memory)
@@ -106,7 +106,7 @@ class TestIpwd:
     def test_batch_normalisation_leaves_out_padding(self):
         weights, memory = ipwd(batch_of_four(mask=(1, 1, 1, 0)), batch_normalize=True)
         np.testing.assert_allclose(weights, self.A / np.mean(self.A[:3]), rtol=1e-5)
-        assert memory["weight"][3] == 0, "a row of padding was remembered"
+        assert memory["weight"][3] == 0, "a padding row was remembered"
 
     def test_start_epoch(self):
         assert np.array_equal(ipwd(batch_of_four(epoch=1), start_epoch=2)[0], np.ones(4))
@@ -164,14 +164,14 @@ def test_weights_are_finite_and_above_one(kind):
 
 
 def confident(classes, label, margin=1.0, other=0):
-    """One row (1, classes) of float32 logits: `margin` at the label, noise elsewhere."""
+    """Return float32 logits (1, classes) that are `margin` at the label and noise elsewhere."""
     noise = 1e-3 * np.random.default_rng(other).normal(size=classes)
     noise[label] = margin
     return np.asarray(noise[None], np.float32)
 
 
 def exact_surprise(logits, label, standardize=False):
-    """The cross-entropy of one row as a sum over the other classes, at any margin."""
+    """Return the cross-entropy of one row as a sum over the other classes, exact at any margin."""
     z = np.asarray(logits, np.longdouble)
     if standardize:
         z = (z - z.mean()) / (z.std() + np.longdouble(1e-6))
@@ -187,7 +187,7 @@ def test_cross_entropy_is_accurate_near_zero(margin):
 
 
 def test_cross_entropy_of_two_classes_against_rational_numbers():
-    """log(1 + e^-25), from the first terms of its series in e^-25."""
+    """The first terms of the series of log(1 + e^-25) in e^-25 give the expected value."""
     small = Fraction(math.exp(-25))
     expected = float(small - small**2 / 2 + small**3 / 3)
     found = surprise(jnp.array([[25.0, 0.0]]), jnp.array([0]))
@@ -224,7 +224,7 @@ def test_the_largest_weight_leaves_room_for_a_loss():
         config, outputs(wrong, cls=right), None, batch_of_four(), init_memory(config, 4)
     )
     assert np.isfinite(weights * np.float32(1e4) * np.float32(1e6)).all()
-    assert (weights[2:] > 1e20).all() and (weights >= 1).all()  # whose label is 3
+    assert (weights[2:] > 1e20).all() and (weights >= 1).all()  # samples whose label is 3
     assert np.isfinite(memory["weight"]).all()
 
 

@@ -134,7 +134,7 @@ def test_differences_are_listed_and_nothing_is_written(network, tmp_path):
     tensors["layer1.0.conv1.weight"] = np.zeros((16, 16, 5, 5), np.float32)
     tensors["extra.weight"] = np.zeros((3, 4), np.float32)
     files.save(tmp_path / "a.pth", tensors)
-    nearest = "" if network else "no network has these tensors; the nearest is "
+    nearest = "" if network else "no network has these tensors; the closest is "
     assert_refused(
         tmp_path / "a.pth",
         f"{nearest}resnet8, 10 classes: ",
@@ -168,7 +168,7 @@ def test_tensors_that_share_their_numbers(tmp_path, capsys):
     path = zip_of(state_dict(views), tmp_path / "a.pth", [bytes(4 * most)])
     message = error_of(path, capsys, "--network=resnet8")
     taken = 4 * sum(map(math.prod, shapes.values()))
-    assert f"share their numbers: they would take {taken:,} bytes" in message
+    assert f"share memory: they would take {taken:,} bytes" in message
     assert "save a tensor.clone() of each" in message
 
 

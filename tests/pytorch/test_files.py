@@ -157,7 +157,7 @@ def test_safetensors_that_announce_more_than_they_have(entries, length, tmp_path
         for i, (shape, start, end) in enumerate(entries)
     }
     path = safetensors_of(tmp_path / "a.safetensors", header, bytes(8), length)
-    assert "no file of safetensors" in error_of(path, capsys)
+    assert "was not written by safetensors" in error_of(path, capsys)
 
 
 # Files that are refused
@@ -193,8 +193,8 @@ def test_files_cut_short(legacy, torch, tmp_path):
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"<html>404</html>", "is no file of torch.save: it starts with b'<html>40'"),
-        (pickle.dumps({"a": 1}), "a pickle, but not one of torch.save"),
+        (b"<html>404</html>", "was not written by torch.save: it starts with b'<html>40'"),
+        (pickle.dumps({"a": 1}), "a pickle, but not one that torch.save wrote"),
         (b"\x80\x02" + struct.pack("<q", 0), "cannot be read"),
         (b"PK\x03\x04", "cannot be read"),
     ],
@@ -215,7 +215,7 @@ def test_archives_that_announce_more_than_they_have(tmp_path, capsys):
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
         archive.writestr("archive/data/0", b"1234")
         archive.filelist[1].file_size = archive.filelist[1].compress_size = 2**31
-    assert "parts of 2147483652 bytes in a file of" in error_of(path, capsys)
+    assert "its parts claim 2147483652 bytes, but the file has" in error_of(path, capsys)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
         archive.writestr("archive/byteorder", bytes(200 * MEGABYTE))

@@ -41,7 +41,7 @@ def test_another_name_of_the_classifier():
 def test_equal_networks_need_a_name(monkeypatch):
     monkeypatch.setitem(models.NETWORKS, "twin", models.NETWORKS["resnet8"])
     shapes = torch_shapes(template())
-    with pytest.raises(UserError, match=r"resnet8, twin have these tensors; .*--network"):
+    with pytest.raises(UserError, match=r"these tensors fit resnet8, twin; .*--network"):
         guess(shapes)
     assert guess(shapes, "twin").name == "twin"
 

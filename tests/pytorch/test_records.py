@@ -17,7 +17,7 @@ def test_tensors_stay_in_their_storage(tmp_path):
     assert files.load(path)["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
     for bad in (b"K\x01K\x02K\x03\x86", b"J\xff\xff\xff\xffK\x02K\x03\x86", b"K\x00K\x02K\x09\x86"):
         zip_of(good.replace(view, bad), tmp_path / "bad.pth", [storage])
-        assert_refused(tmp_path / "bad.pth", "leaves its storage")
+        assert_refused(tmp_path / "bad.pth", "reaches beyond its storage")
     zip_of(good, tmp_path / "bad.pth", [storage[:-4]])
     assert_refused(tmp_path / "bad.pth", "20 bytes instead of 24")
 
@@ -30,6 +30,6 @@ def test_a_tensor_that_repeats_its_numbers(write, tmp_path, capsys):
     data_pkl = state_dict(views | {"fc.weight": view(64, (2_000_000, 64), (0, 1))})
     path = write(data_pkl, tmp_path / "a.pth", [bytes(256)])
     assert path.stat().st_size < 10_000
-    assert "repeats the 64 numbers that the file has for it" in error_of(path, capsys)
+    assert "repeats the 64 elements that the file has for it" in error_of(path, capsys)
     path = write(state_dict({"fc.weight": view(64, (2_000_000, 64), (0, 1))}), path, [bytes(256)])
     assert "the tensor 'fc.weight' of shape (2000000, 64) repeats" in error_of(path, capsys)

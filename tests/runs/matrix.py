@@ -1,8 +1,8 @@
-"""Whole runs of a tiny network in every combination of circumstances; run by test_matrix.
+"""Train a tiny network in combinations of circumstances; `test_matrix.py` runs this program.
 
 Usage: matrix.py OUT_DIR METHOD '[[devices, seeds, streamed, stages, stopped], ...]'
 
-Leaves `OUT_DIR/COMBINATION_seedS.npz` with the logits of the last and of the best epoch.
+Writes `OUT_DIR/COMBINATION_seedS.npz` with the logits of the last and of the best epoch.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from ipwd_jax import teacher as teacher_lib
 from ipwd_jax.data import streaming
 from ipwd_jax.state import TrainState, begin_stage, network_shapes
 
-# METHOD -> weights of the loss, and other settings. Its two-stage variant has one epoch of the same
-# loss before it, but for `ft_ipwd`, whose first stage trains its paraphraser.
+# METHOD -> loss weights, and other settings. With two stages, one epoch with the same loss comes
+# first, except for `ft_ipwd`, whose first stage trains its paraphraser.
 METHODS = {
     "ce": ({"ce": 1.0}, {}),
     "ipwd": ({"ce": 0.1, "kd": 0.9, "cls": 1.0}, {"weighting.name": "ipwd"}),
@@ -42,7 +42,8 @@ METHODS = {
     "crd": ({"ce": 1.0, "crd": 0.8}, {}),
     "pskd": ({"ce": 0.0, "pskd": 1.0}, {}),
 }
-# Others, for the number of devices alone. With so small a rate the parameters stay as they are.
+# More methods, which are compared only between numbers of devices. The last one's learning rate is
+# so small that the parameters do not change.
 BATCH_NORMS = {
     "teacher_in_training": ({"ce": 0.1, "kd": 0.9}, {"teacher.train_mode": True}),
     "unsynced": ({"ce": 1.0}, {"sync_batch_norm": False}),
@@ -52,11 +53,12 @@ BATCH_NORMS = {
     ),
 }
 _WIDE = {np.dtype("int32"): "int64", np.dtype("float64"): "float64"}
-IMAGES, CLASSES = 40, 4  # steps of 16, 16 and 8: of eight devices the last gives four nothing
+# The images make steps of 16, 16 and 8 rows. In the last, four of eight devices have only padding.
+IMAGES, CLASSES = 40, 4
 
 
 def images(root: Path) -> None:
-    """PNG files of four classes, in a training and a test split."""
+    """Write PNG files of four classes in a training and a test split."""
     rng = np.random.default_rng(0)
     for split, count in (("train", IMAGES // CLASSES), ("test", 5)):
         for label in range(CLASSES):
@@ -68,8 +70,8 @@ def images(root: Path) -> None:
 
 
 def teacher(workdir: Path) -> Path:
-    """The finished run of a teacher that was never trained."""
-    variables = models.create("tiny", CLASSES).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
+    """Write the finished run of a teacher that was never trained."""
+    variables = models.create("tiny_net", CLASSES).init(jax.random.key(9), jnp.zeros((1, 8, 8, 3)))
     variables = jax.tree.map(lambda x: 3 * x, variables)
     workdir.mkdir()
     checkpoint.save_network(workdir, variables)
@@ -81,20 +83,21 @@ def teacher(workdir: Path) -> Path:
 def settings(method: str, out: Path, seeds: tuple[int, ...], stages: int) -> ConfigDict:
     config = config_lib.default()
     loss, others = {**METHODS, **BATCH_NORMS}[method]
-    config.model.name = "tiny"
+    config.model.name = "tiny_net"
     config.data.update(
         {"name": f"folder:{out / 'images'}", "streaming": True, "image_size": 8}
         | {"crop_padding": 0, "flip": False}
     )
     config.epochs, config.batch_size, config.seeds = 2, 16, seeds
     config.optimizer.milestones = (1,)
-    # The cache rounds answers to float32; without it, streamed images give those in memory exactly.
+    # The cache rounds answers to float32. Without it, streamed images and those in memory give
+    # equal results.
     config.teacher.view_cache = "off"
     config.loss.update(loss)
     config.update_from_flattened_dict(others)
     config.terms.crd.update({"feat_dim": 4, "negatives": 6})
     if {"kd", "ft", "crd"} & loss.keys():
-        config.teacher.name, config.teacher.workdir = "tiny", str(out / "teacher")
+        config.teacher.name, config.teacher.workdir = "tiny_net", str(out / "teacher")
     if stages == 2:
         config.first_stage.epochs = 1
         config.first_stage.loss.update(loss)
@@ -106,7 +109,7 @@ def settings(method: str, out: Path, seeds: tuple[int, ...], stages: int) -> Con
 
 
 def in_memory(dataset: data.Dataset) -> data.Dataset:
-    """The same images, decoded."""
+    """Return a data set of the same images, decoded in memory."""
     arrays = []
     for split in (dataset.train, dataset.test):
         index = np.arange(len(split.labels)).reshape(1, -1)
@@ -116,7 +119,7 @@ def in_memory(dataset: data.Dataset) -> data.Dataset:
 
 
 def in_float64(function: Callable) -> Callable:
-    """`function` with its result's floats in float64, in which rounding hides nothing."""
+    """Wrap `function` to return its floats in float64, so that rounding hides no errors."""
 
     def cast(x: Any) -> Any:
         return x.astype("float64") if getattr(x, "dtype", None) == jnp.float32 else x
@@ -125,7 +128,7 @@ def in_float64(function: Callable) -> Callable:
 
 
 def begin_in_64_bits(*args, **keys) -> TrainState:
-    """`begin_stage` with the types that an epoch's sums have after the first step."""
+    """Return `begin_stage`'s state with the types that the sums of an epoch have after a step."""
     begun = in_float64(begin_stage)(*args, **keys)
     return begun.replace(metrics=jax.tree.map(lambda x: x.astype(_WIDE[x.dtype]), begun.metrics))
 
@@ -144,13 +147,13 @@ def one(out: Path, method: str, devices: int, seeds: list[int], streamed, stages
     dataset = dataclasses.replace(dataset, **wide)  # so that images are normalised in float64
     if stopped:
         config.checkpoint.every_seconds = 0.0
-        for saves in (2, 3):  # within an epoch, and after the first one
+        for saves in (2, 3):  # within an epoch, and after the first epoch
             with stopped_after(saves):
                 train.run(config, workdir, dataset)
     train.run(config, workdir, dataset)
     for seed in seeds:
         left = np.load(out / f"{name}_seed{seed}" / "predictions.npz")
-        template = network_shapes(models.create("tiny", CLASSES), (8, 8, 3))
+        template = network_shapes(models.create("tiny_net", CLASSES), (8, 8, 3))
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float64"), template)
         network, _ = checkpoint.load_network(out / f"{name}_seed{seed}", "last", template)
         running_mean = network["batch_stats"]["bn0"]["mean"]
@@ -166,7 +169,7 @@ def main(out: Path, method: str, combinations: list[list]) -> None:
         mock.patch.object(state, "init_state", in_float64(state.init_state)),
         mock.patch.object(state, "begin_stage", begin_in_64_bits),
         mock.patch.object(teacher_lib, "load_network", in_float64(teacher_lib.load_network)),
-        # No random crops, so that streamed images are those in memory.
+        # Without random crops, streamed images equal those in memory.
         mock.patch.object(
             streaming, "batches", lambda *args, **keys: plain(*args, **{**keys, "train": False})
         ),

@@ -1,4 +1,4 @@
-"""A network that has diverged is never finished, never saved, and never a teacher."""
+"""A network that has diverged ends its run, is not saved, and cannot be a teacher."""
 
 import json
 
@@ -19,7 +19,7 @@ def labels_only(**changes):
 
 
 def test_a_last_step_that_goes_wrong_ends_the_run(squares, tmp_path):
-    """The loss of the only step is finite; the parameters after it are not."""
+    """The loss of the only step is finite, but the parameters after it are not."""
     config = labels_only(epochs=1, batch_size=40, optimizer__learning_rate=1e38)
     config.optimizer.momentum = 0.0
     with pytest.raises(UserError) as error:
@@ -41,8 +41,8 @@ def test_no_checkpoint_after_a_bad_step(squares, tmp_path):
 def test_a_teacher_that_has_diverged_is_refused(squares, tmp_path):
     config = settings()
     train.run(config, tmp_path / "student", squares, teacher_only=True)
-    (folder,) = tmp_path.glob("*tiny*")
-    template = network_shapes(models.create("tiny", 2), (8, 8, 1))
+    (folder,) = tmp_path.glob("*tiny_net*")
+    template = network_shapes(models.create("tiny_net", 2), (8, 8, 1))
     variables, _ = checkpoint.load_network(folder, "last", template)
     leaves, tree = jax.tree.flatten(jax.device_get(variables))
     leaves[0] = np.full_like(leaves[0], np.nan)

@@ -1,4 +1,4 @@
-"""Terms, networks, weightings and data sources that a user's own config file adds."""
+"""Terms, networks, weightings and data sources that a user's config file adds."""
 
 import contextlib
 import csv
@@ -33,14 +33,14 @@ REGISTRIES = (losses.TERMS, losses.WEIGHTINGS, models.NETWORKS, data.SOURCES, da
 
 @pytest.fixture(autouse=True)
 def registries():
-    """Takes out again what a test adds to them."""
+    """Remove what a test has added to the registries."""
     with kept():
         yield
 
 
 @contextlib.contextmanager
 def kept():
-    """Leaves the registries as they are found."""
+    """Restore the registries at the end of the block."""
     before = [dict(registry) for registry in REGISTRIES]
     yield
     for registry, entries in zip(REGISTRIES, before, strict=True):
@@ -49,7 +49,7 @@ def kept():
 
 
 def module(name):
-    """The config file of an example, imported."""
+    """Import the config file of an example."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -117,7 +117,7 @@ def test_every_example_has_tests():
 
 
 def together(**changes):
-    """A config with the term, the network and the weighting of the examples."""
+    """Return a config with the term, the network and the weighting of the examples."""
     for name in ("own_term", "own_weighting", "own_network"):
         made = module(name).get_config()
     made.update({"epochs": 2, "batch_size": 16})
@@ -130,7 +130,7 @@ def together(**changes):
 
 @pytest.fixture(scope="module")
 def whole(squares, tmp_path_factory):
-    """The work directory of a run that nothing disturbed."""
+    """Return the work directory of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with kept():
         train.run(together(), folder, squares)

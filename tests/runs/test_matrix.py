@@ -1,4 +1,8 @@
-"""Devices x seeds x streaming x stages x resume: whole runs give the same result in all of them."""
+"""Whole runs give the same result in all combinations of circumstances.
+
+The circumstances are the number of devices, the seeds of one program, images that are streamed or
+in memory, the number of stages, and runs that are stopped and resumed or not.
+"""
 
 import itertools
 import json
@@ -13,15 +17,15 @@ from helpers import ROOT, module_of
 
 PROGRAM = Path(__file__).with_name("matrix.py")
 METHODS = module_of(PROGRAM).METHODS
-# Devices, seeds together or one alone, streamed, stages, stopped. All of them, and two in which all
-# circumstances occur.
+# Each combination is (devices, seeds of one program, streamed, stages, stopped). `ALL` has all of
+# them, and `SOME` has two in which every circumstance occurs.
 ALL = list(itertools.product((1, 2, 8), ((0,), (0, 1, 2)), (False, True), (1, 2), (False, True)))
 IN_MEMORY = [combination for combination in ALL if not combination[2]]
 SOME = [(1, (0, 1), True, 2, True), (8, (0, 1), False, 2, False)]
 
 
 def environment(out):
-    """Eight devices, float64, and programs that are compiled once for all runs."""
+    """Return variables for eight devices, float64, and a cache of programs that all runs share."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))),
@@ -35,7 +39,10 @@ def environment(out):
 
 
 def results(method, chosen, out):
-    """Logits by (devices, seeds, streamed, stages, stopped, seed), each seed alone included."""
+    """Return logits by (devices, seeds, streamed, stages, stopped, seed).
+
+    Runs of each seed alone, on one device and undisturbed, are included.
+    """
     stages = sorted({combination[3] for combination in chosen})
     every = sorted({seed for combination in chosen for seed in combination[1]})
     runs = [(1, (seed,), False, stage, False) for seed in every for stage in stages]
@@ -70,7 +77,7 @@ def test_equal_results(method, chosen, tmp_path):
         alone = found[1, (seed,), False, stages, False, seed]
         for which in ("last_logits", "best_logits"):
             scale = np.abs(alone[which]).max()
-            tolerance = 0 if devices == 1 else 1e-9 * scale  # sums are rounded in another order
+            tolerance = 0 if devices == 1 else 1e-9 * scale  # devices add in another order
             np.testing.assert_allclose(
                 actual[which], alone[which], rtol=0, atol=tolerance, err_msg=here
             )
@@ -92,7 +99,7 @@ def test_devices_that_hold_padding_alone_do_no_harm_without_synchronisation(tmp_
 
 
 def test_unsynchronised_running_means_count_every_row_alike(tmp_path):
-    """Of maps whose parameters do not move, however many rows a device has of the last batch."""
+    """Parameters do not change, and the devices have unequal numbers of rows in the last batch."""
     found = results("unsynced_at_rest", DEVICES, tmp_path)
     alone = found.pop((1, (0,), False, 1, False, 0))
     assert np.abs(alone["running_mean"]).max() > 0.01

@@ -1,4 +1,4 @@
-"""Every method of the tables trains from its config, first stages included, and resumes bitwise."""
+"""Every method of the tables trains with its config, first stage included, and resumes bitwise."""
 
 import json
 
@@ -17,7 +17,7 @@ BASELINES, SELF = config_file("cifar_baselines"), config_file("cifar_self")
 
 @pytest.fixture(scope="module")
 def digits():
-    """120 training and 40 test digits."""
+    """Return 120 training and 40 test digits."""
     config = config_lib.default()
     config.data.name = "digits"
     whole = data.load(config.data)
@@ -26,7 +26,7 @@ def digits():
 
 
 def shortened(config):
-    """Two epochs of three steps on digits, one of a first stage."""
+    """Return the config with two epochs of three steps on digits, and one of the first stage."""
     config.data.crop_padding, config.data.flip = 1, False
     config.epochs, config.batch_size = 2, 48
     config.first_stage.epochs = min(config.first_stage.epochs, 1)
@@ -64,7 +64,7 @@ def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, 
     result = train.run(config, tmp_path / "whole", digits)
     assert np.isfinite(result["last"]["nll"])
 
-    # Stopped inside the first epoch, after two calls of the next process, and so on.
+    # The run is stopped twice, each time after two saves, before it is finished.
     for _ in range(2):
         with stopped_after(2):
             train.run(config, tmp_path / "pieces", digits)
@@ -81,7 +81,7 @@ def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, 
 
 @pytest.fixture(scope="module")
 def small_images():
-    """48 training images of 32x32 pixels, for three steps."""
+    """Return 48 training images of 32x32 pixels, which make three steps."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (56, 32, 32, 3), np.uint8)
     labels = np.arange(56) % 8
@@ -89,10 +89,10 @@ def small_images():
 
 
 def untrained(name, folder):
-    """The work directory of a teacher that was never trained but knows the statistics of its maps.
+    """Return the work directory of an untrained teacher with the running statistics of its maps.
 
-    With those of initialisation the maps of a deep network grow from block to block, and what it
-    teaches is of any size.
+    With the statistics of initialisation, the maps of a deep network would grow from block to
+    block, and its answers could have any size.
     """
     if not folder.exists():
         network = models.create(name, 8)
@@ -206,9 +206,9 @@ def test_a_first_stage_trains_what_it_names_and_no_other_norm(digits, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_save_is_due", stop_at_main)
         train.run(config, tmp_path / "ab", digits)
-    after = stopped[-1]  # the one before is of the teacher
+    after = stopped[-1]  # an earlier one is the teacher's
     stats, params = after.batch_stats["student"], after.params["student"]
-    np.testing.assert_array_equal(stats["bn1"]["mean"], 0)  # behind the last map
+    np.testing.assert_array_equal(stats["bn1"]["mean"], 0)  # after the last map
     np.testing.assert_array_equal(params["bn1"]["scale"], 1)
     assert np.abs(stats["block1.layer.0"]["bn1"]["mean"]).max() > 0
     assert np.abs(params["block1.layer.0"]["bn1"]["scale"] - 1).max() > 0

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or refused, and go on bit for bit."""
+"""Runs that are killed or stopped, or whose checkpoints are damaged, resume bitwise."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ from ipwd_jax.state import TrainState, network_shapes
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Programs are compiled once for all processes."""
+    """Return an environment in which programs are compiled once for all processes."""
     return {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
@@ -37,7 +37,7 @@ def environment(tmp_path_factory):
 
 
 def start(runs, environment, every_seconds=0.0, prefix=()):
-    """One epoch of a teacher and two of a student; a checkpoint after every step by default."""
+    """Start one epoch of a teacher and two of a student, by default saved after every step."""
     command = [
         *prefix, sys.executable, "-m", "ipwd_jax.main",
         "--config=configs/digits_ipwd.py:resnet8,resnet8", "--config.epochs=2",
@@ -62,7 +62,7 @@ def output_of(process, code=0):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, environment):
-    """The folder of the runs of a teacher and a student that nothing disturbed."""
+    """Return the folder of uninterrupted runs of a teacher and a student."""
     runs = tmp_path_factory.mktemp("reference")
     output_of(start(runs, environment, every_seconds=60.0))
     return runs
@@ -107,7 +107,7 @@ def newest(runs):
 
 
 def stop(runs, environment, signum):
-    """Starts the run and stops it by a signal after it has written two checkpoints."""
+    """Start the run, and stop it with a signal after it has written two checkpoints."""
     known = checkpoints(runs)
     process = start(runs, environment)
     deadline = time.monotonic() + 120
@@ -116,14 +116,14 @@ def stop(runs, environment, signum):
         time.sleep(0.01)
     process.send_signal(signum)
     output = output_of(process, 128 + signum)
-    assert f"{signum.name}; the same command goes on from here" in output
+    assert f"{signum.name}; the same command resumes from here" in output
     assert "Traceback" not in output
     return output
 
 
 @pytest.fixture(scope="module")
 def stopped_once(reference, environment, tmp_path_factory):
-    """A student that was stopped in the middle by SIGTERM, beside the finished teacher."""
+    """Return the folder of a student that SIGTERM has stopped, beside its finished teacher."""
     runs = tmp_path_factory.mktemp("stopped")
     teacher = teacher_folder(reference, "resnet8")
     shutil.copytree(teacher, runs / teacher.name)
@@ -137,16 +137,16 @@ def stopped(stopped_once, tmp_path):
 
 
 def test_stopped_by_signals(stopped, reference, environment):
-    number = newest(stopped).name  # by SIGTERM
-    assert f"Going on from step {number}" in stop(stopped, environment, signal.SIGINT)
+    number = newest(stopped).name  # of the run that SIGTERM has stopped
+    assert f"Resuming at step {number}" in stop(stopped, environment, signal.SIGINT)
     number = newest(stopped).name
     output = output_of(start(stopped, environment, every_seconds=60.0))
-    assert f"Going on from step {number}" in output
+    assert f"Resuming at step {number}" in output
     assert_same(stopped, reference)
 
 
 def largest_file(folder):
-    return max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)  # of those with numbers
+    return max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)  # of the files that hold arrays
 
 
 def truncate(file):
@@ -162,7 +162,7 @@ def overwrite(file):
 @pytest.mark.parametrize(
     "damage",
     [
-        overwrite,  # TestCheckpoint has the others, too
+        overwrite,  # TestCheckpoint also tests the others
         pytest.param(truncate, marks=pytest.mark.slow),
         pytest.param(Path.unlink, marks=pytest.mark.slow),
     ],
@@ -174,7 +174,7 @@ def test_damaged_checkpoint_is_set_aside(stopped, reference, environment, damage
     damage(largest_file(folder))
     output = output_of(start(stopped, environment, every_seconds=60.0))
     assert f"warning: checkpoint {folder.name} in {folder.parent} cannot be read" in output
-    assert f"Going on from step {older}" in output
+    assert f"Resuming at step {older}" in output
     assert (folder.parent / f"damaged-{folder.name}" / "state").is_dir()
     assert_same(stopped, reference)
 
@@ -194,13 +194,13 @@ def test_no_checkpoint_can_be_read(stopped, environment):
 
 
 def test_no_space_for_a_checkpoint(stopped, reference, environment):
-    limited = ("bash", "-c", 'ulimit -f 98; exec "$@"', "bash")  # files of at most 98 KiB
+    limited = ("bash", "-c", 'ulimit -f 98; exec "$@"', "bash")  # limits files to 98 KiB
     number = newest(stopped).name
     output = output_of(start(stopped, environment, prefix=limited), 2)
     assert "a checkpoint could not be written" in output
     assert f"Newest complete checkpoint: step {number}" in output
     output = output_of(start(stopped, environment, every_seconds=60.0))
-    assert f"Going on from step {number}" in output
+    assert f"Resuming at step {number}" in output
     assert_same(stopped, reference)
 
 
@@ -213,10 +213,10 @@ def test_killed_ten_times(reference, environment, tmp_path):
         process = start(runs, environment)
         while process.poll() is None and checkpoints(runs) <= known:
             time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.5))  # also while a checkpoint is being written
+        time.sleep(moments.uniform(0, 0.5))  # may fall within the writing of a checkpoint
         process.kill()
         output, _ = process.communicate()
-        if process.returncode == 0:  # the end came first: begin another run
+        if process.returncode == 0:  # the run ended before the kill: begin another
             assert_same(runs, reference)
             runs = tmp_path / str(kills)
             continue
@@ -229,7 +229,7 @@ def test_killed_ten_times(reference, environment, tmp_path):
 
 
 class TestCheckpoint:
-    """Checkpoints 1 and 2 of a tiny state, of which the newer is damaged."""
+    """Checkpoints 1 and 2 of a tiny state; the newer one is damaged."""
 
     @staticmethod
     def state(number):

@@ -1,4 +1,4 @@
-"""Several seeds in one program: each leaves what it leaves alone, bit for bit."""
+"""Each of several seeds in one program has bitwise the same results as if it ran alone."""
 
 import json
 
@@ -13,7 +13,7 @@ CHANGES = {"epochs": 3, "teacher__view_cache": "off"}
 
 
 def config(**changes):
-    """Three epochs whose last is not the best one, and which keep their three test scores."""
+    """Return the config of three epochs, the last of which is not the best."""
     result = settings(**{**CHANGES, **changes})
     result.optimizer.milestones = (1,)
     return result
@@ -35,7 +35,7 @@ TIMES = {"images_per_second", "train_seconds"}
 
 
 def left(workdir):
-    """Everything that a run leaves for people, without what depends on the clock."""
+    """Return everything that a run writes for its users and that does not depend on the clock."""
     history = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(workdir)]
     result = json.loads((workdir / "result.json").read_text())
     result = {k: v for k, v in result.items() if k not in TIMES}
@@ -74,7 +74,7 @@ def test_a_seed_that_is_ahead_is_waited_for(alone, squares, folder, monkeypatch,
     assert not removed
     output = capsys.readouterr().out
     assert "Seed 1 first catches up from step 0 to 5" in output
-    assert f"Going on from step 5 of {folder / 'ahead_seed0'}" in output
+    assert f"Resuming at step 5 of {folder / 'ahead_seed0'}" in output
     assert_as_alone(folder, "ahead", alone)
 
 

@@ -1,4 +1,4 @@
-"""Processes that share a teacher: those that come later wait, and use what the first one made."""
+"""Processes share a teacher: later ones wait for the first, and use what it has made."""
 
 import fcntl
 import os
@@ -22,7 +22,7 @@ from ipwd_jax.workdir import locked
 
 @pytest.mark.slow
 def test_students_that_start_together_share_a_teacher_and_its_views(tmp_path):
-    """The loop over seeds that a shell runs in parallel, teacher included."""
+    """Two students start at once, as from a shell loop over seeds, before there is a teacher."""
     command = [
         sys.executable, "-m", "ipwd_jax.main", "--config=configs/digits_ipwd.py:resnet8,resnet8",
         "--config.epochs=1", "--config.teacher.epochs=1", "--config.teacher.view_cache=drawn",
@@ -40,7 +40,7 @@ def test_students_that_start_together_share_a_teacher_and_its_views(tmp_path):
     waited = [output for output in outputs if "Waiting for another process that is using" in output]
     assert len(waited) >= 1
     teacher = teacher_folder(tmp_path, "resnet8", "digits")
-    assert sum("epoch 1/1" in output.split("Waiting")[0] for output in outputs) >= 1
+    assert sum("  1/1  " in output.split("Waiting")[0] for output in outputs) >= 1
     assert (teacher / "result.json").exists()
     assert len(list((teacher / "views").glob("*.npy"))) == 2, "one for each seed"
 
@@ -76,18 +76,18 @@ def test_nothing_is_left_of_a_refused_run(squares, tmp_path):
         patch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
         with pytest.raises(UserError, match="does not fit"):
             train.run(config, tmp_path / "student", squares)
-    teacher = teacher_folder(tmp_path, "tiny")
+    teacher = teacher_folder(tmp_path, "tiny_net")
     assert [path.name for path in tmp_path.iterdir()] == [teacher.name]
 
 
 def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch, capsys):
-    """What `auto` chose when memory was short holds when the run resumes with more of it."""
+    """What `auto` chose for lack of memory still holds if there is enough when the run resumes."""
     config = settings(checkpoint__every_seconds=0.0)
     train.run(config, tmp_path / "student", squares, teacher_only=True)
     with monkeypatch.context() as patch, stopped_after(2):
         patch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
         train.run(config, tmp_path / "student", squares)
-    assert "Without a cache" in capsys.readouterr().out
+    assert "without a cache" in capsys.readouterr().out
     train.run(config, tmp_path / "student", squares)
     assert "views" not in capsys.readouterr().out
     assert not list(tmp_path.glob("*/views/*.npy"))
@@ -96,7 +96,7 @@ def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch,
 def test_an_answer_that_was_never_asked_is_no_number(squares, tmp_path):
     config = settings(epochs=1, teacher__epochs=1, teacher__view_cache="drawn")
     train.run(config, tmp_path / "student", squares, teacher_only=True)
-    teacher = load(config, teacher_folder(tmp_path, "tiny"), squares)
+    teacher = load(config, teacher_folder(tmp_path, "tiny_net"), squares)
     cache = view_cache.load_or_build(assemble(config, squares, teacher), required=True)
     index, view = np.divmod(np.arange(40 * 18), 18)
     asked = Batch(None, None, jnp.asarray(index), jnp.asarray(view), None, None, None, None)

@@ -1,4 +1,4 @@
-"""Several steps in one call, a teacher that looks ahead, a shared order: the same numbers."""
+"""Several steps per call, a teacher that looks ahead, and a shared order give the same numbers."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_a_teacher_that_rounds_says_by_how_much(alone, squares, folder):
     result = train.run(config, folder / "rounded", squares)
     assert 1e-4 < result["teacher"]["logits_error"] < 0.03
     assert result["teacher"]["same_class"] > 0.9
-    assert "% off float32's" in report.summary(result)
+    assert "% error relative to float32" in report.summary(result)
     assert "logits_error" not in json.loads((folder / "alone_0/result.json").read_text())["teacher"]
 
 

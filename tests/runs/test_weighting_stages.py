@@ -1,4 +1,4 @@
-"""What a weighting and a stage leave alone."""
+"""A weighting and a stage do not change what they do not concern."""
 
 import jax
 import numpy as np
@@ -48,7 +48,7 @@ def test_a_stage_leaves_a_separate_network_alone_that_it_does_not_train(
     tmp_path,
     monkeypatch,
 ):
-    """IPWD*'s network: neither its statistics nor its parameters, though everything is trained."""
+    """The first stage changes neither parameters nor statistics of the network that IPWD* adds."""
     config = with_first_stage("fitnet")
     config.terms.cls.source = "network"
     seen = []
@@ -74,7 +74,7 @@ def test_a_stage_leaves_a_separate_network_alone_that_it_does_not_train(
 
 
 def test_undefined_metrics_of_seeds_are_shown_as_such(squares, tmp_path):
-    """Of two classes two of the four groups by teacher mass are empty."""
+    """With two classes, two of the four groups by the teacher's mass are empty."""
     result = train.run(settings(seeds=(0, 1), epochs=1), tmp_path / "run", squares)
     assert result["seeds"][0]["last"]["recall_group3"] is None
     text = report.summary(result)

@@ -1,4 +1,4 @@
-"""The tables of results that a run prints when it ends."""
+"""The tables of results that a run prints at its end."""
 
 import math
 import statistics
@@ -22,7 +22,11 @@ _UNITS = {
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The table of one run, or of the runs of several seeds, from what `result.json` holds."""
+    """Return the table of one run or of the runs of several seeds.
+
+    Args:
+        result: the content of `result.json`.
+    """
     if "seeds" in result:
         return _over_seeds(result["seeds"])
     if result.get("imported"):
@@ -52,8 +56,8 @@ def summary(result: Mapping[str, Any]) -> str:
     rounding = result.get("teacher") or {}
     if "logits_error" in rounding:
         lines.append(
-            f"teacher's logits in the step: {100 * rounding['logits_error']:.3g} % off float32's, "
-            f"{100 * rounding['same_class']:.1f} % with the same class"
+            f"teacher's logits in the step: {100 * rounding['logits_error']:.3g} % error relative "
+            f"to float32, {100 * rounding['same_class']:.1f} % with the same predicted class"
         )
     weights = result.get("weights")
     if weights:
@@ -79,12 +83,12 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
-    """The mean and the sample standard deviation of each metric over the seeds."""
+    """Return a table of each metric's mean and sample standard deviation over the seeds."""
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
     lines = [
         f"{first['network']} on {first['data']}: {first['parameters']:,} parameters, "
-        f"mean and deviation over seeds {seeds}",
+        f"mean and standard deviation over seeds {seeds}",
         f"{'test set':<15}{'last epoch':>20}{'best epoch':>20}",
     ]
     for metric, unit in _UNITS.items():
@@ -98,12 +102,12 @@ def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
-    """Formats a number, or says `undefined` for JSON's null and for the mean of nothing."""
+    """Format a number; JSON's null, NaN and infinities become `undefined`."""
     return "undefined" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:
-    """`mean +- deviation` of one value per seed; undefined if the value of any seed is."""
+    """Return `mean +- deviation` of one value per seed, or `undefined` if any of them is."""
     numbers = [value for value in values if value is not None and math.isfinite(value)]
     if len(numbers) < len(values):
         return "undefined"

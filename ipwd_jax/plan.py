@@ -1,0 +1,78 @@
+"""What a run will do, in words, before it begins."""
+
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ipwd_jax import models, parallel
+from ipwd_jax.assemble import Experiment
+from ipwd_jax.data.base import Split
+from ipwd_jax.state import network_shapes
+
+
+def describe(
+    experiment: Experiment, workdirs: list[pathlib.Path], teacher: pathlib.Path | None
+) -> str:
+    """The data, networks, loss, steps, device and files of a run; one line each.
+
+    Args:
+        experiment: of the run; its teacher is not looked at.
+        workdirs: of the run of each seed.
+        teacher: work directory of the teacher, if there is one.
+    """
+    config, dataset = experiment.config, experiment.dataset
+    shape = dataset.train.images.shape[1:]
+    classes = len(dataset.class_names)
+    lines = {
+        "data": f"{dataset.name}: {_size(dataset.train)} training and {_size(dataset.test)} test "
+        f"images of {'x'.join(map(str, shape))}, {classes} classes",
+    }
+    if teacher:
+        network = models.create(config.teacher.name, classes)
+        how = f"from {teacher}"
+        if not (teacher / "result.json").exists():
+            how = f"trained first, {config.teacher.epochs} epochs, in {teacher}"
+        lines["teacher"] = f"{config.teacher.name} ({_cost(network, shape)}) {how}"
+    lines["student"] = f"{config.model.name} ({_cost(experiment.network, shape)})"
+    for stage in experiment.stages:
+        weighted = set(config.weighting.terms) if stage.weighting is not None else set()
+        parts = (
+            f"{weight:g} {name}{f' weighted by {config.weighting.name}' * (name in weighted)}"
+            for name, weight in stage.loss.items()
+        )
+        of_stage = f"stage {stage.name!r}: " if len(experiment.stages) > 1 else ""
+        lines[f"loss {stage.name}"] = of_stage + " + ".join(parts)
+        lines[f"steps {stage.name}"] = (
+            f"{of_stage}{stage.epochs} epochs of {experiment.steps_per_epoch} steps of "
+            f"{config.batch_size} images"
+        )
+    lines["device"] = f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
+    lines["device"] += config.precision
+    lines["folder"] = ", ".join(map(str, workdirs))
+    return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
+
+
+def disk(experiment: Experiment) -> int:
+    """Bytes that the checkpoints of one run take at most."""
+    state = jax.eval_shape(lambda: experiment.initial_state(seed=0))
+    leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf.dtype, "itemsize")]
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    # Parameters, momentum and the best network; one more while the newest is written.
+    return (experiment.config.checkpoint.keep + 2) * 3 * size
+
+
+def _size(split: Split) -> str:
+    return f"{len(split.labels):,}"
+
+
+def _cost(network: nn.Module, shape: tuple[int, ...]) -> str:
+    """The parameters of a network, and its multiply-adds for one image."""
+    variables = network_shapes(network, shape)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    lowered = jax.jit(network.apply).lower(variables, image)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
+    return f"{parameters:,} parameters, {flops / 2e6:,.1f} M multiply-adds"

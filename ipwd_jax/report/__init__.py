@@ -1,0 +1,48 @@
+"""Reports of finished runs: the table that a run prints, and pages for people to read and share."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ipwd_jax.report.summary import summary
+
+if TYPE_CHECKING:
+    from ipwd_jax.report.write import Written
+
+__all__ = ["summary", "write_report"]
+
+
+def write_report(
+    runs: Sequence[str | pathlib.Path],
+    out: str | pathlib.Path | None = None,
+    baseline: str | pathlib.Path | None = None,
+) -> "Written":
+    """Writes an HTML page about one run, or about how several runs compare, and files beside it.
+
+    The page needs no other file and no network. Beside it is a Markdown file with the same text and
+    tables; several runs also get their table of results in LaTeX and in CSV.
+
+    Args:
+        runs: the work directories of the runs.
+        out: the page, whose name ends in `.html`. By default `report.html` in the work directory of
+            a single run, and in the current directory for several.
+        baseline: the work directory of a run to compare with. A single run is compared with it
+            class by class. With several runs, its method takes the place of plain knowledge
+            distillation in the paired differences.
+
+    Returns:
+        The files, and the problems that are named on the page: runs or parts of them that could not
+        be reported.
+
+    Raises:
+        UserError: nothing can be reported, the baseline cannot be compared with, or the page cannot
+            be written.
+    """
+    # Matplotlib and SciPy's statistics take a second to import, and a training run needs neither.
+    from ipwd_jax.report.write import write
+
+    return write(
+        [pathlib.Path(run) for run in runs],
+        pathlib.Path(out) if out is not None else None,
+        pathlib.Path(baseline) if baseline is not None else None,
+    )

@@ -1,0 +1,51 @@
+"""Write a web page about a run, or about how several runs compare.
+
+  python -m ipwd_jax.report runs/digits_ipwd_resnet20_resnet8_seed0
+  python -m ipwd_jax.report runs/mine_seed0 --baseline=runs/kd_seed0 --out=mine.html
+  python -m ipwd_jax.report runs/digits_*_seed? --out=digits.html
+
+The page is a single file that needs no network. A Markdown file is written beside it; with several
+runs also the table of results in LaTeX and in CSV. A single run is reported in detail. Several runs
+are compared: runs that differ only in their seed are averaged, and every method is compared with
+plain knowledge distillation, or with the method of the baseline, over the seeds that both have.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from ipwd_jax.errors import UserError
+from ipwd_jax.report import write_report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. Exits with 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ipwd_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="its folder")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE.html",
+        help="default: report.html in the folder of a single run, or else in the current one",
+    )
+    parser.add_argument(
+        "--baseline", type=pathlib.Path, metavar="RUN", help="folder of a run to compare with"
+    )
+    given = parser.parse_args(argv)
+    try:
+        written = write_report(given.runs, given.out, given.baseline)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for problem in written.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    print(f"Written to {', '.join(str(file) for file in written.files)}")
+
+
+if __name__ == "__main__":
+    main()

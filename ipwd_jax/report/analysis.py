@@ -1,0 +1,123 @@
+"""The numbers behind the figures of a single run, computed by NumPy in float64."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from ipwd_jax import metrics
+
+BINS = 10  # of the reliability diagram, as in `metrics.calibration_error`
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """How sure a network is of its answers to N test images, and whether they are right.
+
+    Attributes:
+        confidence: (N,) largest probability.
+        correct: (N,) bool.
+    """
+
+    confidence: np.ndarray
+    correct: np.ndarray
+
+    def ece(self) -> float:
+        """Expected calibration error in percent."""
+        return 100 * metrics.calibration_error(self.confidence, self.correct, BINS)
+
+    def aurc(self) -> float:
+        """Area under the risk-coverage curve, times 1000."""
+        return 1000 * metrics.risk_coverage(self.confidence, self.correct)[0]
+
+    def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean confidence, accuracy and number of the answers in each of `BINS` bins `(lo, hi]`.
+
+        Each is (BINS,); the first two are in 0..1, and nan for a bin without answers.
+        """
+        inside = np.clip(np.ceil(self.confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        count = np.bincount(inside, minlength=BINS)
+
+        def mean(values: np.ndarray) -> np.ndarray:
+            total = np.bincount(inside, values, BINS)
+            return np.divide(total, count, out=np.full(BINS, np.nan), where=count > 0)
+
+        return mean(self.confidence), mean(self.correct.astype(np.float64)), count
+
+    def risk_coverage(self) -> tuple[np.ndarray, np.ndarray]:
+        """Coverage k / N and the share of errors among the k most confident answers, k = 1..N."""
+        wrong = ~self.correct[np.argsort(self.confidence, kind="stable")[::-1]]
+        taken = np.arange(1, len(wrong) + 1)
+        return taken / len(wrong), np.cumsum(wrong) / taken
+
+
+def confidence(logits: np.ndarray, labels: np.ndarray) -> Confidence:
+    """The `Confidence` of logits (N, C) with the labels (N,)."""
+    log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
+    return Confidence(np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == labels)
+
+
+def column(history: list[dict[str, Any]], name: str) -> np.ndarray:
+    """One metric (epochs,) of all epochs; nan where it was not measured."""
+    values = [row.get(name) for row in history]
+    return np.array([v if isinstance(v, float) else np.nan for v in values])
+
+
+def rate_drops(rates: np.ndarray) -> list[int]:
+    """After which epochs the learning rate changes; empty if it changes all the time.
+
+    Args:
+        rates: (epochs,) the rate of the last step of each epoch.
+    """
+    changes = [i for i in range(1, len(rates)) if not np.isclose(rates[i], rates[i - 1], rtol=1e-4)]
+    return changes if len(changes) <= max(1, len(rates) // 4) else []
+
+
+def recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Percent of the test images of each class that are recognised, (C,); nan without images."""
+    classes = logits.shape[1]
+    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
+    count = np.bincount(labels, minlength=classes)
+    return 100 * np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
+
+
+def groups_by_mass(class_mass: np.ndarray, groups: int = 4) -> list[np.ndarray]:
+    """The classes in groups from the teacher's favourites down, as in `metrics.group_recall`."""
+    return np.array_split(np.argsort(-class_mass, kind="stable"), groups)
+
+
+def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """The mean weight of the samples of each class, (C,); nan for a class without samples."""
+    count = np.bincount(labels, minlength=classes)
+    total = np.bincount(labels, weights.astype(np.float64), classes)
+    return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
+
+
+def confusions(
+    logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray, most: int = 10
+) -> list[tuple[int, int, int, int]]:
+    """The confusions whose frequencies differ most between the student and the teacher.
+
+    Args:
+        logits: (N, C) of the student.
+        teacher_logits: (N, C).
+        labels: (N,).
+        most: how many are returned at most; those that do not differ never are.
+
+    Returns:
+        True class, predicted class, and how often the student and the teacher confuse them so.
+    """
+    classes = logits.shape[1]
+
+    def count(answers: np.ndarray) -> np.ndarray:
+        matrix = np.zeros((classes, classes), np.int64)
+        np.add.at(matrix, (labels, answers), 1)
+        np.fill_diagonal(matrix, 0)
+        return matrix
+
+    student, teacher = count(logits.argmax(axis=1)), count(teacher_logits.argmax(axis=1))
+    difference = np.abs(student - teacher).ravel()
+    order = np.argsort(-difference, kind="stable")[:most]
+    pairs = [divmod(int(flat), classes) for flat in order if difference[flat]]
+    return [(i, j, int(student[i, j]), int(teacher[i, j])) for i, j in pairs]

@@ -1,0 +1,275 @@
+"""Figures of a single run: its training, its confidence and its weights."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ipwd_jax.report import analysis, drawing
+from ipwd_jax.report.analysis import BINS, Confidence, column
+from ipwd_jax.report.content import Figure
+from ipwd_jax.report.drawing import BLUE, COLOURS, GREEN, INK, LINES, VERMILLION, draw
+
+_NETWORKS = {"student": (BLUE, "-"), "teacher": (VERMILLION, "--"), "baseline": (GREEN, "-.")}
+_MANY = 20  # classes, above which a figure names only those at its ends
+
+
+def accuracy(history: list[dict[str, Any]], teacher: float | None) -> Figure:
+    """Accuracy on the training and the test set after each epoch, with the teacher's."""
+    epochs = np.arange(1, len(history) + 1)
+    curves = {"training": column(history, "train_top1"), "test": column(history, "test_top1")}
+
+    def paint(axes: Axes) -> None:
+        for (name, values), line in zip(curves.items(), ("--", "-"), strict=True):
+            colour = BLUE if name == "test" else VERMILLION
+            _line(axes, epochs, values, label=name, color=colour, linestyle=line)
+        if teacher is not None:
+            axes.axhline(teacher, color=INK, alpha=0.7, linewidth=1, linestyle="-.")
+            axes.annotate("teacher", (1, teacher), (0, 3), textcoords="offset points", fontsize=9)
+        _epochs(axes, history, "top-1 accuracy (%)")
+
+    known = [f"{name} {_ends(values, ' %')}" for name, values in curves.items()]
+    alt = f"Accuracy over {len(history)} epochs: {'; '.join(known)}."
+    caption = "Accuracy on the training batches (augmented) and on the test set."
+    return Figure(draw("accuracy", alt, paint), alt, caption)
+
+
+def losses(history: list[dict[str, Any]]) -> Figure:
+    """The training loss and its terms, and the test set's cross-entropy, after each epoch."""
+    names = [k for k in history[-1] if k.startswith("train_") and k != "train_top1"]
+    curves = {name.removeprefix("train_"): column(history, name) for name in names}
+    curves = {"total" if name == "loss" else name: values for name, values in curves.items()}
+    curves["test cross-entropy"] = column(history, "test_nll")
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    epochs = np.arange(1, len(history) + 1)
+    finite = np.concatenate([v[np.isfinite(v)] for v in curves.values()] or [np.ones(1)])
+    wide = finite.min() > 0 and finite.max() > 20 * finite.min()
+
+    def paint(axes: Axes) -> None:
+        for number, (name, values) in enumerate(curves.items()):
+            colour, style = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
+            _line(axes, epochs, values, label=name, color=colour, linestyle=style)
+        if wide:
+            drawing.logarithmic(axes, "y")
+        _epochs(axes, history, "loss (nats)" if not wide else "loss (nats, logarithmic)")
+
+    alt = "Losses over the epochs: "
+    alt += "; ".join(f"{name} {_ends(values)}" for name, values in curves.items()) + "."
+    caption = "The weighted sum of the terms (total), each term before its weight in the sum, and "
+    caption += "the cross-entropy on the test set."
+    return Figure(draw("losses", alt, paint), alt, caption)
+
+
+def reliability(networks: Mapping[str, Confidence]) -> Figure:
+    """How often answers are right against how sure the networks are of them."""
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, alpha=0.5, linewidth=1, linestyle=":")
+        _, accuracy, count = networks["student"].reliability()
+        share = count / count.sum()
+        centres = (np.arange(BINS) + 0.5) / BINS
+        axes.bar(centres, share, 0.9 / BINS, color=INK, alpha=0.15, label="share of answers")
+        for name, one in networks.items():
+            mean, accuracy, _ = one.reliability()
+            label = f"{name}: ECE {one.ece():.2f} %"
+            colour, line = _NETWORKS[name]
+            seen = np.isfinite(mean)
+            axes.plot(
+                mean[seen], accuracy[seen], color=colour, linestyle=line, marker="o", label=label
+            )
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+        drawing.legend_below(axes, 2)
+
+    words = ", ".join(f"{name} {one.ece():.2f} %" for name, one in networks.items())
+    alt = f"Reliability diagram with {BINS} bins. Expected calibration error: {words}."
+    caption = "Accuracy of the answers in each bin of confidence. On the dotted line confidence is "
+    caption += "accuracy; below it the network is too sure. Grey: where the student's answers are."
+    return Figure(draw("reliability", alt, paint, 3.3), alt, caption)
+
+
+def risk_coverage(networks: Mapping[str, Confidence]) -> Figure:
+    """Errors among the most confident answers against how many of these are taken."""
+
+    def paint(axes: Axes) -> None:
+        for name, one in networks.items():
+            coverage, risk = one.risk_coverage()
+            kept = np.unique(np.linspace(0, len(risk) - 1, 500).astype(int))
+            colour, line = _NETWORKS[name]
+            label = f"{name}: AURC {one.aurc():.2f}"
+            axes.plot(
+                100 * coverage[kept], 100 * risk[kept], color=colour, linestyle=line, label=label
+            )
+        axes.set(xlim=(0, 101), xlabel="coverage (%)", ylabel="errors (%)")
+        axes.set_ylim(bottom=0)
+        drawing.legend_below(axes, 2)
+
+    words = ", ".join(f"{name} {one.aurc():.2f}" for name, one in networks.items())
+    alt = f"Risk-coverage curves. Area under the curve times 1000: {words}."
+    caption = "Share of errors if a network answers only the images that it is most sure of. The "
+    caption += "area under the curve (AURC, times 1000) is small if it is unsure where it errs."
+    return Figure(draw("coverage", alt, paint, 3.3), alt, caption)
+
+
+def weight_bands(history: list[dict[str, Any]]) -> Figure:
+    """The distribution of the weights after each epoch, as bands between its deciles."""
+    epochs = np.arange(1, len(history) + 1)
+    deciles = [column(history, f"weight_decile{i}") for i in range(1, 10)]
+    low, high = column(history, "weight_min"), column(history, "weight_max")
+
+    def paint(axes: Axes) -> None:
+        for inner in range(4):
+            axes.fill_between(
+                epochs,
+                deciles[inner],
+                deciles[8 - inner],
+                color=BLUE,
+                alpha=0.2,
+                linewidth=0,
+                label="deciles 1 to 9" if inner == 0 else None,
+            )
+        _line(axes, epochs, deciles[4], label="median", color=BLUE)
+        for values, label in ((low, "smallest and largest"), (high, None)):
+            axes.plot(epochs, values, color=VERMILLION, linestyle="--", linewidth=1, label=label)
+        if np.nanmin(low) > 0 and np.nanmax(high) > 10 * np.nanmin(low):
+            drawing.logarithmic(axes, "y")
+        _epochs(axes, history, "weight")
+
+    alt = f"Weights of the samples over the epochs: median {_ends(deciles[4])}; smallest "
+    alt += f"{_ends(low)}; largest {_ends(high)}."
+    caption = "Distribution of the weights of all training samples after each epoch. Each shade "
+    caption += "goes from one decile to its opposite."
+    return Figure(draw("bands", alt, paint), alt, caption)
+
+
+def weight_histogram(weights: np.ndarray) -> Figure:
+    """How many training samples have which weight after the last epoch."""
+    shown = weights.astype(np.float64)
+    positive = shown[shown > 0]
+    wide = len(positive) > 0 and positive.max() > 10 * positive.min()
+    if wide:
+        edges = np.geomspace(positive.min(), positive.max(), 31)
+    else:
+        edges = np.linspace(shown.min(), max(shown.max(), shown.min() + 1e-3), 31)
+
+    def paint(axes: Axes) -> None:
+        axes.hist(shown, edges.tolist(), color=BLUE, alpha=0.85)
+        mean = shown.mean()
+        axes.axvline(mean, color=VERMILLION, linestyle="--", label=f"mean {mean:.3g}")
+        if wide:
+            drawing.logarithmic(axes, "x")
+        axes.set(xlabel="weight", ylabel="training samples")
+        drawing.legend_below(axes)
+
+    alt = f"Histogram of the last weights of {len(weights):,} training samples: median "
+    alt += f"{np.median(weights):.3g}, from {weights.min():.3g} to {weights.max():.3g}."
+    caption = "Weights of the training samples when they were last seen."
+    zeros = int((weights == 0).sum())
+    if zeros and wide:
+        caption += f" {zeros:,} of them have the weight 0, for which the axis has no place."
+    return Figure(draw("histogram", alt, paint), alt, caption)
+
+
+def transfer_gap(means: np.ndarray, mass: np.ndarray, names: list[str], rank: float) -> Figure:
+    """The mean weight of each class against how much probability the teacher gives the class."""
+    order = np.argsort(-mass, kind="stable")
+    named = order if len(order) <= _MANY else np.concatenate([order[:4], order[-4:]])
+    undefined = not np.isfinite(rank)
+    correlation = "undefined" if undefined else f"{rank:+.3f}"
+
+    def paint(axes: Axes) -> None:
+        axes.scatter(mass, means, s=18, color=BLUE)
+        for label in named:
+            axes.annotate(
+                names[label],
+                (mass[label], means[label]),
+                (4, 3),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.margins(x=0.12, y=0.1)
+        axes.set(xlabel="teacher's mass of the class (images)", ylabel="mean weight of the class")
+
+    first, last = names[order[0]], names[order[-1]]
+    alt = f"Mean weight of {len(mass)} classes against the teacher's mass. Spearman's rank "
+    alt += f"correlation: {correlation}. The teacher favours {first} most and {last} least."
+    caption = "Each point is a class. Its mass is the sum of the probabilities that the teacher "
+    caption += f"gives it on the training set. Spearman's rank correlation: {correlation}."
+    return Figure(draw("gap", alt, paint), alt, caption)
+
+
+def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -> Figure:
+    """The gain in recall of each class over a baseline, from the teacher's favourites down."""
+    order = np.concatenate(groups)
+    ends = np.cumsum([len(group) for group in groups])
+    means = [_mean(gains[group]) for group in groups]
+
+    def paint(axes: Axes) -> None:
+        for number, group in enumerate(groups):
+            places = np.arange(ends[number] - len(group), ends[number])
+            axes.bar(places, gains[group], 0.8, color=COLOURS[number % 4], alpha=0.85)
+            if len(group):
+                left, right = places[0] - 0.4, places[-1] + 0.4
+                axes.plot([left, right], [means[number]] * 2, color=INK, linewidth=1.6)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        few = len(order) <= _MANY
+        long = few and max(len(names[label]) for label in order) > 3
+        axes.set_xticks(
+            np.arange(len(order)) if few else [(a + b) / 2 for a, b in _spans(groups)],
+            [names[label] for label in order] if few else [f"group {i}" for i in (1, 2, 3, 4)],
+            rotation=60 if long else 0,
+            ha="right" if long else "center",
+            rotation_mode="anchor" if long else "default",
+        )
+        axes.grid(axis="x", visible=False)
+        axes.set(ylabel="gain in recall (points)", xlabel="classes, most favoured first")
+
+    words = ", ".join(f"group {i} {mean:+.2f}" for i, mean in enumerate(means, start=1))
+    alt = f"Gain in recall of each class over the baseline. Mean of each group: {words} points."
+    caption = "Bars are classes and lines are the means of the four groups, in the order of the "
+    caption += "teacher's mass."
+    return Figure(draw("gains", alt, paint, 3.3), alt, caption)
+
+
+def _spans(groups: list[np.ndarray]) -> list[tuple[int, int]]:
+    ends = np.cumsum([len(group) for group in groups])
+    return [(int(end) - len(group), int(end) - 1) for group, end in zip(groups, ends, strict=True)]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is measured; nan if nothing is."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else float("nan")
+
+
+def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A curve through the epochs that were measured, with marks if these are few."""
+    seen = np.isfinite(values)
+    axes.plot(epochs[seen], values[seen], marker="o" if seen.sum() <= 15 else None, **style)
+
+
+def _epochs(axes: Axes, history: list[dict[str, Any]], label: str) -> None:
+    """The axis of epochs with its marks: falls of the learning rate, and the end of a stage."""
+    stages = [row.get("stage") for row in history]
+    starts = [0, *(i for i in range(1, len(stages)) if stages[i] != stages[i - 1]), len(stages)]
+    rates = column(history, "learning_rate")
+    drops = [
+        start + drop
+        for start, end in itertools.pairwise(starts)
+        for drop in analysis.rate_drops(rates[start:end])
+    ]
+    drawing.vertical_lines(axes, drops, "learning rate changes")
+    for start in starts[1:-1]:
+        axes.axvline(start, color=INK, alpha=0.6, linewidth=1)
+    drawing.whole_numbers(axes)
+    axes.set(xlabel="epoch", ylabel=label)
+    drawing.legend_below(axes, 3)
+
+
+def _ends(values: np.ndarray, unit: str = "") -> str:
+    """Where a curve begins and ends, in words."""
+    seen = values[np.isfinite(values)]
+    if not len(seen):
+        return "not measured"
+    return f"from {seen[0]:.4g} to {seen[-1]:.4g}{unit}"

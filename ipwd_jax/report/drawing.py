@@ -1,0 +1,136 @@
+"""Draws figures with Matplotlib, as SVG that takes the colours and the font of the page."""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+# The colours of Okabe and Ito (2008), which colour-blind readers can tell apart, but for black and
+# yellow, which cannot be seen on a dark and on a light page.
+BLUE, VERMILLION, GREEN, ORANGE, PINK, SKY = COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+)
+LINES = ("-", "--", ":", "-.")
+INK = "#010203"  # becomes the colour of the page's text
+_WIDTH = 4.4  # inches; at the 320 points that this is, text stays legible on a telephone
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ipwd_jax",  # the same figure has the same text whenever it is drawn
+    "text.parse_math": False,  # a class can be called "$5"
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+    ),
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+_SVG = "http://www.w3.org/2000/svg"
+_LINK = "http://www.w3.org/1999/xlink"
+
+
+def draw(key: str, alt: str, paint: Callable[[Axes], None], height: float = 3.0) -> str:
+    """Draws a figure with one pair of axes.
+
+    Args:
+        key: identifies the figure within the page.
+        alt: what it shows, for those who cannot see it.
+        paint: draws into the axes.
+        height: in inches; the width is the same for all figures.
+
+    Returns:
+        An `<svg>` element, whose text and axes have the CSS colour `currentColor`.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser writes the text, in a font that has the sign.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        paint(figure.subplots())
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return _inline(file.getvalue(), key, alt)
+
+
+def legend_below(axes: Axes, columns: int = 3) -> None:
+    """Puts the legend below the axes, where it covers no data; none if nothing is labelled."""
+    _, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure = axes.figure
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1)
+
+
+def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
+    """Makes axes logarithmic, with plain numbers at their ticks."""
+    for name in names:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Puts the ticks of the x axis at whole numbers, as of epochs."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def vertical_lines(axes: Axes, places: Sequence[float], label: str) -> None:
+    """Marks places of the x axis by dotted lines, with one entry in the legend."""
+    for number, place in enumerate(places):
+        name = label if number == 0 else None
+        axes.axvline(place, color=INK, alpha=0.6, linewidth=1, linestyle=":", label=name)
+
+
+def _inline(svg: str, key: str, alt: str) -> str:
+    """The element of an SVG file, with names that are unique on the page and no fixed size."""
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _LINK)
+    root = ElementTree.fromstring(svg)
+    # The file's own style sheet would apply to the whole page, which has its rules too.
+    for parent in list(root.iter()):
+        for unused in (*parent.findall("{*}metadata"), *parent.findall("{*}style")):
+            parent.remove(unused)
+    for element in root.iter():
+        for name, value in element.attrib.items():
+            if name == "id":
+                value = f"{key}-{value}"
+            elif name == f"{{{_LINK}}}href" and value.startswith("#"):
+                value = f"#{key}-{value[1:]}"
+            value = value.replace("url(#", f"url(#{key}-").replace(INK, "currentColor")
+            element.set(name, value)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", alt)
+    return ElementTree.tostring(root, encoding="unicode")

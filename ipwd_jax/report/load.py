@@ -1,0 +1,218 @@
+"""Reads runs for a report, and checks all of what the report relies on."""
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ipwd_jax.errors import UserError
+from ipwd_jax.report.content import one_line
+from ipwd_jax.runs import Run, load_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A run whose records have been read and checked.
+
+    Attributes:
+        run: where it is, its settings and its result.
+        checksums: of its data and its teacher, as far as they are noted.
+        history: one row of metrics per epoch; may be empty for a finished run.
+        finished: whether it has a result.
+        problems: sentences about files that are missing or damaged.
+    """
+
+    run: Run
+    checksums: dict[str, str]
+    history: list[dict[str, Any]]
+    finished: bool
+    problems: tuple[str, ...] = ()
+
+    @property
+    def student(self) -> str:
+        """Name of the network that was trained."""
+        return str(self.run.config.model.name)
+
+    @property
+    def teacher(self) -> str:
+        """Name of the network that taught it; empty if none did."""
+        return str(self.run.config.teacher.name)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.run.config.seed)
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        name = self.run.result.get("data") or self.run.data.get("name")
+        return one_line(name or self.run.config.data.name, 60)
+
+    @property
+    def folder(self) -> str:
+        """The work directory, for messages."""
+        return one_line(self.run.workdir)
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        """`last_logits` (N, C), `labels` (N,) and, if there is a teacher, `teacher_logits` (N, C).
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        arrays = self.run.predictions()
+        labels, logits = arrays.get("labels"), arrays.get("last_logits")
+        path = self.run.workdir / "predictions.npz"
+        if labels is None or logits is None:
+            raise UserError(f"{path} lacks labels or last_logits; it has {sorted(arrays)}")
+        for name in {"last_logits", "teacher_logits"} & arrays.keys():
+            _check_logits(f"{name} of {path}", arrays[name], labels)
+        return arrays
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """`weight` (N,), `label` (N,) and `class_mass` (C,) of the training samples, and more.
+
+        Raises:
+            UserError: the run weights no samples, or the file is missing or damaged.
+        """
+        path = self.run.workdir / "samples.npz"
+        if not path.exists():
+            raise UserError(
+                f"{self.folder} has no samples.npz, because it weights no samples or was trained "
+                "by a version that did not write this file"
+            )
+        arrays = self.run.samples()
+        missing = {"weight", "label", "class_mass"} - arrays.keys()
+        if missing:
+            raise UserError(f"{path} lacks {sorted(missing)}; it has {sorted(arrays)}")
+        weight, label, mass = (arrays[name] for name in ("weight", "label", "class_mass"))
+        fits = weight.ndim == mass.ndim == 1 and weight.shape == label.shape and weight.size
+        if not (fits and np.isfinite(weight).all() and np.isfinite(mass).all()):
+            raise UserError(
+                f"{path} is damaged: weights, labels and class masses have the shapes "
+                f"{weight.shape}, {label.shape} and {mass.shape}, or are not finite"
+            )
+        _check_labels(str(path), label, len(mass))
+        return arrays
+
+    def class_names(self, classes: int) -> list[str]:
+        """The names of the classes on one line each; their numbers if the names are not noted."""
+        names = self.run.data.get("class_names")
+        if not isinstance(names, list) or len(names) != classes:
+            names = list(range(classes))
+        return [one_line(name, 24) for name in names]
+
+
+def load(workdir: pathlib.Path) -> Loaded:
+    """Reads a run and checks it.
+
+    Raises:
+        UserError: the folder holds no run, or nothing of it can be reported.
+    """
+    run = load_run(workdir)
+    _check_config(run)
+    if isinstance(run.result, dict) and run.result.get("imported"):
+        raise UserError(
+            f"{workdir} holds an imported network, which was not trained here and so has no "
+            "results to report"
+        )
+    history, problems = _history(run)
+    if run.result:
+        _check_result(run)
+    elif not history:
+        raise UserError(
+            f"{workdir} holds a run that has not finished its first epoch; its command goes on "
+            "with it"
+        )
+    return Loaded(run, _checksums(workdir), history, bool(run.result), tuple(problems))
+
+
+def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]:
+    """Reads runs, and says in a sentence each which of them cannot be reported."""
+    found: list[Loaded] = []
+    problems: list[str] = []
+    seen: set[pathlib.Path] = set()
+    for workdir in workdirs:
+        if workdir.resolve() in seen:
+            problems.append(f"{one_line(workdir)} was given twice and counts once.")
+            continue
+        seen.add(workdir.resolve())
+        try:
+            loaded = load(workdir)
+        except UserError as error:
+            problems.append(f"{one_line(error, 400)}.")
+            continue
+        found.append(loaded)
+        problems += loaded.problems
+    return found, problems
+
+
+def _check_config(run: Run) -> None:
+    config = run.config
+    try:
+        int(config.seed), int(config.epochs), dict(config.loss), config.weighting.name
+        str(config.name), config.model.name, config.teacher.name, config.data.name
+        known = isinstance(run.data, dict)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{run.workdir / 'config.json'} lacks settings that every run has: {error}"
+        ) from error
+    if not known:
+        raise UserError(f"{run.workdir / 'config.json'} is damaged: 'data' is not a section")
+
+
+def _check_result(run: Run) -> None:
+    result = run.result
+    scores = [result.get(name) for name in ("last", "best")] if isinstance(result, dict) else []
+    teacher = result.get("teacher") if isinstance(result, dict) else None
+    good = scores and all(_has_number(score, "top1") for score in scores)
+    if not good or not (teacher is None or isinstance(teacher, dict)):
+        raise UserError(
+            f"{run.workdir / 'result.json'} is damaged or not of a training run: it lacks the "
+            "top1 of the last and of the best epoch"
+        )
+
+
+def _has_number(score: Any, name: str) -> bool:
+    value = score.get(name) if isinstance(score, dict) else None
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _history(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of metrics, and what is wrong with them; the rows after a damaged one are left."""
+    path = run.workdir / "metrics.csv"
+    try:
+        rows = run.history
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        return [], [f"{one_line(path)} cannot be read: {one_line(error)}."]
+    good = [row for row in rows if isinstance(row.get("epoch"), float)]
+    if not rows:
+        return [], [f"{one_line(path)} is missing or empty, so there are no curves."]
+    if len(good) < len(rows):
+        lost = f"{len(rows) - len(good)} of {len(rows)} rows"
+        return good, [f"{one_line(path)} is damaged: {lost} have no epoch and are left out."]
+    return good, []
+
+
+def _checksums(workdir: pathlib.Path) -> dict[str, str]:
+    noted = json.loads((workdir / "config.json").read_text()).get("checksums")
+    return {str(k): str(v) for k, v in noted.items()} if isinstance(noted, dict) else {}
+
+
+def _check_logits(what: str, logits: np.ndarray, labels: np.ndarray) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
+        raise UserError(f"{what} do not fit the labels: {logits.shape} and {labels.shape}")
+    if not np.isfinite(logits).all():
+        raise UserError(f"{what} are not finite")
+    _check_labels(what, labels, logits.shape[1])
+
+
+def _check_labels(what: str, labels: np.ndarray, classes: int) -> None:
+    integers = np.issubdtype(labels.dtype, np.integer)
+    if not integers or labels.min() < 0 or labels.max() >= classes:
+        raise UserError(f"{what}: the labels must be integers from 0 to {classes - 1}")

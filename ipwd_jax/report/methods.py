@@ -1,0 +1,216 @@
+"""Which runs are seeds of one method, and how methods compare over the seeds that they share."""
+
+import collections
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import scipy.stats
+from ml_collections import ConfigDict
+
+from ipwd_jax import workdir
+from ipwd_jax.config import flat
+from ipwd_jax.losses import WEIGHTINGS
+from ipwd_jax.report.content import one_line
+from ipwd_jax.report.load import Loaded
+
+_CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A column of the table: a data set, a teacher (empty: none) and a student."""
+
+    data: str
+    teacher: str
+    student: str
+
+    def __str__(self) -> str:
+        return f"{self.teacher} → {self.student}" if self.teacher else f"{self.student} alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        method: name of the method, the same for all pairs.
+        pair: data and networks.
+        runs: by seed.
+    """
+
+    method: str
+    pair: Pair
+    runs: dict[int, Loaded]
+
+    def values(self, epoch: str, metric: str = "top1") -> dict[int, float]:
+        """Seed -> the metric of the "last" or "best" epoch."""
+        return {seed: one.run.result[epoch][metric] for seed, one in self.runs.items()}
+
+    @property
+    def config(self) -> ConfigDict:
+        """The settings, with the seed of one of the runs."""
+        return next(iter(self.runs.values())).run.config
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much better a method is than another, over the n seeds that both have.
+
+    Attributes:
+        mean: of the differences, in points.
+        low: end of its 95 % confidence interval by Student's t; None if n is 1.
+        high: the other end.
+        n: number of seeds.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
+    """Puts together the runs that differ in their seed alone.
+
+    Args:
+        runs: finished runs.
+
+    Returns:
+        The groups in the order of their first run, and sentences about runs that were left out or
+        that a reader should know more of.
+    """
+    problems: list[str] = []
+    names = _data_names(runs)
+    found: dict[tuple[Pair, str], dict[int, Loaded]] = collections.defaultdict(dict)
+    for one in runs:
+        pair = Pair(names[_data_key(one)], one.teacher, one.student)
+        there = found[pair, _identity(one)]
+        if one.seed in there:
+            problems.append(
+                f"{one.folder} has the same settings and seed as {there[one.seed].folder} and is "
+                "left out."
+            )
+        else:
+            there[one.seed] = one
+    for seeds in found.values():
+        teachers = {one.checksums.get("teacher") for one in seeds.values()}
+        if len(teachers) > 1:
+            folders = ", ".join(one.folder for one in seeds.values())
+            problems.append(f"The teachers of these seeds have different parameters: {folders}.")
+    return _named(found), problems
+
+
+def reference(groups: Sequence[Group], baseline: Loaded | None) -> str | None:
+    """The method that the others are compared with: the baseline's, or else plain distillation.
+
+    Returns:
+        Its name; None if no group, or groups of several names, are plain distillation.
+    """
+    if baseline:
+        folder = baseline.run.workdir.resolve()
+        wanted = [g for g in groups for r in g.runs.values() if r.run.workdir.resolve() == folder]
+    else:
+        wanted = [one for one in groups if _is_plain_distillation(one.config)]
+    names = {one.method for one in wanted}
+    return names.pop() if len(names) == 1 else None
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
+    """The paired difference of two methods over their common seeds; None if they share none."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if not differences:
+        return None
+    n, mean = len(differences), statistics.fmean(differences)
+    if n == 1:
+        return Difference(mean, None, None, n)
+    quantile = float(scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, n - 1))
+    half = quantile * statistics.stdev(differences) / n**0.5
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def changes(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """Settings that `config` has otherwise than `other`, as `path=value`; without name and seed."""
+    ours, theirs = _leaves(config), _leaves(other)
+    return [
+        f"{path}={one_line(ours.get(path, 'missing'), 60)}"
+        for path in sorted(ours.keys() | theirs.keys())
+        if path not in ("name", "seed", "seeds") and ours.get(path) != theirs.get(path)
+    ]
+
+
+def _data_key(one: Loaded) -> str:
+    return one.checksums.get("data") or one.data
+
+
+def _data_names(runs: Sequence[Loaded]) -> dict[str, str]:
+    """Checksum of each data set -> its name, with the checksum if others have the name too."""
+    names = {_data_key(one): one.data for one in runs}
+    often = collections.Counter(names.values())
+    return {key: name if often[name] == 1 else f"{name} ({key})" for key, name in names.items()}
+
+
+def _identity(one: Loaded) -> str:
+    """What the runs of a method have in common whatever their seed."""
+    config = one.run.config
+    if config.weighting.name in WEIGHTINGS:
+        return workdir.identity(config, {})
+    plain = json.loads(config.to_json_best_effort())  # of a weighting that is not known here
+    return json.dumps({k: v for k, v in plain.items() if k not in ("name", "seed", "seeds")})
+
+
+def _named(found: dict[tuple[Pair, str], dict[int, Loaded]]) -> list[Group]:
+    """Groups with names that tell the groups of a pair apart."""
+    plain = [
+        Group(_method(next(iter(runs.values()))), pair, dict(sorted(runs.items())))
+        for (pair, _), runs in found.items()
+    ]
+    named = []
+    for one in plain:
+        same = [g for g in plain if (g.pair, g.method) == (one.pair, one.method)]
+        if len(same) > 1:
+            differing = {
+                change
+                for other in same
+                for change in changes(one.config, other.config)
+                if other is not one
+            }
+            method = f"{one.method} ({', '.join(sorted(differing)[:4])})"
+            one = dataclasses.replace(one, method=method)
+        named.append(one)
+    return named
+
+
+def _method(one: Loaded) -> str:
+    """The name of a run without its data, pair and seed; its losses if it is named otherwise."""
+    name = re.sub(r"_seed\d+$", "", str(one.run.config.name))
+    pair = f"_{one.teacher}_{one.student}" if one.teacher else f"_{one.student}"
+    method = name.removesuffix(pair)
+    if method == name:
+        return _described(one.run.config)
+    data, _, rest = method.partition("_")
+    known = any(data and data in source for source in (one.data, str(one.run.config.data.name)))
+    return one_line(rest if known and rest else method, 60)
+
+
+def _described(config: ConfigDict) -> str:
+    """The terms of the loss and what is weighted."""
+    terms = " + ".join(f"{weight:g} {name}" for name, weight in config.loss.items() if weight)
+    weighting = config.weighting.name
+    weighted = ", ".join(config.weighting.terms)
+    return one_line(terms if weighting == "uniform" else f"{terms}; {weighting} of {weighted}", 100)
+
+
+def _is_plain_distillation(config: ConfigDict) -> bool:
+    """Whether the loss is the labels' cross-entropy and Hinton's distillation, unweighted."""
+    terms = {name for name, weight in config.loss.items() if weight}
+    first = config.get("first_stage", {}).get("epochs", 0)
+    return terms == {"ce", "kd"} and config.weighting.name == "uniform" and not first
+
+
+def _leaves(config: ConfigDict) -> dict[str, Any]:
+    plain = ConfigDict(json.loads(config.to_json_best_effort()))
+    return {path: v for path, v in flat(plain).items() if not hasattr(v, "items")}

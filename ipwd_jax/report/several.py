@@ -1,0 +1,319 @@
+"""The report of several runs: their methods in a table, and the differences between these."""
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ipwd_jax.errors import UserError
+from ipwd_jax.report import drawing
+from ipwd_jax.report.analysis import column
+from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
+from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
+from ipwd_jax.report.load import Loaded
+from ipwd_jax.report.methods import Difference, Group, Pair, changes, difference, group, reference
+
+_EPOCHS = ("last", "best")
+_NOT_MEASURED = ""
+
+
+def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str]) -> Report:
+    """The report of several finished runs.
+
+    Args:
+        runs: the runs, of which `baseline` may be one.
+        baseline: a run whose method the others are compared with.
+        problems: of other runs that were asked for; more are added.
+
+    Raises:
+        UserError: the baseline's method cannot be told.
+    """
+    given = {one.run.workdir.resolve() for one in runs}
+    outside = baseline is not None and baseline.run.workdir.resolve() not in given
+    groups, notes = group([*runs, baseline] if baseline and outside else runs)
+    to = reference(groups, baseline)
+    if baseline and to is None:
+        raise UserError(
+            f"the baseline {baseline.folder} repeats another run; give the other as --baseline"
+        )
+    notes = [*problems, *notes, *_of_different_data(groups), *_without_reference(groups, to)]
+    groups = sorted(groups, key=lambda one: one.method != to)
+    sections = []
+    for number, data in enumerate(dict.fromkeys(one.pair.data for one in groups)):
+        those = [one for one in groups if one.pair.data == data]
+        sections += _of_data(f"data{number}", data, those, to)
+    sections.append(_all_runs(groups))
+    tables = [t for s in sections for t in s.tables if s.key.endswith(("-table", "-differences"))]
+    methods = dict.fromkeys(one.method for one in groups)
+    datasets = dict.fromkeys(one.pair.data for one in groups)
+    count = sum(len(one.runs) for one in groups)
+    return Report(
+        title=f"{len(methods)} {'methods' if len(methods) > 1 else 'method'} on "
+        + ", ".join(datasets),
+        subtitle=f"Test accuracy of {count} runs: {', '.join(methods)}.",
+        headlines=_headlines(groups),
+        problems=notes,
+        sections=sections,
+        results=_records(groups, to),
+        tables=tables,
+    )
+
+
+def _of_different_data(groups: Sequence[Group]) -> list[str]:
+    datasets: dict[str, list[str]] = {}
+    for one in groups:
+        datasets.setdefault(one.pair.data, []).extend(r.folder for r in one.runs.values())
+    if len(datasets) == 1:
+        return []
+    listed = "; ".join(f"{data}: {', '.join(folders)}" for data, folders in datasets.items())
+    return [f"The runs are of different data, and each is compared with its own alone. {listed}."]
+
+
+def _without_reference(groups: Sequence[Group], to: str | None) -> list[str]:
+    if to is None:
+        return [
+            "No method, or more than one, is plain knowledge distillation (terms ce and kd without "
+            "weights), so no differences are shown; name a run to compare with by --baseline."
+        ]
+    here = {one.pair for one in groups if one.method == to}
+    lacking = dict.fromkeys(str(one.pair) for one in groups if one.pair not in here)
+    return [f"{pair} has no run of {to} to compare with." for pair in lacking]
+
+
+def _headlines(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """The method with the best mean of the last epoch in each pair, for up to four pairs."""
+    best: dict[Pair, Group] = {}
+    for one in groups:
+        if one.pair not in best or _mean(one, "last") > _mean(best[one.pair], "last"):
+            best[one.pair] = one
+    return [
+        (f"{pair}, best at the last epoch: {one.method}", f"{_mean(one, 'last'):.2f} %")
+        for pair, one in list(best.items())[:4]
+    ]
+
+
+def _mean(one: Group, epoch: str) -> float:
+    return statistics.fmean(one.values(epoch).values())
+
+
+def _of_data(key: str, data: str, groups: Sequence[Group], to: str | None) -> list[Section]:
+    """The sections about the runs of one data set."""
+    pairs = list(dict.fromkeys(one.pair for one in groups))
+    text = [
+        "Mean and sample standard deviation over n seeds. The best epoch is the one with the "
+        "highest accuracy on the test set itself, so its numbers are too good to be expected of "
+        "other images; it is shown for comparison with papers that report it."
+    ]
+    results = [_results(data, groups, pairs, epoch) for epoch in _EPOCHS]
+    sections = [Section(f"{key}-table", f"Accuracy on {data}", text, tables=results)]
+    others = [one for one in groups if one.method != to]
+    if to is not None and others:
+        sections.append(_differences(key, data, groups, pairs, to))
+    figures = [
+        _curves(f"{key}-curves{number}", pair, [one for one in groups if one.pair == pair])
+        for number, pair in enumerate(pairs)
+    ]
+    sections.append(Section(f"{key}-training", f"Training on {data}", figures=figures))
+    sections.append(_settings(key, data, groups, pairs, to))
+    return sections
+
+
+def _cell(groups: Sequence[Group], method: str, pair: Pair) -> Group | None:
+    return next((one for one in groups if (one.method, one.pair) == (method, pair)), None)
+
+
+def _results(data: str, groups: Sequence[Group], pairs: Sequence[Pair], epoch: str) -> Table:
+    """Methods in rows and pairs in columns; the first row is the teacher."""
+    rows = []
+    teachers = [_teacher(groups, pair) for pair in pairs]
+    if any(teachers):
+        rows.append(["teacher", *teachers])
+    for method in dict.fromkeys(one.method for one in groups):
+        cells = [_cell(groups, method, pair) for pair in pairs]
+        rows.append([method, *(_accuracy(cell, epoch) for cell in cells)])
+    caption = f"Top-1 accuracy (%) on the test set of {data}, {epoch} epoch"
+    return Table(caption, ["method", *map(str, pairs)], rows)
+
+
+def _teacher(groups: Sequence[Group], pair: Pair) -> str:
+    """The teacher's accuracy; a range if the runs had teachers of different accuracy."""
+    scores = [
+        one.run.result["teacher"].get("top1")
+        for cell in groups
+        if cell.pair == pair
+        for one in cell.runs.values()
+        if one.run.result.get("teacher")
+    ]
+    known = [score for score in scores if isinstance(score, float)]
+    if not known:
+        return _NOT_MEASURED
+    low, high = f"{min(known):.2f}", f"{max(known):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _accuracy(cell: Group | None, epoch: str) -> str:
+    if cell is None:
+        return _NOT_MEASURED
+    values = list(cell.values(epoch).values())
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation} (n={len(values)})"
+
+
+def _differences(
+    key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair], to: str
+) -> Section:
+    tables, figures = [], []
+    methods = [m for m in dict.fromkeys(one.method for one in groups) if m != to]
+    for epoch in _EPOCHS:
+        rows = []
+        for method in methods:
+            found = [_compared(groups, method, pair, to, epoch) for pair in pairs]
+            rows.append([method, *map(_interval, found)])
+        caption = f"Difference in top-1 accuracy (points) to {to} on {data}, {epoch} epoch"
+        tables.append(Table(caption, ["method", *map(str, pairs)], rows))
+    for number, pair in enumerate(pairs):
+        compared = {m: _compared(groups, m, pair, to, "last") for m in methods}
+        known = {method: found for method, found in compared.items() if found}
+        if known:
+            figures.append(_forest(f"{key}-forest{number}", pair, known, to))
+    text = [
+        f"Differences are taken between the runs of a method and of {to} with the same seed, and "
+        "averaged over the seeds that both have. Brackets hold the 95 % confidence interval by "
+        "Student's t distribution; one seed has none. An interval that contains 0 does not show "
+        "which method is better."
+    ]
+    return Section(
+        f"{key}-differences", f"Differences to {to} on {data}", text, figures, (), tables
+    )
+
+
+def _compared(
+    groups: Sequence[Group], method: str, pair: Pair, to: str, epoch: str
+) -> Difference | None:
+    ours, theirs = _cell(groups, method, pair), _cell(groups, to, pair)
+    return difference(ours.values(epoch), theirs.values(epoch)) if ours and theirs else None
+
+
+def _interval(found: Difference | None) -> str:
+    if found is None:
+        return _NOT_MEASURED
+    interval = "" if found.low is None else f" [{_signed(found.low)}, {_signed(found.high)}]"
+    return f"{_signed(found.mean)}{interval} (n={found.n})"
+
+
+def _signed(value: float | None) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> Figure:
+    """Differences and their intervals as dots and bars."""
+
+    def paint(axes: Axes) -> None:
+        axes.axvline(0, color=INK, linewidth=0.9)
+        for row, found in enumerate(compared.values()):
+            if found.low is not None and found.high is not None:
+                axes.plot([found.low, found.high], [row, row], color=COLOURS[0], linewidth=2)
+            axes.plot([found.mean], [row], "o", color=COLOURS[0], markersize=6)
+        axes.set_yticks(range(len(compared)), [one_line(name, 26) for name in compared])
+        axes.set_ylim(len(compared) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel=f"difference to {one_line(to, 26)} (points)", title=str(pair))
+
+    words = "; ".join(f"{name} {_interval(found)}" for name, found in compared.items())
+    alt = f"{pair}, last epoch, difference to {to} in points: {words}."
+    caption = f"{pair}: mean differences to {to} at the last epoch with their 95 % intervals."
+    return Figure(draw(key, alt, paint, max(1.6, 1.0 + 0.35 * len(compared))), alt, caption)
+
+
+def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
+    """Test accuracy over the epochs: the mean of each method, and the range of its seeds."""
+    shown = {one.method: _test_curves(one) for one in groups}
+    rows = -(-len(shown) // 2)
+
+    def paint(axes: Axes) -> None:
+        for number, (method, values) in enumerate(shown.items()):
+            epochs = np.arange(1, values.shape[1] + 1)
+            seen = np.isfinite(values).all(axis=0)
+            colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % 4]
+            low, high, mean = (f(values[:, seen], axis=0) for f in (np.min, np.max, np.mean))
+            axes.fill_between(epochs[seen], low, high, color=colour, alpha=0.15, linewidth=0)
+            marker = "o" if seen.sum() <= 15 else None
+            label = one_line(method, 26)
+            axes.plot(epochs[seen], mean, color=colour, linestyle=line, marker=marker, label=label)
+        drawing.whole_numbers(axes)
+        axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=str(pair))
+        drawing.legend_below(axes, 2)
+
+    words = "; ".join(f"{one.method} {_accuracy(one, 'last')}" for one in groups)
+    alt = f"{pair}: test accuracy over the epochs; at the last one: {words}."
+    caption = f"{pair}: mean test accuracy after each epoch; shades go from the worst seed to the "
+    caption += "best."
+    return Figure(draw(key, alt, paint, 3.0 + 0.22 * rows), alt, caption)
+
+
+def _test_curves(one: Group) -> np.ndarray:
+    """(seeds, epochs) test accuracy, as far as all seeds have noted it."""
+    curves = [column(run.history, "test_top1") for run in one.runs.values() if run.history]
+    length = min((len(curve) for curve in curves), default=0)
+    return np.array([curve[:length] for curve in curves]).reshape(-1, length)
+
+
+def _settings(
+    key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair], to: str | None
+) -> Section:
+    """What each method has otherwise than the one that it is compared with."""
+    rows = []
+    for pair in pairs:
+        cells = [one for one in groups if one.pair == pair]
+        first = next((one for one in cells if one.method == to), cells[0])
+        for one in cells:
+            differing = changes(one.config, first.config)
+            words = ", ".join(differing) if one is not first else "compared with"
+            rows.append([one.method, str(pair), words or "nothing"])
+    table = Table(
+        "Settings other than those of the method compared with", ["method", "pair", "here"], rows
+    )
+    return Section(f"{key}-settings", f"Settings on {data}", tables=[table])
+
+
+def _all_runs(groups: Sequence[Group]) -> Section:
+    rows = []
+    for one in groups:
+        for seed, run in one.runs.items():
+            result = run.run.result
+            seconds = result.get("train_seconds")
+            numbers = [f"{result[epoch]['top1']:.2f}" for epoch in _EPOCHS]
+            time = f"{seconds:,.0f}" if isinstance(seconds, float) else _NOT_MEASURED
+            device = one_line(result.get("device", ""), 40)
+            rows.append([one.method, str(one.pair), str(seed), *numbers, time, device, run.folder])
+    head = ["method", "pair", "seed", "last (%)", "best (%)", "seconds", "device", "folder"]
+    return Section("runs", "All runs", tables=[Table("The runs of this report", head, rows)])
+
+
+def _records(groups: Sequence[Group], to: str | None) -> list[dict[str, str | int | float]]:
+    """One record per method, pair and epoch, in full precision, for a program."""
+    records = []
+    for one in groups:
+        for epoch in _EPOCHS:
+            values = list(one.values(epoch).values())
+            found = None
+            if to is not None and one.method != to:
+                found = _compared(groups, one.method, one.pair, to, epoch)
+            record: dict[str, str | int | float | None] = {
+                "data": one.pair.data,
+                "teacher": one.pair.teacher,
+                "student": one.pair.student,
+                "method": one.method,
+                "epoch": epoch,
+                "n": len(values),
+                "mean_top1": statistics.fmean(values),
+                "deviation_top1": statistics.stdev(values) if len(values) > 1 else None,
+                "compared_with": to if found else None,
+                "common_seeds": found.n if found else None,
+                "difference": found.mean if found else None,
+                "difference_low": found.low if found else None,
+                "difference_high": found.high if found else None,
+            }
+            records.append({k: "" if v is None else v for k, v in record.items()})
+    return records
