@@ -21,7 +21,7 @@ def default() -> ConfigDict:
     """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off."""
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
-    config.seeds = ()  # train several runs in one program, NAME_seed0, NAME_seed1..., each as if alone
+    config.seeds = ()  # train several runs in one program, each as if alone: NAME_seed0...
     config.share_order = False  # whether all of `seeds` see the first one's order, crops and flips
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from helpers import config_file
+from PIL import Image
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, optim, train, validate
+from ipwd_jax.errors import UserError
 
 BASELINES, IMAGENET = config_file("cifar_baselines"), config_file("imagenet_ipwd")
 
@@ -92,3 +94,33 @@ def test_optimisers_on_imagenet(method, batch_size, rate, nesterov, student):
     assert (config.batch_size, optimizer.learning_rate) == (batch_size, rate)
     assert optimizer.nesterov == nesterov and optimizer.weight_decay == 1e-4
     assert tuple(optimizer.milestones) == (30, 60, 90) and config.epochs == 100
+
+
+def test_own_data(tmp_path):
+    """The command in the docstring of `configs/own_data.py` works on a folder and on arrays."""
+    own = config_file("own_data")
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for j in range(5):
+            pixels = rng.integers(0, 200, (20, 30, 3)) + 50 * i
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pets" / name / f"{j}.png")
+    config = own.get_config(str(tmp_path / "pets"))
+    config.batch_size = config.teacher.batch_size = 4
+    shown = train.planned(config, tmp_path / "run")
+    assert "8 training and 2 test images of 64x64x3, 2 classes" in shown
+    assert "teacher  resnet32x4" in shown and "student  resnet8x4" in shown
+    np.savez(
+        tmp_path / "arrays.npz",
+        train_images=rng.integers(0, 255, (10, 32, 32, 3), np.uint8),
+        train_labels=np.arange(10) % 2,
+    )
+    config = own.get_config(f"{tmp_path / 'arrays.npz'},resnet20,MobileNetV2")
+    config.batch_size = config.teacher.batch_size = 4
+    assert config.name == "arrays_ipwd_resnet20_MobileNetV2"
+    assert config.optimizer.learning_rate == 0.01
+    assert "images of 32x32x3" in train.planned(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for wrong in ("", "a,b"):
+        with pytest.raises(UserError, match="needs the path of the data"):
+            own.get_config(wrong)

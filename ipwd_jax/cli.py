@@ -1,0 +1,76 @@
+"""The command `ipwd-jax`: one name for everything that `python -m ipwd_jax.MODULE` does.
+
+  ipwd-jax train --config=configs/digits_ipwd.py --config.epochs=10
+  ipwd-jax eval --config=configs/digits_ipwd.py
+  ipwd-jax predict runs/mine_seed0 cat.jpg dog.jpg
+  ipwd-jax report runs/mine_seed*
+  ipwd-jax sweep --config=configs/sweeps/digits.py
+  ipwd-jax export runs/mine_seed0 student.pth
+  ipwd-jax import resnet32x4.pth --workdir=runs/teacher
+
+`ipwd-jax COMMAND --help` explains the arguments of a command.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Command -> module whose `main` it runs, and what is put before the arguments.
+_COMMANDS: dict[str, tuple[str, list[str]]] = {
+    "train": ("main", []),
+    "eval": ("main", ["--mode=eval"]),
+    "report": ("report.__main__", []),
+    "sweep": ("sweep", []),
+    "export": ("convert", ["export"]),
+    "import": ("convert", ["import"]),
+}
+
+
+def main() -> None:
+    """Run the command line; exit with 2 on a user's mistake."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command == "predict":
+        predict(sys.argv[2:])
+    elif command in _COMMANDS:
+        module, before = _COMMANDS[command]
+        sys.argv = [f"ipwd-jax {command}", *before, *sys.argv[2:]]
+        importlib.import_module(f"ipwd_jax.{module}").main()
+    elif command in ("-h", "--help", "help"):
+        print(__doc__)
+    else:
+        known = ", ".join([*_COMMANDS, "predict"])
+        print(f"error: unknown command {command!r}; valid: {known}", file=sys.stderr)
+        sys.exit(2)
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Print, for each image file, the most probable classes and their probabilities."""
+    parser = argparse.ArgumentParser(
+        prog="ipwd-jax predict", description="Classify images with the network of a run."
+    )
+    parser.add_argument("run", help="work directory of the run")
+    parser.add_argument("images", nargs="+", metavar="image", help="image files")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
+    parser.add_argument("--top", type=int, default=3, help="how many classes to print of each")
+    given = parser.parse_args(argv)
+    from absl import logging
+
+    from ipwd_jax.errors import UserError
+    from ipwd_jax.runs import load_student
+
+    logging.set_verbosity(logging.ERROR)
+    try:
+        student = load_student(given.run, given.which)
+        found = student.predict(given.images)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for image, row in zip(given.images, found.probabilities, strict=True):
+        best = row.argsort()[::-1][: given.top]
+        shown = ", ".join(f"{student.class_names[label]} {row[label]:.1%}" for label in best)
+        print(f"{image}: {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The short command hands its arguments to the modules, and classifies images."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import settings
+from PIL import Image
+
+import ipwd_jax
+from ipwd_jax import cli, train
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ipwd-jax", *arguments])
+    cli.main()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "report", "sweep", "export", "import"])
+def test_every_command_has_help(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ipwd_jax.cli", command, "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower() or "--config" in done.stdout
+
+
+def test_an_unknown_command(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "trian")
+    assert "unknown command 'trian'; valid: train, eval" in capsys.readouterr().err
+    run(monkeypatch)
+    assert "ipwd-jax predict" in capsys.readouterr().out
+
+
+def test_predict(squares, tmp_path, monkeypatch, capsys):
+    config = settings(teacher__name="", loss__kd=0.0, loss__cls=0.0, weighting__name="uniform")
+    train.run(config, tmp_path / "run", squares)
+    image = squares.test.images[0]
+    Image.fromarray(image[..., 0]).save(tmp_path / "a.png")
+    capsys.readouterr()
+    run(monkeypatch, "predict", str(tmp_path / "run"), str(tmp_path / "a.png"), "--top=1")
+    found = ipwd_jax.load_student(tmp_path / "run").predict(image)
+    shown = f"a.png: {found.names[0]} {found.probabilities.max():.1%}\n"
+    assert capsys.readouterr().out.endswith(shown)
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "predict", str(tmp_path / "none"), "a.png")
+    assert "config.json is missing" in capsys.readouterr().err
