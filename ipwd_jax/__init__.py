@@ -31,6 +31,7 @@ _EXPORTED = {
     "summary": "report",
     "terms": "api",
     "weightings": "api",
+    "write_report": "report",
 }
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from ipwd_jax.api import weightings as weightings
     from ipwd_jax.data import from_arrays as from_arrays
     from ipwd_jax.errors import UserError as UserError
-    from ipwd_jax.report import summary as summary
+    from ipwd_jax.report import write_report as write_report
+    from ipwd_jax.report.summary import summary as summary
     from ipwd_jax.runs import load_run as load_run
     from ipwd_jax.runs import load_student as load_student
     from ipwd_jax.train import evaluate_run as evaluate_run

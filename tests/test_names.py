@@ -35,6 +35,11 @@ ALLOWED = {
         "resnet32x4": "the teacher that the table describes by default",
         "resnet8x4": "the student that the table describes by default",
     },
+    "report/methods.py": {
+        "ce": "with kd alone: plain knowledge distillation, the baseline of every comparison",
+        "kd": "likewise",
+        "uniform": "likewise",
+    },
     "models/base.py": {"uniform": "a distribution of JAX's initialisers"},
 }
 # Paths of settings within strings: `loss.NAME`, `weighting.name=NAME`, `--{where}.NAME=1`.

@@ -17,7 +17,13 @@ DEVICES = {
 }
 
 
-@pytest.fixture(scope="module", params=DEVICES, ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case[1] == "float32"))
+        for case in DEVICES
+    ],
+)
 def runs(request, tmp_path_factory):
     """Return the states after ten steps on each number of devices of a process that has eight."""
     kind, dtype = request.param

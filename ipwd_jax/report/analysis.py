@@ -1,6 +1,7 @@
 """The numbers behind the figures of a single run, computed by NumPy in float64."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,35 @@ def column(history: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([v if isinstance(v, float) else np.nan for v in values])
 
 
-def rate_drops(rates: np.ndarray) -> list[int]:
-    """After which epochs the learning rate changes; empty if it changes all the time.
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What happened between the epochs of a run.
+
+    Attributes:
+        drops: after how many epochs the learning rate fell.
+        stages: after how many epochs a stage ended and another began.
+    """
+
+    drops: list[int]
+    stages: list[int]
+
+
+def marks(history: list[dict[str, Any]], stepped: Collection[str]) -> Marks:
+    """Finds the steps of the learning rate and of the stages.
 
     Args:
-        rates: (epochs,) the rate of the last step of each epoch.
+        history: one row per epoch.
+        stepped: the stages whose learning rate falls in steps; in others it falls all the time.
     """
-    changes = [i for i in range(1, len(rates)) if not np.isclose(rates[i], rates[i - 1], rtol=1e-4)]
-    return changes if len(changes) <= max(1, len(rates) // 4) else []
+    rates, names = column(history, "learning_rate"), [str(row.get("stage")) for row in history]
+    later = range(1, len(history))
+    stages = [i for i in later if names[i] != names[i - 1]]
+    drops = [
+        i
+        for i in later
+        if names[i] in stepped and i not in stages and rates[i] < 0.999 * rates[i - 1]
+    ]
+    return Marks(drops, stages)
 
 
 def recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -111,8 +133,8 @@ def confusions(
     classes = logits.shape[1]
 
     def count(answers: np.ndarray) -> np.ndarray:
-        matrix = np.zeros((classes, classes), np.int64)
-        np.add.at(matrix, (labels, answers), 1)
+        pairs = labels * classes + answers
+        matrix = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
         np.fill_diagonal(matrix, 0)
         return matrix
 

@@ -35,11 +35,19 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text; the first cell of each row is the row's heading."""
+    """A table.
+
+    Attributes:
+        caption: what it shows.
+        head: the headings of the columns.
+        rows: the cells; the first of each row is the row's heading.
+        words: whether the cells hold words rather than numbers, and are set accordingly.
+    """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +142,7 @@ def markdown(report: Report) -> str:
 
 def markdown_table(table: Table) -> str:
     """A table in GitHub's Markdown, without its caption."""
-    rule = ["---", *["---:"] * (len(table.head) - 1)]
+    rule = ["---", *["---" if table.words else "---:"] * (len(table.head) - 1)]
     rows = [[_md(cell) for cell in row] for row in (table.head, *table.rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
 

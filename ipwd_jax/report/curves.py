@@ -1,22 +1,21 @@
 """Figures of a single run: its training, its confidence and its weights."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from ipwd_jax.report import analysis, drawing
-from ipwd_jax.report.analysis import BINS, Confidence, column
-from ipwd_jax.report.content import Figure
+from ipwd_jax.report import drawing
+from ipwd_jax.report.analysis import BINS, Confidence, Marks, column
+from ipwd_jax.report.content import Figure, one_line
 from ipwd_jax.report.drawing import BLUE, COLOURS, GREEN, INK, LINES, VERMILLION, draw
 
 _NETWORKS = {"student": (BLUE, "-"), "teacher": (VERMILLION, "--"), "baseline": (GREEN, "-.")}
 _MANY = 20  # classes, above which a figure names only those at its ends
 
 
-def accuracy(history: list[dict[str, Any]], teacher: float | None) -> Figure:
+def accuracy(history: list[dict[str, Any]], marks: Marks, teacher: float | None) -> Figure:
     """Accuracy on the training and the test set after each epoch, with the teacher's."""
     epochs = np.arange(1, len(history) + 1)
     curves = {"training": column(history, "train_top1"), "test": column(history, "test_top1")}
@@ -27,8 +26,8 @@ def accuracy(history: list[dict[str, Any]], teacher: float | None) -> Figure:
             _line(axes, epochs, values, label=name, color=colour, linestyle=line)
         if teacher is not None:
             axes.axhline(teacher, color=INK, alpha=0.7, linewidth=1, linestyle="-.")
-            axes.annotate("teacher", (1, teacher), (0, 3), textcoords="offset points", fontsize=9)
-        _epochs(axes, history, "top-1 accuracy (%)")
+            axes.annotate("teacher", (1, teacher), (0, -11), textcoords="offset points", fontsize=9)
+        _epochs(axes, marks, "top-1 accuracy (%)")
 
     known = [f"{name} {_ends(values, ' %')}" for name, values in curves.items()]
     alt = f"Accuracy over {len(history)} epochs: {'; '.join(known)}."
@@ -36,16 +35,16 @@ def accuracy(history: list[dict[str, Any]], teacher: float | None) -> Figure:
     return Figure(draw("accuracy", alt, paint), alt, caption)
 
 
-def losses(history: list[dict[str, Any]]) -> Figure:
+def losses(history: list[dict[str, Any]], marks: Marks) -> Figure:
     """The training loss and its terms, and the test set's cross-entropy, after each epoch."""
-    names = [k for k in history[-1] if k.startswith("train_") and k != "train_top1"]
+    keys = dict.fromkeys(key for row in history for key in row)
+    names = [key for key in keys if key.startswith("train_") and key != "train_top1"]
     curves = {name.removeprefix("train_"): column(history, name) for name in names}
     curves = {"total" if name == "loss" else name: values for name, values in curves.items()}
     curves["test cross-entropy"] = column(history, "test_nll")
     curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
     epochs = np.arange(1, len(history) + 1)
-    finite = np.concatenate([v[np.isfinite(v)] for v in curves.values()] or [np.ones(1)])
-    wide = finite.min() > 0 and finite.max() > 20 * finite.min()
+    wide = _spans_decades(np.array(list(curves.values())))
 
     def paint(axes: Axes) -> None:
         for number, (name, values) in enumerate(curves.items()):
@@ -53,7 +52,7 @@ def losses(history: list[dict[str, Any]]) -> Figure:
             _line(axes, epochs, values, label=name, color=colour, linestyle=style)
         if wide:
             drawing.logarithmic(axes, "y")
-        _epochs(axes, history, "loss (nats)" if not wide else "loss (nats, logarithmic)")
+        _epochs(axes, marks, "loss (nats)" if not wide else "loss (nats, logarithmic)")
 
     alt = "Losses over the epochs: "
     alt += "; ".join(f"{name} {_ends(values)}" for name, values in curves.items()) + "."
@@ -112,7 +111,7 @@ def risk_coverage(networks: Mapping[str, Confidence]) -> Figure:
     return Figure(draw("coverage", alt, paint, 3.3), alt, caption)
 
 
-def weight_bands(history: list[dict[str, Any]]) -> Figure:
+def weight_bands(history: list[dict[str, Any]], marks: Marks) -> Figure:
     """The distribution of the weights after each epoch, as bands between its deciles."""
     epochs = np.arange(1, len(history) + 1)
     deciles = [column(history, f"weight_decile{i}") for i in range(1, 10)]
@@ -132,9 +131,9 @@ def weight_bands(history: list[dict[str, Any]]) -> Figure:
         _line(axes, epochs, deciles[4], label="median", color=BLUE)
         for values, label in ((low, "smallest and largest"), (high, None)):
             axes.plot(epochs, values, color=VERMILLION, linestyle="--", linewidth=1, label=label)
-        if np.nanmin(low) > 0 and np.nanmax(high) > 10 * np.nanmin(low):
+        if _spans_decades(np.array([low, high])):
             drawing.logarithmic(axes, "y")
-        _epochs(axes, history, "weight")
+        _epochs(axes, marks, "weight", columns=2)
 
     alt = f"Weights of the samples over the epochs: median {_ends(deciles[4])}; smallest "
     alt += f"{_ends(low)}; largest {_ends(high)}."
@@ -147,7 +146,7 @@ def weight_histogram(weights: np.ndarray) -> Figure:
     """How many training samples have which weight after the last epoch."""
     shown = weights.astype(np.float64)
     positive = shown[shown > 0]
-    wide = len(positive) > 0 and positive.max() > 10 * positive.min()
+    wide = _spans_decades(positive)
     if wide:
         edges = np.geomspace(positive.min(), positive.max(), 31)
     else:
@@ -174,28 +173,25 @@ def weight_histogram(weights: np.ndarray) -> Figure:
 def transfer_gap(means: np.ndarray, mass: np.ndarray, names: list[str], rank: float) -> Figure:
     """The mean weight of each class against how much probability the teacher gives the class."""
     order = np.argsort(-mass, kind="stable")
-    named = order if len(order) <= _MANY else np.concatenate([order[:4], order[-4:]])
+    ends = [*order[:4], *order[-4:]]  # the classes that matter most are named first
+    named = [*ends, *order[4:-4]] if len(order) <= _MANY else ends
+    named = list(dict.fromkeys(int(label) for label in named))
     undefined = not np.isfinite(rank)
     correlation = "undefined" if undefined else f"{rank:+.3f}"
 
     def paint(axes: Axes) -> None:
         axes.scatter(mass, means, s=18, color=BLUE)
-        for label in named:
-            axes.annotate(
-                names[label],
-                (mass[label], means[label]),
-                (4, 3),
-                textcoords="offset points",
-                fontsize=8,
-            )
         axes.margins(x=0.12, y=0.1)
+        points = np.stack([mass, means], axis=1)[named]
+        drawing.name_points(axes, points, [one_line(names[label], 18) for label in named])
         axes.set(xlabel="teacher's mass of the class (images)", ylabel="mean weight of the class")
 
     first, last = names[order[0]], names[order[-1]]
     alt = f"Mean weight of {len(mass)} classes against the teacher's mass. Spearman's rank "
     alt += f"correlation: {correlation}. The teacher favours {first} most and {last} least."
     caption = "Each point is a class. Its mass is the sum of the probabilities that the teacher "
-    caption += f"gives it on the training set. Spearman's rank correlation: {correlation}."
+    caption += f"gives it on the training set. Spearman's rank correlation: {correlation}. "
+    caption += "Names that would overlap are left out."
     return Figure(draw("gap", alt, paint), alt, caption)
 
 
@@ -249,22 +245,19 @@ def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, **style: Any) -> N
     axes.plot(epochs[seen], values[seen], marker="o" if seen.sum() <= 15 else None, **style)
 
 
-def _epochs(axes: Axes, history: list[dict[str, Any]], label: str) -> None:
-    """The axis of epochs with its marks: falls of the learning rate, and the end of a stage."""
-    stages = [row.get("stage") for row in history]
-    starts = [0, *(i for i in range(1, len(stages)) if stages[i] != stages[i - 1]), len(stages)]
-    rates = column(history, "learning_rate")
-    drops = [
-        start + drop
-        for start, end in itertools.pairwise(starts)
-        for drop in analysis.rate_drops(rates[start:end])
-    ]
-    drawing.vertical_lines(axes, drops, "learning rate changes")
-    for start in starts[1:-1]:
-        axes.axvline(start, color=INK, alpha=0.6, linewidth=1)
+def _epochs(axes: Axes, marks: Marks, label: str, columns: int = 3) -> None:
+    """The axis of epochs with its marks."""
+    drawing.vertical_lines(axes, marks.drops, "learning rate falls", ":")
+    drawing.vertical_lines(axes, marks.stages, "next stage", "-")
     drawing.whole_numbers(axes)
     axes.set(xlabel="epoch", ylabel=label)
-    drawing.legend_below(axes, 3)
+    drawing.legend_below(axes, columns)
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    """Whether numbers of any shape, where measured, are positive and far enough apart for a log."""
+    seen = values[np.isfinite(values)]
+    return len(seen) > 0 and bool(seen.min() > 0 and seen.max() > 10 * seen.min())
 
 
 def _ends(values: np.ndarray, unit: str = "") -> str:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 # The colours of Okabe and Ito (2008), which colour-blind readers can tell apart, but for black and
 # yellow, which cannot be seen on a dark and on a light page.
@@ -75,7 +77,7 @@ def draw(key: str, alt: str, paint: Callable[[Axes], None], height: float = 3.0)
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         # The browser writes the text, in a font that has the sign.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height), dpi=72, layout="constrained")
         paint(figure.subplots())
         figure.savefig(file, format="svg", metadata={"Date": None})
     return _inline(file.getvalue(), key, alt)
@@ -90,14 +92,46 @@ def legend_below(axes: Axes, columns: int = 3) -> None:
 
 
 def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
-    """Makes axes logarithmic, with plain numbers at their ticks."""
+    """Makes axes logarithmic, with plain numbers at their ticks; after all data is drawn."""
     for name in names:
         axis = axes.xaxis if name == "x" else axes.yaxis
         (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+        low, high = axis.get_view_interval()
+        digits = (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
+        axis.set_major_locator(LogLocator(subs=digits, numticks=8))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
+
+
+def name_points(axes: Axes, points: np.ndarray, names: Sequence[str]) -> None:
+    """Writes names beside points, from the first on, and leaves out those that would overlap.
+
+    Args:
+        axes: in which everything else is drawn.
+        points: (N, 2) x and y.
+        names: one per point.
+    """
+    axes.autoscale_view()
+    middle = axes.transAxes.transform((0.5, 0.5))[0]
+    taken: list[Bbox] = []
+    for (x, y), place, name in zip(points, axes.transData.transform(points), names, strict=True):
+        left, bottom, width = place[0] + 4, place[1] + 3, 5.5 * len(name)  # points and pixels alike
+        right_aligned = place[0] > middle
+        if right_aligned:
+            left = place[0] - 4 - width
+        box = Bbox.from_bounds(left, bottom, width, 8)
+        if any(box.overlaps(other) for other in taken):
+            continue
+        taken.append(box)
+        axes.annotate(
+            name,
+            (x, y),
+            (-4 if right_aligned else 4, 3),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right" if right_aligned else "left",
+        )
 
 
 def whole_numbers(axes: Axes) -> None:
@@ -105,11 +139,11 @@ def whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def vertical_lines(axes: Axes, places: Sequence[float], label: str) -> None:
-    """Marks places of the x axis by dotted lines, with one entry in the legend."""
+def vertical_lines(axes: Axes, places: Sequence[float], label: str, line: str) -> None:
+    """Marks places of the x axis by lines of a style, with one entry in the legend."""
     for number, place in enumerate(places):
         name = label if number == 0 else None
-        axes.axvline(place, color=INK, alpha=0.6, linewidth=1, linestyle=":", label=name)
+        axes.axvline(place, color=INK, alpha=0.8, linewidth=1.4, linestyle=line, label=name)
 
 
 def _inline(svg: str, key: str, alt: str) -> str:

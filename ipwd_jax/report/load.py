@@ -158,6 +158,7 @@ def _check_config(run: Run) -> None:
         int(config.seed), int(config.epochs), dict(config.loss), config.weighting.name
         str(config.name), config.model.name, config.teacher.name, config.data.name
         known = isinstance(run.data, dict)
+        float(sum(config.loss.values()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{run.workdir / 'config.json'} lacks settings that every run has: {error}"

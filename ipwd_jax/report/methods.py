@@ -198,9 +198,13 @@ def _method(one: Loaded) -> str:
 
 def _described(config: ConfigDict) -> str:
     """The terms of the loss and what is weighted."""
-    terms = " + ".join(f"{weight:g} {name}" for name, weight in config.loss.items() if weight)
+    terms = " + ".join(
+        name if weight == 1 else f"{weight:g} {name}"
+        for name, weight in config.loss.items()
+        if weight
+    )
     weighting = config.weighting.name
-    weighted = ", ".join(config.weighting.terms)
+    weighted = ", ".join(config.weighting.get("terms", ()))
     return one_line(terms if weighting == "uniform" else f"{terms}; {weighting} of {weighted}", 100)
 
 

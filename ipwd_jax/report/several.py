@@ -15,7 +15,7 @@ from ipwd_jax.report.load import Loaded
 from ipwd_jax.report.methods import Difference, Group, Pair, changes, difference, group, reference
 
 _EPOCHS = ("last", "best")
-_NOT_MEASURED = ""
+_NOT_MEASURED = "-"
 
 
 def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str]) -> Report:
@@ -88,7 +88,7 @@ def _headlines(groups: Sequence[Group]) -> list[tuple[str, str]]:
         if one.pair not in best or _mean(one, "last") > _mean(best[one.pair], "last"):
             best[one.pair] = one
     return [
-        (f"{pair}, best at the last epoch: {one.method}", f"{_mean(one, 'last'):.2f} %")
+        (f"{pair}, highest mean (%) at the last epoch: {one.method}", f"{_accuracy(one, 'last')}")
         for pair, one in list(best.items())[:4]
     ]
 
@@ -127,7 +127,7 @@ def _results(data: str, groups: Sequence[Group], pairs: Sequence[Pair], epoch: s
     """Methods in rows and pairs in columns; the first row is the teacher."""
     rows = []
     teachers = [_teacher(groups, pair) for pair in pairs]
-    if any(teachers):
+    if any(score != _NOT_MEASURED for score in teachers):
         rows.append(["teacher", *teachers])
     for method in dict.fromkeys(one.method for one in groups):
         cells = [_cell(groups, method, pair) for pair in pairs]
@@ -139,11 +139,10 @@ def _results(data: str, groups: Sequence[Group], pairs: Sequence[Pair], epoch: s
 def _teacher(groups: Sequence[Group], pair: Pair) -> str:
     """The teacher's accuracy; a range if the runs had teachers of different accuracy."""
     scores = [
-        one.run.result["teacher"].get("top1")
+        (one.run.result.get("teacher") or {}).get("top1")
         for cell in groups
         if cell.pair == pair
         for one in cell.runs.values()
-        if one.run.result.get("teacher")
     ]
     known = [score for score in scores if isinstance(score, float)]
     if not known:
@@ -169,8 +168,9 @@ def _differences(
         rows = []
         for method in methods:
             found = [_compared(groups, method, pair, to, epoch) for pair in pairs]
-            rows.append([method, *map(_interval, found)])
-        caption = f"Difference in top-1 accuracy (points) to {to} on {data}, {epoch} epoch"
+            if any(found):
+                rows.append([method, *map(_interval, found)])
+        caption = f"Difference in top-1 accuracy (points) from {to} on {data}, {epoch} epoch"
         tables.append(Table(caption, ["method", *map(str, pairs)], rows))
     for number, pair in enumerate(pairs):
         compared = {m: _compared(groups, m, pair, to, "last") for m in methods}
@@ -184,7 +184,7 @@ def _differences(
         "which method is better."
     ]
     return Section(
-        f"{key}-differences", f"Differences to {to} on {data}", text, figures, (), tables
+        f"{key}-differences", f"Differences from {to} on {data}", text, figures, (), tables
     )
 
 
@@ -214,15 +214,17 @@ def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> F
         for row, found in enumerate(compared.values()):
             if found.low is not None and found.high is not None:
                 axes.plot([found.low, found.high], [row, row], color=COLOURS[0], linewidth=2)
-            axes.plot([found.mean], [row], "o", color=COLOURS[0], markersize=6)
+            inside = COLOURS[0] if found.n > 1 else "none"
+            axes.plot([found.mean], [row], "o", color=COLOURS[0], mfc=inside, markersize=6)
         axes.set_yticks(range(len(compared)), [one_line(name, 26) for name in compared])
         axes.set_ylim(len(compared) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel=f"difference to {one_line(to, 26)} (points)", title=str(pair))
+        axes.set(xlabel=f"difference from {one_line(to, 26)} (points)", title=str(pair))
 
     words = "; ".join(f"{name} {_interval(found)}" for name, found in compared.items())
-    alt = f"{pair}, last epoch, difference to {to} in points: {words}."
-    caption = f"{pair}: mean differences to {to} at the last epoch with their 95 % intervals."
+    alt = f"{pair}, last epoch, difference from {to} in points: {words}."
+    caption = f"{pair}: mean differences from {to} at the last epoch with their 95 % "
+    caption += "intervals. An open circle is a single seed, which has no interval."
     return Figure(draw(key, alt, paint, max(1.6, 1.0 + 0.35 * len(compared))), alt, caption)
 
 
@@ -270,10 +272,9 @@ def _settings(
         for one in cells:
             differing = changes(one.config, first.config)
             words = ", ".join(differing) if one is not first else "compared with"
-            rows.append([one.method, str(pair), words or "nothing"])
-    table = Table(
-        "Settings other than those of the method compared with", ["method", "pair", "here"], rows
-    )
+            rows.append([one.method, str(pair), words or "the same"])
+    caption = "Settings other than those of the method compared with"
+    table = Table(caption, ["method", "pair", "settings"], rows, words=True)
     return Section(f"{key}-settings", f"Settings on {data}", tables=[table])
 
 
@@ -288,7 +289,8 @@ def _all_runs(groups: Sequence[Group]) -> Section:
             device = one_line(result.get("device", ""), 40)
             rows.append([one.method, str(one.pair), str(seed), *numbers, time, device, run.folder])
     head = ["method", "pair", "seed", "last (%)", "best (%)", "seconds", "device", "folder"]
-    return Section("runs", "All runs", tables=[Table("The runs of this report", head, rows)])
+    table = Table("The runs of this report", head, rows, words=True)
+    return Section("runs", "All runs", tables=[table])
 
 
 def _records(groups: Sequence[Group], to: str | None) -> list[dict[str, str | int | float]]:

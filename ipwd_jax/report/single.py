@@ -158,11 +158,22 @@ def _training(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> 
     if not loaded.history:
         raise UserError(f"{loaded.folder} has no readable metrics.csv")
     teacher = (loaded.run.result.get("teacher") or {}).get("top1")
+    marks = analysis.marks(loaded.history, _stepped(loaded))
     figures = [
-        curves.accuracy(loaded.history, teacher if isinstance(teacher, float) else None),
-        curves.losses(loaded.history),
+        curves.accuracy(loaded.history, marks, teacher if isinstance(teacher, float) else None),
+        curves.losses(loaded.history, marks),
     ]
     return Section(key, title, figures=figures)
+
+
+def _stepped(loaded: Loaded) -> list[str]:
+    """The stages whose learning rate falls in steps."""
+    config = loaded.run.config
+    optimizers = {
+        "main": config.get("optimizer", {}),
+        "first": config.get("first_stage", {}).get("optimizer", {}),
+    }
+    return [name for name, found in optimizers.items() if found.get("schedule") == "step"]
 
 
 def _confidence(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Section:
@@ -179,8 +190,10 @@ def _confidence(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -
 
 def _weights(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Section:
     weights = loaded.samples()["weight"]
-    rows = [row for row in loaded.history if isinstance(row.get("weight_decile1"), float)]
-    figures = [curves.weight_bands(rows)] if rows else []
+    figures = []
+    if np.isfinite(analysis.column(loaded.history, "weight_decile1")).any():
+        marks = analysis.marks(loaded.history, _stepped(loaded))
+        figures.append(curves.weight_bands(loaded.history, marks))
     figures.append(curves.weight_histogram(weights))
     share = metrics.weight_summary(weights)["effective_sample_size"] if weights.any() else 0.0
     text = [
@@ -273,10 +286,13 @@ def _confusions(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -
 def _facts(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Section:
     result = loaded.run.result
     seconds, speed = result.get("train_seconds"), result.get("images_per_second")
+    parameters = result.get("parameters")
     facts = {
         "folder": loaded.folder,
-        "parameters": f"{result['parameters']:,}" if result.get("parameters") else "",
-        "device": f"{result['devices']} x {result['device']}" if result.get("device") else "",
+        "parameters": f"{parameters:,}" if isinstance(parameters, int) else "",
+        "device": f"{result.get('devices', 1)} x {result['device']}"
+        if result.get("device")
+        else "",
         "precision": result.get("precision", ""),
         "training time": f"{seconds:,.0f} s" if isinstance(seconds, float) else "",
         "speed": f"{speed:,.0f} training images/s" if isinstance(speed, float) else "",
@@ -287,17 +303,11 @@ def _facts(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Sec
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts |= {f"checksum of the {name}": value for name, value in loaded.checksums.items()}
     rows = [[name, one_line(value, 400)] for name, value in facts.items() if value]
-    changed = _changed(loaded)
-    return Section(
-        key,
-        title,
-        tables=[
-            Table("Facts", ["fact", "value"], rows),
-            Table(
-                "Settings that differ from the defaults", ["setting", "here", "default"], changed
-            ),
-        ],
-    )
+    tables = [Table("Facts", ["fact", "value"], rows, words=True)]
+    if changed := _changed(loaded):
+        caption = "Settings that differ from the defaults"
+        tables.append(Table(caption, ["setting", "here", "default"], changed, words=True))
+    return Section(key, title, tables=tables)
 
 
 def _changed(loaded: Loaded) -> list[list[str]]:

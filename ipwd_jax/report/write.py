@@ -52,8 +52,8 @@ def write(
     files = {out: page(report), out.with_suffix(".md"): content.markdown(report)}
     if report.results:
         files[out.with_suffix(".csv")] = content.csv_records(report.results)
-        tables = "\n".join(content.latex_table(table) for table in report.tables)
-        files[out.with_suffix(".tex")] = tables
+        tables = [content.latex_table(table) for table in report.tables]
+        files[out.with_suffix(".tex")] = "\n".join(["% needs the package booktabs", *tables])
     for path, text in files.items():
         try:
             write_atomically(path, text.encode())

@@ -37,9 +37,9 @@ def shortened(config):
     return config
 
 
-def method_config(method):
+def method_config(method, teacher="resnet14", student="resnet8"):
     if method in BASELINES.METHODS:
-        return shortened(BASELINES.get_config(f"{method},resnet14,resnet8"))
+        return shortened(BASELINES.get_config(f"{method},{teacher},{student}"))
     return shortened(SELF.get_config(f"{method.removeprefix('self_')},resnet8"))
 
 
@@ -53,12 +53,15 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
 
 
 @pytest.mark.parametrize(
-    "method", [m if m == "crd" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+    "config",
+    [
+        pytest.param(method_config("crd", "tiny_net", "tiny_net"), id="crd-tiny_net"),
+        *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
+    ],
 )
-def test_trains_and_resumes_bitwise(method, digits, tmp_path, tmp_path_factory, monkeypatch):
-    config = method_config(method)
+def test_trains_and_resumes_bitwise(config, digits, tmp_path, tmp_path_factory):
     if config.teacher.name:
-        teacher = tmp_path_factory.getbasetemp() / "teacher"
+        teacher = tmp_path_factory.getbasetemp() / f"teacher_{config.teacher.name}"
         config.teacher.workdir = str(teacher)
         train.run(config, tmp_path / "unused", digits, teacher_only=True)
     result = train.run(config, tmp_path / "whole", digits)

@@ -1,0 +1,272 @@
+"""Reports of runs: what is on the page and in the files beside it, and what cannot be reported."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from helpers import settings
+
+from ipwd_jax import metrics, report, train
+from ipwd_jax.errors import UserError
+from ipwd_jax.report.__main__ import main
+
+_NAMES = ("<b>light</b> & $\\frac", "dark|_*")  # a page must show them as they are
+
+
+@pytest.fixture(scope="session")
+def trained(squares, tmp_path_factory):
+    """A folder with an IPWD run, a run of plain distillation, and their teacher."""
+    folder = tmp_path_factory.mktemp("report")
+    np.savez(
+        folder / "squares.npz",
+        train_images=squares.train.images,
+        train_labels=squares.train.labels,
+        test_images=squares.test.images,
+        test_labels=squares.test.labels,
+        class_names=np.array(_NAMES),
+    )
+    config = settings(data__name=f"numpy:{folder / 'squares.npz'}", optimizer__milestones=(1,))
+    config.teacher.view_cache = "off"  # has nothing to do with a report
+    pair = f"{config.teacher.name}_{config.model.name}"
+    config.name = f"squares_ipwd_{pair}"
+    train.run(config, folder / "ipwd_seed0")
+    # What a run of plain distillation leaves, without the time to train it.
+    kd = shutil.copytree(folder / "ipwd_seed0", folder / "kd_seed0")
+    (kd / "samples.npz").unlink()
+    changed(kd, "config.json", config__name=f"squares_kd_{pair}", config__loss__cls=0.0)
+    changed(kd, "config.json", config__weighting__name="uniform")
+    changed(kd, "result.json", weights=None, last__top1=65.0)
+    arrays = dict(np.load(kd / "predictions.npz"))
+    noise = np.random.default_rng(0).normal(size=arrays["last_logits"].shape)
+    arrays["last_logits"] = arrays["last_logits"] + noise.astype(np.float32)
+    np.savez(kd / "predictions.npz", **arrays)
+    return folder
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of the folder that a test can change."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def changed(folder, name, **changes):
+    """Changes values of a JSON file of a run, with `__` for the dots in their paths."""
+    content = json.loads((folder / name).read_text())
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    (folder / name).write_text(json.dumps(content))
+
+
+def another_seed(runs, method, seed, top1):
+    """A run of the method that differs from its first in seed and accuracy alone."""
+    folder = shutil.copytree(runs / f"{method}_seed0", runs / f"{method}_seed{seed}")
+    changed(folder, "config.json", config__seed=seed)
+    changed(folder, "result.json", seed=seed, last__top1=top1, best__top1=top1 + 1)
+    return folder
+
+
+def results(path):
+    with path.open() as file:
+        return {(row["method"], row["epoch"]): row for row in csv.DictReader(file)}
+
+
+def test_a_single_run(runs, capsys):
+    run = runs / "ipwd_seed0"
+    main([str(run), f"--baseline={runs / 'kd_seed0'}"])
+    out, err = capsys.readouterr()
+    assert err == "" and out == f"Written to {run / 'report.html'}, {run / 'report.md'}\n"
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    result = json.loads((run / "result.json").read_text())
+    assert f"{result['last']['top1']:.2f} %" in page
+    assert page.count("<svg") == page.count("<figcaption>") - 24 == 8
+    for words in ("learning rate falls", "Transfer gap", "Spearman", "0.1", "Settings that differ"):
+        assert words in page
+    predictions = np.load(run / "predictions.npz")
+    logits, labels = predictions["last_logits"], predictions["labels"]
+    ece = metrics.evaluate(logits, labels)["ece"]
+    assert f"student: ECE {ece:.2f} %" in page and f"student {ece:.2f} %" in text
+    assert f"student: AURC {result['last']['aurc']:.2f}" in page
+    correlation = result["weights"]["mass_correlation_A"]
+    assert f"rank correlation: {correlation:+.3f}" in text
+    samples = np.load(run / "samples.npz")
+    heaviest = int(np.argsort(samples["weight"], kind="stable")[-1])
+    assert f"training image {heaviest}, class" in page
+    gains = [
+        metrics.group_recall(
+            np.load(runs / name / "predictions.npz")["last_logits"], labels, samples["class_mass"]
+        )[0]
+        for name in ("ipwd_seed0", "kd_seed0")
+    ]
+    assert f"group 1 {gains[0] - gains[1]:+.2f}" in text
+
+
+def test_a_page_needs_nothing_else_and_shows_names_as_they_are(runs):
+    report.write_report([runs / "ipwd_seed0"])
+    page = (runs / "ipwd_seed0/report.html").read_text()
+    assert "<script" not in page and "<b>light" not in page
+    assert "&lt;b&gt;light&lt;/b&gt; &amp; $\\frac" in page
+    links = re.findall(r'(?:href|src)="([^"]{,20})', page)
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    identifiers = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identifiers) == len(set(identifiers))
+    assert all(link[1:] in identifiers for link in re.findall(r'href="(#[^"]+)"', page))
+    assert "currentColor" in page and "prefers-color-scheme: dark" in page
+    assert all("alt=" in image for image in re.findall(r"<img [^>]*>", page))
+    assert all("aria-label=" in drawing for drawing in re.findall(r"<svg [^>]*>", page))
+    text = (runs / "ipwd_seed0/report.md").read_text()
+    assert r"dark\|\_\*" in text and "<b>" not in text
+
+
+def test_seeds_are_averaged_and_methods_compared(runs, capsys):
+    first = {
+        name: json.loads((runs / f"{name}_seed0/result.json").read_text())["last"]["top1"]
+        for name in ("ipwd", "kd")
+    }
+    ours, theirs = [first["ipwd"], 70.0, 74.0], [first["kd"], 69.0, 71.0]
+    for seed in (1, 2):
+        another_seed(runs, "ipwd", seed, ours[seed])
+        another_seed(runs, "kd", seed, theirs[seed])
+    another_seed(runs, "ipwd", 7, 50.0)  # has no partner
+    out = runs / "all.html"
+    main([*map(str, sorted(runs.glob("*_seed?"))[:7]), f"--out={out}"])
+    assert capsys.readouterr().err == ""
+    ipwd, kd = results(runs / "all.csv")["ipwd", "last"], results(runs / "all.csv")["kd", "last"]
+    assert (ipwd["n"], kd["n"], ipwd["common_seeds"], ipwd["compared_with"]) == (
+        "4",
+        "3",
+        "3",
+        "kd",
+    )
+    assert float(kd["mean_top1"]) == pytest.approx(np.mean(theirs))
+    assert float(kd["deviation_top1"]) == pytest.approx(np.std(theirs, ddof=1))
+    expected = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = [float(ipwd[f"difference_{end}"]) for end in ("low", "high")]
+    np.testing.assert_allclose(found, expected)
+    shown = f"{np.mean(theirs):.2f} ± {np.std(theirs, ddof=1):.2f} (n=3)"
+    assert shown in out.read_text() and shown in out.with_suffix(".md").read_text()
+    assert shown.replace("±", r"$\pm$") in out.with_suffix(".tex").read_text()
+    assert ">teacher</th>" in out.read_text()
+
+
+def test_methods_that_share_a_name_are_told_apart(runs):
+    clipped = another_seed(runs, "ipwd", 1, 60.0)
+    changed(clipped, "config.json", config__weighting__clip=3.0)
+    other = another_seed(runs, "kd", 1, 61.0)
+    changed(other, "config.json", config__name="something else", config__data__dir="/elsewhere")
+    written = report.write_report(
+        [runs / "ipwd_seed0", clipped, runs / "kd_seed0", other], runs / "all.html"
+    )
+    assert written.problems == ()
+    found = results(runs / "all.csv")
+    assert {name for name, _ in found} == {
+        "kd",
+        "ipwd (weighting.clip=0.0)",
+        "ipwd (weighting.clip=3.0)",
+    }
+    assert found["kd", "last"]["n"] == "2"
+    assert found["ipwd (weighting.clip=3.0)", "last"]["common_seeds"] == "1"
+    again = report.write_report([clipped, runs / "kd_seed0"], runs / "b.html", runs / "ipwd_seed0")
+    assert again.files[0] == runs / "b.html"
+    compared = {row["compared_with"] for row in results(runs / "b.csv").values()}
+    assert compared == {"", "ipwd (weighting.clip=0.0)"}
+
+
+def test_what_cannot_be_reported_is_named(runs, capsys):
+    (runs / "none").mkdir()
+    shutil.copytree(runs / "ipwd_seed0", runs / "damaged")
+    (runs / "damaged/result.json").write_text('{"last": {}}')
+    unfinished = another_seed(runs, "kd", 1, 60.0)
+    (unfinished / "result.json").unlink()
+    double = shutil.copytree(runs / "kd_seed0", runs / "double")
+    other = another_seed(runs, "ipwd", 1, 60.0)
+    changed(other, "config.json", checksums__data="0" * 16)
+    no_curves = another_seed(runs, "ipwd", 2, 60.0)
+    (no_curves / "metrics.csv").write_bytes(b"\xff\x00")
+    given = ["none", "damaged", "kd_seed0", "ipwd_seed0", "ipwd_seed0"]
+    folders = [runs / name for name in given] + [unfinished, double, other, no_curves]
+    main([*map(str, folders), f"--out={runs / 'all.html'}"])
+    err = capsys.readouterr().err
+    for words in (
+        "none/config.json is missing",
+        "damaged/result.json is damaged",
+        "ipwd_seed0 was given twice",
+        "kd_seed1 is not finished and is left out: it has trained 2 of 2 epochs",
+        "double has the same settings and seed as",
+        "The runs are of different data",
+        "ipwd_seed2/metrics.csv cannot be read",
+    ):
+        assert words in err and words in (runs / "all.html").read_text()
+    assert "Traceback" not in err
+
+
+def test_parts_of_a_run_that_are_missing(runs):
+    kd = report.write_report([runs / "kd_seed0"])
+    assert [p.partition(":")[0] for p in kd.problems] == ["Weights of the samples"]
+    assert "has no samples.npz" in kd.files[0].read_text()
+    run = runs / "ipwd_seed0"
+    (run / "predictions.npz").write_bytes(b"PK")
+    changed(run, "config.json", config__data__name="digits")
+    written = report.write_report([run])
+    assert len(written.problems) == 3
+    for words in ("predictions.npz cannot be read", "the data digits has changed since the run"):
+        assert any(words in problem for problem in written.problems)
+    (run / "result.json").unlink()
+    unfinished = report.write_report([run])
+    assert "2 of 2 epochs" in unfinished.problems[0]
+    assert unfinished.files[0].read_text().count("<svg") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing"], "nothing can be reported: nothing is not the"),
+        (["kd_seed0", "--out=page.txt"], "the page must be called FILE.html"),
+        (["kd_seed0", "--baseline=nothing"], "error: nothing is not the"),
+        (["kd_seed0", "--out=kd_seed0/result.json/a.html"], "cannot be written"),
+        (["kd_seed0", "--baseline=ipwd_seed1"], "give a --baseline of the same data"),
+    ],
+)
+def test_mistakes(arguments, words, runs, capsys, monkeypatch):
+    changed(another_seed(runs, "ipwd", 1, 60.0), "config.json", checksums__data="0" * 16)
+    monkeypatch.chdir(runs)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+def test_runs_of_which_none_is_finished(runs):
+    for name in ("ipwd_seed0", "kd_seed0"):
+        (runs / name / "result.json").unlink()
+    with pytest.raises(UserError, match="none of these runs is finished"):
+        report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"])
+
+
+def test_training_does_not_wait_for_matplotlib():
+    code = "import sys, ipwd_jax.report; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("which", ["one", "several"])
+def test_a_browser_finds_no_error(which, runs, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
+    names = ["ipwd_seed0"] if which == "one" else ["ipwd_seed0", "kd_seed0"]
+    page = report.write_report([runs / name for name in names], tmp_path / "page.html").files[0]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    shown = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and "</html>" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
