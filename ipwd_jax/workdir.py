@@ -126,7 +126,7 @@ def claim(
                 + "\n  ".join(lines)
                 + "\nChoose another --workdir, or delete this one if it is not needed."
             )
-        kept = {key: there[key] for key in ("chosen", "data") if key in there}
+        kept = {key: there[key] for key in ("data", "chosen") if key in there}
     elif any(workdir.glob("checkpoints/*")):
         raise UserError(
             f"{workdir} holds checkpoints but no {path.name}, so it is not known to which run they "

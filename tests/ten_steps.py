@@ -1,6 +1,6 @@
 """Take ten steps on random images, on each number of devices; `test_parallel.py` runs this program.
 
-Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational
+Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational NETWORK
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+import helpers  # noqa: F401  registers "tiny_net"
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -24,11 +25,11 @@ from ipwd_jax.teacher import from_variables
 SIZE, BATCH, CLASSES = 44, 16, 5  # steps of 16, 16 and 12 rows; 12 divides by 4, not by 8
 
 
-def settings(kind: str) -> ConfigDict:
+def settings(kind: str, network: str) -> ConfigDict:
     config = config_lib.default()
     config.data.crop_padding = 1
     config.epochs, config.batch_size = 4, BATCH
-    config.teacher.name = config.model.name = "resnet8"
+    config.teacher.name = config.model.name = network
     if kind == "ipwd":
         config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
         config.weighting.update({"name": "ipwd", "batch_normalize": True, "average": 0.5})
@@ -36,6 +37,7 @@ def settings(kind: str) -> ConfigDict:
         names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet")
         config.loss.update(dict.fromkeys(names, 0.1))
         config.terms.crd.update({"feat_dim": 8, "negatives": 6})
+        config.terms.fitnet.layer = 1
     return config
 
 
@@ -69,13 +71,13 @@ def ten_steps(config: ConfigDict, steps: int = 10) -> TrainState:
     return now
 
 
-def main(out: Path, counts: list[int], kind: str) -> None:
+def main(out: Path, counts: list[int], kind: str, network: str) -> None:
     for count in counts:
         parallel.devices = lambda count=count: jax.local_devices()[:count]
-        now = jax.device_get(ten_steps(settings(kind)).replace(key=0))
+        now = jax.device_get(ten_steps(settings(kind, network)).replace(key=0))
         leaves = jax.tree_util.tree_leaves_with_path(now)
         np.savez(out / f"{count}.npz", **{jax.tree_util.keystr(p): x for p, x in leaves})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:])

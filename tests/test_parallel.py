@@ -11,29 +11,34 @@ import pytest
 
 HERE = Path(__file__).parent
 DEVICES = {
-    ("ipwd", "float32"): (1, 2, 4, 8),
-    ("ipwd", "float64"): (1, 8),
-    ("relational", "float64"): (1, 8),
+    ("ipwd", "float64", "tiny_net"): (1, 8),
+    ("relational", "float64", "tiny_net"): (1, 8),
+    ("ipwd", "float32", "resnet8"): (1, 2, 4, 8),
+    ("ipwd", "float64", "resnet8"): (1, 8),
+    ("relational", "float64", "resnet8"): (1, 8),
 }
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case[1] == "float32"))
+        pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case[2] == "resnet8"))
         for case in DEVICES
     ],
 )
 def runs(request, tmp_path_factory):
     """Return the states after ten steps on each number of devices of a process that has eight."""
-    kind, dtype = request.param
+    kind, dtype, network = request.param
     out = tmp_path_factory.mktemp(kind)
     # Without NPROC, the collectives of virtual devices can deadlock on a machine with few cores.
     environment = {**os.environ, "NPROC": "8", "JAX_NUM_CPU_DEVICES": "8"}
     if dtype == "float64":
         environment["JAX_ENABLE_X64"] = "1"
     subprocess.run(
-        [sys.executable, HERE / "ten_steps.py", out, json.dumps(DEVICES[request.param]), kind],
+        [
+            *(sys.executable, HERE / "ten_steps.py", out),
+            *(json.dumps(DEVICES[request.param]), kind, network),
+        ],
         check=True,
         env=environment,
         timeout=300,

@@ -246,7 +246,9 @@ def test_metrics():
 
 
 PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)], ids=["float64", "float32"]
+    ("dtype", "rtol"),
+    [("float64", 1e-9), pytest.param("float32", 1e-4, marks=pytest.mark.slow)],
+    ids=["float64", "float32"],
 )
 
 

@@ -10,8 +10,9 @@ from ipwd_jax import models
 from ipwd_jax.models.fold import apply_folded, fold
 
 SIZES = {"ResNet18_imagenet": 32, "MobileNetV1": 32, "MobileNetV2": 16}
-QUICK = ["wrn_10_1", "vgg8"]
+QUICK = ["wrn_10_1"]
 SLOW = [
+    "vgg8",
     "resnet8x4",
     "MobileNetV2",
     "ShuffleV1",

@@ -86,7 +86,7 @@ def test_errors_of_logits_by_hand():
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [
-        ({"seeds": (1, 1)}, "has a seed twice"),
+        ({"seeds": (1, 1)}, "must not name a seed twice"),
         ({"share_order": True}, "needs several config.seeds"),
         ({"teacher__look_ahead": 4, "teacher__train_mode": True}, "excludes fold and look_ahead"),
     ],
