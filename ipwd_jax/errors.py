@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class InUse(UserError):
+    """Another process is working on the same directory."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop, and everything has been saved; `signum` is its number."""
 

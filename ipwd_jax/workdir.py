@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import writers
 from ipwd_jax.config import default, differences
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import InUse, UserError
 from ipwd_jax.losses import WEIGHTINGS
 
 # Settings that can change when a run is started again: they do not change its numbers, or the data
@@ -47,7 +47,8 @@ def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
         wait: whether to wait for another process that is using it, instead of raising an error.
 
     Raises:
-        UserError: the directory cannot be written to, or another process is using it.
+        UserError: the directory cannot be written to.
+        InUse: another process is using it.
     """
     made = not workdir.exists()
     lock = _lock(workdir, wait)
@@ -73,7 +74,7 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
         except OSError:
             if not wait:
                 lock.close()
-                raise UserError(
+                raise InUse(
                     f"another process is using {workdir}; wait until it has finished, or choose "
                     "another --workdir"
                 ) from None

@@ -278,7 +278,7 @@ def _labels(
     if len(source) < _LABELS_TO_KEEP:
         return _read_labels(source, label)
     try:
-        with kept.open("rb") as file, np.load(file) as found:
+        with kept.open("rb") as stored, np.load(stored) as found:
             return found["labels"], found["order"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         labels, order = _read_labels(source, label)

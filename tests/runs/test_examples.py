@@ -27,7 +27,7 @@ from ipwd_jax import (
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch import files
 
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("own_*.py"))
 REGISTRIES = (losses.TERMS, losses.WEIGHTINGS, models.NETWORKS, data.SOURCES, data.USED_BY)
 
 
