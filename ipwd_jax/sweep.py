@@ -9,8 +9,8 @@ the config of a run, whose name is that of its folder, and "seeds" are the seeds
 with, one after the other; they can be left out. If the config itself has several `seeds`, they are
 trained in one program. What follows a colon after the file is the argument of `get_runs`.
 
-The same command resumes a sweep that was stopped: finished runs are skipped, and unfinished ones are
-resumed. Several processes, on several machines too, can work on one folder at the same time.
+The same command resumes a sweep that was stopped: finished runs are skipped, and unfinished ones
+are resumed. Several processes, on several machines too, can work on one folder at the same time.
 The exit status is 1 if a run could not be trained, and otherwise 0, even if there was not enough
 time for all runs; wrong flags give 2, and a signal gives 128 plus its number.
 """
