@@ -123,13 +123,15 @@ def test_names_only_files_that_exist(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_from_top_to_bottom(name):
+def test_runs_from_top_to_bottom(name, monkeypatch):
     for needed in ("nbclient", "ipykernel", "matplotlib"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
     import nbformat
     from nbclient import NotebookClient
 
+    # Unlike other tests, these train long enough for XLA's optimisations to pay.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     before = files_below(COLABS)
     run = nbformat.read(COLABS / f"{name}.ipynb", as_version=4)
     NotebookClient(
