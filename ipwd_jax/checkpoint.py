@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ipwd_jax import parallel
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, first_line
 from ipwd_jax.state import TrainState, not_finite
 from ipwd_jax.typing import PyTree
 
@@ -125,7 +125,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**20
             raise UserError(
                 f"a checkpoint could not be written to {self.folder} ({free:.0f} MiB free): "
-                f"{_first_line(error)}. Newest complete checkpoint: {kept}. "
+                f"{first_line(error)}. Newest complete checkpoint: {kept}. "
                 "Free some space and run the same command again; it resumes from there."
             ) from error
 
@@ -153,7 +153,7 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read (newest: "
-                f"{_first_line(damaged[max(damaged)])}). Nothing was changed; choose another "
+                f"{first_line(damaged[max(damaged)])}). Nothing was changed; choose another "
                 "--workdir to start from the beginning."
             )
         return None
@@ -182,7 +182,7 @@ class Checkpoints:
                 name += "-again"
             print(
                 f"warning: checkpoint {number} in {self.folder} cannot be read "
-                f"({_first_line(error)}). It has been renamed to {name}, and an older one is used.",
+                f"({first_line(error)}). It has been renamed to {name}, and an older one is used.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -229,7 +229,7 @@ def saved_arrays(path: pathlib.Path) -> PyTree:
     try:
         return ocp.StandardCheckpointer().metadata(path).item_metadata
     except Exception as error:  # Orbax raises many types
-        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
 def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[PyTree, Position]:
@@ -269,7 +269,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         position, checksums = _read_meta(meta_of_run)
         _verify(which, variables, checksums)
     except Exception as error:
-        raise UserError(f"the checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
     if bad := not_finite(variables):
         raise UserError(
             f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or close "
@@ -356,7 +356,3 @@ def _with_network(state: TrainState, network: PyTree) -> TrainState:
         params={**state.params, "student": network["params"]},
         batch_stats={**state.batch_stats, "student": network["batch_stats"]},
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

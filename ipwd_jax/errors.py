@@ -25,6 +25,11 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
     """Return a `UserError` for a `name` that is not `valid`, which suggests a similar valid one."""
     valid = sorted(valid)

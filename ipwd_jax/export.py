@@ -43,7 +43,7 @@ from jax import export as jax_export
 from jax.extend.core import jaxpr_as_fun
 
 from ipwd_jax import models, writers
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, first_line
 from ipwd_jax.runs import Classifier, Run, load_run
 
 _STABLEHLO, _ONNX = ".stablehlo", ".onnx"
@@ -163,7 +163,7 @@ def _entries(classifier: Classifier) -> dict[str, Any]:
     except Exception as error:  # Flax and JAX raise many kinds
         raise UserError(
             f"the network does not accept images of shape {classifier.image_shape} with the given "
-            f"mean and deviation: {_first_line(error)}"
+            f"mean and deviation: {first_line(error)}"
         ) from error
     if logits.shape[1] != len(classifier.class_names):
         raise UserError(
@@ -190,7 +190,7 @@ def _stablehlo(classifier: Classifier) -> bytes:
     except Exception as error:  # JAX raises many kinds, and so does a network of the user's own
         raise UserError(
             "the network cannot be exported for any number of images and for the platforms "
-            f"{', '.join(PLATFORMS)}: {_first_line(error)}"
+            f"{', '.join(PLATFORMS)}: {first_line(error)}"
         ) from error
 
 
@@ -219,7 +219,7 @@ def _onnx(classifier: Classifier, entries: Mapping[str, Any]) -> bytes:
             )
     except Exception as error:  # jax2onnx raises many kinds
         raise UserError(
-            f"jax2onnx cannot convert the network: {_first_line(error)}. Export it to "
+            f"jax2onnx cannot convert the network: {first_line(error)}. Export it to "
             f"{_STABLEHLO} instead."
         ) from error
     values = {key: json.dumps(writers.plain(value)) for key, value in entries.items()}
@@ -262,7 +262,7 @@ def _check_onnx(classifier: Classifier, data: bytes) -> None:
         (logits,) = session.run(None, {"images": images})
     except Exception as error:  # onnxruntime raises many kinds
         raise UserError(
-            f"onnxruntime cannot run the ONNX model: {_first_line(error)}. Export the network to "
+            f"onnxruntime cannot run the ONNX model: {first_line(error)}. Export the network to "
             f"{_STABLEHLO} instead."
         ) from error
     difference, largest = np.abs(logits - expected).max(), np.abs(expected).max()
@@ -290,7 +290,3 @@ def _write(
             with contextlib.suppress(OSError):
                 beside.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,13 +16,12 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ipwd_jax import signals
-from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.errors import UserError
 
 # Imports that take seconds are made within functions: `main` reports an interrupt of them.
 _CONFIG_MODULE = "config_config"  # what ml_collections calls the file of the flag "config"
@@ -62,7 +61,7 @@ def _parse(argv: list[str]) -> list[str]:
         helped = any(re.fullmatch(r"--?(help\w*|\?)", argument) for argument in argv)
         sys.exit(0 if helped else stop.code)
     except Exception as error:
-        _exit(_explained(error, argv))
+        raise _explained(error, argv) from None
 
 
 def _explained(error: Exception, argv: list[str]) -> UserError:
@@ -118,11 +117,6 @@ def _config_path(argv: list[str]) -> str:
     return ""
 
 
-def _exit(error: UserError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
         words = f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE"
@@ -155,17 +149,8 @@ def _main(argv: list[str]) -> None:
 
 def main() -> None:
     """Run the command line; exit with 2 on a user's mistake, with 128 + signal when stopped."""
-    try:
-        with signals.acknowledged():
-            app.run(_main, flags_parser=_parse)
-    except UserError as error:
-        _exit(error)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from here", file=sys.stderr)
-        sys.exit(130)
-    except Interrupted as stop:
-        print(f"\n{stop}; the same command resumes from here", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+    with signals.exit_statuses(), signals.acknowledged():
+        app.run(_main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

@@ -9,34 +9,41 @@ import jax.numpy as jnp
 
 from ipwd_jax import models, parallel
 from ipwd_jax.assemble import Experiment
-from ipwd_jax.data.base import Split
 from ipwd_jax.state import network_shapes
 
 
 def describe(
-    experiment: Experiment, workdirs: list[pathlib.Path], teacher: pathlib.Path | None
+    experiment: Experiment,
+    workdirs: list[pathlib.Path],
+    teacher: pathlib.Path | None,
+    costs: bool = False,
 ) -> str:
-    """The data, networks, loss, steps, device and files of a run; one line each.
+    """Describe the data, networks, loss, steps, device and files of a run, one line each.
 
     Args:
         experiment: of the run; its teacher is not looked at.
         workdirs: of the run of each seed.
         teacher: work directory of the teacher, if there is one.
+        costs: whether to add the parameters and multiply-adds of the networks, which takes a
+            second or more.
     """
     config, dataset = experiment.config, experiment.dataset
     shape = dataset.train.images.shape[1:]
     classes = len(dataset.class_names)
     lines = {
-        "data": f"{dataset.name}: {_size(dataset.train)} training and {_size(dataset.test)} test "
-        f"images of {'x'.join(map(str, shape))}, {classes} classes",
+        "data": f"{dataset.name}: {len(dataset.train.labels):,} training and "
+        f"{len(dataset.test.labels):,} test images of {'x'.join(map(str, shape))}, "
+        f"{classes} classes",
     }
     if teacher:
         network = models.create(config.teacher.name, classes)
+        cost = _cost(network, shape) if costs else ""
         how = f"from {teacher}"
         if not (teacher / "result.json").exists():
             how = f"trained first, {config.teacher.epochs} epochs, in {teacher}"
-        lines["teacher"] = f"{config.teacher.name} ({_cost(network, shape)}) {how}"
-    lines["student"] = f"{config.model.name} ({_cost(experiment.network, shape)})"
+        lines["teacher"] = f"{config.teacher.name}{cost} {how}"
+    cost = _cost(experiment.network, shape) if costs else ""
+    lines["student"] = f"{config.model.name}{cost}"
     for stage in experiment.stages:
         weighted = set(config.weighting.terms) if stage.weighting is not None else set()
         parts = (
@@ -56,7 +63,7 @@ def describe(
 
 
 def disk(experiment: Experiment) -> int:
-    """Bytes that the checkpoints of one run take at most."""
+    """Return the bytes that the checkpoints of one run take at most."""
     state = jax.eval_shape(lambda: experiment.initial_state(seed=0))
     leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf.dtype, "itemsize")]
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -64,15 +71,11 @@ def disk(experiment: Experiment) -> int:
     return (experiment.config.checkpoint.keep + 2) * 3 * size
 
 
-def _size(split: Split) -> str:
-    return f"{len(split.labels):,}"
-
-
 def _cost(network: nn.Module, shape: tuple[int, ...]) -> str:
-    """The parameters of a network, and its multiply-adds for one image."""
+    """Return the parameters of a network and its multiply-adds for one image, in brackets."""
     variables = network_shapes(network, shape)
     image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     lowered = jax.jit(network.apply).lower(variables, image)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
     flops = (lowered.cost_analysis() or {}).get("flops", math.nan)
-    return f"{parameters:,} parameters, {flops / 2e6:,.1f} M multiply-adds"
+    return f" ({parameters:,} parameters, {flops / 2e6:,.1f} M multiply-adds)"

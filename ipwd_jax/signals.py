@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from ipwd_jax.errors import Interrupted, UserError
+
 
 @contextlib.contextmanager
 def acknowledged() -> Iterator[None]:
@@ -34,6 +36,24 @@ def _acknowledge(reader: int) -> None:
             print("\nStopping; the work that is done is kept.", file=sys.stderr, flush=True)
             asked = set()
     os.close(reader)
+
+
+@contextlib.contextmanager
+def exit_statuses() -> Iterator[None]:
+    """End the process with one line and a status in place of a traceback.
+
+    The status is 2 for a mistake of the user, and 128 plus the number of a signal that stopped it.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
+        said = str(stop) or "stopped"
+        print(f"\n{said}; the same command resumes from here", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 @contextlib.contextmanager

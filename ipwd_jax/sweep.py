@@ -23,7 +23,6 @@ import logging as python_logging
 import math
 import pathlib
 import signal
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +35,7 @@ from ipwd_jax import signals, train
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.api import load_module
 from ipwd_jax.errors import Interrupted, InUse, UserError
+from ipwd_jax.report.summary import mean_and_deviation
 from ipwd_jax.runs import load_run
 
 # What can be said of a run, in the order of the summary.
@@ -63,13 +63,7 @@ class Planned:
 
     def folders(self) -> dict[pathlib.Path, ConfigDict]:
         """Return, by folder, the config of the run of each seed."""
-        if not self.config.seeds:
-            return {self.workdir: self.config}
-        found = {}
-        for seed in self.config.seeds:
-            folder = self.workdir.with_name(f"{self.workdir.name}_seed{seed}")
-            found[folder] = _with_seed(self.config, seed)
-        return found
+        return train.of_each_seed(self.config, self.workdir)
 
     def state(self) -> str:
         """Return `FINISHED` if all seeds have been trained with this config, else `UNFINISHED`."""
@@ -276,7 +270,7 @@ def table(planned: Sequence[Planned]) -> str:
     cells = [["run", "seeds", "last epoch, top1", "best epoch, top1"]]
     for name, of_seeds in results.items():
         scores = (
-            _mean_and_deviation([result[which]["top1"] for result in of_seeds])
+            mean_and_deviation([result[which]["top1"] for result in of_seeds], ".2f")
             for which in ("last", "best")
         )
         cells.append([name, ",".join(str(result["seed"]) for result in of_seeds), *scores])
@@ -295,11 +289,6 @@ def _results(run: Planned) -> list[dict[str, Any]]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
     return found
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def _summary(planned: Sequence[Planned], states: Sequence[str], out: pathlib.Path) -> str:
@@ -365,22 +354,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
-    try:
+    with signals.exit_statuses(), signals.acknowledged():
         planned = plan(load_runs(given.config), given.out)[given.index :: given.count]
         if given.dry_run:
             print(_listing(planned))
             return
-        with signals.acknowledged():
-            states = carry_out(planned, given.minutes)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from here", file=sys.stderr)
-        sys.exit(130)
-    except Interrupted as stop:
-        print(f"\n{stop}; the same command resumes from here", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        states = carry_out(planned, given.minutes)
     print(table(planned))
     print(_summary(planned, states, given.out), flush=True)
     sys.exit(FAILED in states)

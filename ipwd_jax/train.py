@@ -62,7 +62,7 @@ def run(
     experiment = _checked(config, dataset, teacher_only)
     dataset = experiment.dataset
     checksums = {"data": fingerprint(dataset)}
-    runs = {} if teacher_only else _of_each_seed(config, workdir)
+    runs = {} if teacher_only else of_each_seed(config, workdir)
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
@@ -93,13 +93,13 @@ def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | 
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset)
-    runs, teacher_workdir = _of_each_seed(config, workdir), None
+    runs, teacher_workdir = of_each_seed(config, workdir), None
     if config.teacher.name:
         checksums = {"data": fingerprint(experiment.dataset)}
         name = experiment.dataset.name
         teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
-    text = plan.describe(experiment, list(runs), teacher_workdir)
+    text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     return f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
 
 
@@ -115,7 +115,7 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     return assemble(config, dataset, teacher=None)
 
 
-def _of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path, ConfigDict]:
+def of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path, ConfigDict]:
     """Return, by work directory, the config of each seed's run as if it were trained alone."""
     if not config.seeds:
         return {workdir: config}
@@ -155,7 +155,7 @@ def evaluate_run(
     validate(config)
     dataset = dataset or load_data(config.data)
     check_fit(config, dataset)
-    runs = _of_each_seed(config, workdir)
+    runs = of_each_seed(config, workdir)
     results = [_evaluate(own, folder, dataset) for folder, own in runs.items()]
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 

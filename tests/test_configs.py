@@ -109,7 +109,7 @@ def test_own_data(tmp_path):
     config.batch_size = config.teacher.batch_size = 4
     shown = train.planned(config, tmp_path / "run")
     assert "8 training and 2 test images of 64x64x3, 2 classes" in shown
-    assert "teacher  resnet32x4" in shown and "student  resnet8x4" in shown
+    assert "teacher  resnet32x4 (" in shown and "student  resnet8x4 (" in shown
     np.savez(
         tmp_path / "arrays.npz",
         train_images=rng.integers(0, 255, (10, 32, 32, 3), np.uint8),

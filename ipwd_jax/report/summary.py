@@ -94,7 +94,7 @@ def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
     for metric, unit in _UNITS.items():
         if metric in first["last"]:
             cells = (
-                f"{_mean_and_deviation([result[which][metric] for result in results]):>20}"
+                f"{mean_and_deviation([result[which][metric] for result in results]):>20}"
                 for which in ("last", "best")
             )
             lines.append("".join([f"{metric:<15}", *cells, f"  {unit}".rstrip()]))
@@ -106,10 +106,10 @@ def _number(value: float | None, form: str = ".3f") -> str:
     return "undefined" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _mean_and_deviation(values: Sequence[float | None]) -> str:
+def mean_and_deviation(values: Sequence[float | None], form: str = ".3f") -> str:
     """Return `mean +- deviation` of one value per seed, or `undefined` if any of them is."""
     numbers = [value for value in values if value is not None and math.isfinite(value)]
     if len(numbers) < len(values):
         return "undefined"
-    deviation = f" +- {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.3f}{deviation}"
+    deviation = f" +- {statistics.stdev(numbers):{form}}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):{form}}{deviation}"
