@@ -154,9 +154,11 @@ def truncate(file):
 
 
 def overwrite(file):
+    """Overwrite 64 bytes in three places: a file also holds index nodes that were replaced since."""
     with file.open("r+b") as opened:
-        opened.seek(file.stat().st_size // 2)
-        opened.write(random.Random(0).randbytes(64))
+        for quarter in (1, 2, 3):
+            opened.seek(quarter * file.stat().st_size // 4)
+            opened.write(random.Random(0).randbytes(64))
 
 
 @pytest.mark.parametrize(
