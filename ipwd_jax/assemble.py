@@ -86,6 +86,7 @@ class Experiment:
         dataset: data set on which the student is trained and evaluated.
         teacher: the teacher, or None if there is none.
         network: the student.
+        pretrained: those of the student's variables that are not drawn, by their paths.
         heads: the student's extra heads.
         stages: the stages in order; the last one is the main stage.
         steps_per_epoch: number of steps in an epoch; the last of them can have fewer samples.
@@ -96,6 +97,7 @@ class Experiment:
     dataset: Dataset
     teacher: Teacher | None
     network: nn.Module
+    pretrained: Mapping[tuple[str, ...], np.ndarray] | None
     heads: Heads
     stages: tuple[Stage, ...]
     steps_per_epoch: int
@@ -128,6 +130,8 @@ class Experiment:
         """Return the state of the run of `seed` before its first step, without optimiser state."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
+        if self.pretrained is not None:
+            initial = state.with_network(initial, self.pretrained)
         return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
 
     def begin(self, stage: int, before: TrainState) -> TrainState:
@@ -228,7 +232,12 @@ class Experiment:
                 begin = until
 
 
-def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Experiment:
+def assemble(
+    config: ConfigDict,
+    dataset: Dataset,
+    teacher: Teacher | None,
+    pretrained: Mapping[tuple[str, ...], np.ndarray] | None = None,
+) -> Experiment:
     """Assemble a run, without computing anything on a device.
 
     Args:
@@ -237,6 +246,8 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
         teacher: the teacher. If it is None although the config names one, the parts of the run are
             checked against the shapes of its network, so that no teacher is trained for a run whose
             parts do not fit together.
+        pretrained: those of the student's variables that are not drawn, by their paths, as
+            `pretrained.load` returns them.
 
     Raises:
         UserError: the terms do not fit the data, the networks or each other, or `trainable` names
@@ -263,7 +274,7 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
             terms=of_stage,
             weighting=config.weighting if part.weighted else None,
             learning_rate=rate,
-            optimizer=optim.only(trainable, optim.sgd(part.optimizer, rate)),
+            optimizer=optim.only(trainable, optim.create(part.optimizer, rate)),
             trainable=trainable,
             first_step=first_step,
         )
@@ -276,6 +287,7 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
         dataset=dataset,
         teacher=teacher,
         network=network,
+        pretrained=pretrained,
         heads=heads,
         stages=tuple(stages),
         steps_per_epoch=steps_per_epoch,

@@ -8,6 +8,7 @@ import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ipwd_jax import losses
 from ipwd_jax.errors import UserError
@@ -27,12 +28,15 @@ def default() -> ConfigDict:
 
     config.data = _data()
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
+    config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
+    # where the data has other classes in number, the classifier starts afresh
     config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
 
     config.teacher = _teacher()
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
     config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240
+    config.patience = 0  # stop after so many epochs without a new best one; 0: train all epochs
     config.batch_size = 64  # images of a step over all devices
     config.optimizer = _optimizer()
     config.trainable = ()  # prefixes such as "student/fc" or "student/features" (all but the
@@ -114,9 +118,13 @@ def _optimizer() -> ConfigDict:
     """PyTorch's SGD with the CIFAR recipe of Tian et al., 2020."""
     return ConfigDict(
         {
+            "name": "sgd",  # one of ipwd_jax.optim.OPTIMIZERS
             "learning_rate": 0.05,
-            "momentum": 0.9,
+            "momentum": 0.9,  # of those that have one
             "nesterov": False,
+            "b1": placeholder(float),  # of Adam and its like; None: optax's default
+            "b2": placeholder(float),
+            "eps": placeholder(float),
             "weight_decay": 5e-4,  # on every parameter, biases and BatchNorm included
             "schedule": "step",  # one of SCHEDULES
             "milestones": (150, 180, 210),  # epochs finished before the rate falls ("step")

@@ -38,7 +38,9 @@ _MODE = flags.DEFINE_enum(
     "train: the whole run. teacher: only the teacher. eval: measure the checkpoint in the work "
     "directory.",
 )
-
+_EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run with fewer epochs further, to the epochs of the config."
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print what the run would do and how much disk space it needs; write nothing."
 )
@@ -139,7 +141,8 @@ def _main(argv: list[str]) -> None:
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:
-        result = train.run(config, workdir, teacher_only=_MODE.value == "teacher")
+        teacher_only = _MODE.value == "teacher"
+        result = train.run(config, workdir, teacher_only=teacher_only, extend=_EXTEND.value)
     print(report.summary(result))
     workdirs = f"{workdir}{'_seed*' if 'seeds' in result else ''}"
     print(f"Written to {workdirs}")

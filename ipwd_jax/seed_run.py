@@ -135,6 +135,13 @@ class SeedRun:
         position.history.append(row)
         return row
 
+    def has_converged(self) -> bool:
+        """Return whether `config.patience` epochs have passed since the best epoch."""
+        position, patience = self.now.position, self.experiment.config.patience
+        if not patience or self.stage.pretrains:
+            return False
+        return position.epochs_of("main") - position.best_epoch >= patience
+
     def test_scores(self, variables: PyTree) -> tuple[np.ndarray, dict[str, float]]:
         """Return the logits (N, C) of a network on the test set, and their metrics.
 
