@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import losses, models, optim, parallel, state, step
-from ipwd_jax.data import augment
+from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
@@ -143,8 +143,14 @@ class Experiment:
         """Return the static part of the steps of a stage."""
         config, this = self.config, self.stages[stage]
         return step.StepSpec(
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
+            augmentation=views.Augmentation(
+                crop_padding=config.data.crop_padding,
+                flip=config.data.flip,
+                operations=config.data.rand_augment,
+                magnitude=config.data.rand_magnitude,
+                mixup=config.data.mixup,
+                cutmix=config.data.cutmix,
+            ),
             precision=config.precision,
             sync_batch_norm=config.sync_batch_norm,
             look_ahead=config.teacher.look_ahead > 1,
@@ -305,9 +311,31 @@ def _terms(
         "epochs": stage.epochs,
     }
     terms = losses.create(stage.loss, config.terms, of_run)
-    for term in terms.values():
+    for name, term in terms.items():
+        _check_augmentation(config, name, term)
         term.check(dataset)
     return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
+
+
+def _check_augmentation(config: ConfigDict, name: str, term: Term) -> None:
+    """Raise `UserError` if a term is not defined for images that are mixed or distorted."""
+    if term.rotations and config.data.rand_augment:
+        raise UserError(
+            f"the loss term {name} sees four rotations of each image, which "
+            "config.data.rand_augment would distort differently; leave one of them out"
+        )
+    if not (config.data.mixup or config.data.cutmix):
+        return
+    weighting = losses.weighting.create(config.weighting)
+    for what, mixed in (
+        (f"the loss term {name}", term.mixed_images),
+        (f"config.weighting.name={config.weighting.name}", weighting.mixed_images),
+    ):
+        if not mixed:
+            raise UserError(
+                f"{what} is not defined for images that config.data.mixup or config.data.cutmix "
+                "has mixed; leave these settings out, or choose other loss terms and weightings"
+            )
 
 
 def _initial_state(

@@ -14,6 +14,8 @@ from ipwd_jax import losses
 from ipwd_jax.errors import UserError
 
 SCHEDULES = ("step", "cosine")
+# Settings of `config.data` that do not apply to a teacher that is trained for a student.
+STUDENTS_ALONE = ("rand_augment", "rand_magnitude", "mixup", "cutmix")
 # all: every view of every image; drawn: those that the run draws; auto: the smaller of them.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
 
@@ -79,6 +81,11 @@ def _data() -> ConfigDict:
     config.crop_padding = 4  # black pixels on each side before a random crop; 0: no crop.
     # Streamed images have random resized crops instead, and need 0.
     config.flip = True  # random horizontal flip
+    # Of the student alone; a teacher that is trained for it sees plain crops and flips.
+    config.rand_augment = 0  # random distortions of each image (RandAugment); 0: none
+    config.rand_magnitude = 9  # their strength, in 0..30
+    config.mixup = 0.0  # alpha of MixUp; the teacher answers for the mixed image; 0: off
+    config.cutmix = 0.0  # alpha of CutMix; if both are on, each image has one of them; 0: off
     return config
 
 
@@ -157,7 +164,9 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     finds the same one.
     """
     teacher = default()
-    teacher.data = config.data
+    plain = {key: teacher.data[key] for key in STUDENTS_ALONE}
+    teacher.data = config.data.copy_and_resolve_references()
+    teacher.data.update(plain)
     teacher.model.name = config.teacher.name
     smoothing = config.teacher.label_smoothing
     teacher.name = config.teacher.name + (f"_smoothing{smoothing:g}" if smoothing else "")

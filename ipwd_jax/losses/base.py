@@ -11,7 +11,7 @@ If a term has one of the fields in `RUN_FIELDS`, the run sets it. A term sees th
 device; a term that compares rows must first call `gather_rows`, and must ignore padding rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, overload
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.typing import PyTree
 
 if TYPE_CHECKING:
     from ipwd_jax.data.base import Dataset
@@ -52,6 +53,8 @@ class Term(nn.Module):
             rows of an image next to each other.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
+        mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
+            reads the labels, it must do so by `Batch.over_labels`.
         choices: the allowed values of each hyper-parameter that has only a few.
     """
 
@@ -60,6 +63,7 @@ class Term(nn.Module):
     per_sample: ClassVar[bool] = True
     rotations: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
+    mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -109,6 +113,9 @@ class Batch:
         epoch: scalar int32, number of epochs finished in this stage.
         train_labels: (N,) int32, the labels of the whole training set.
         key: typed PRNG key of this epoch for anything that a term draws; fold the index into it.
+        partner_label: (B,) int32, the label of the sample that each one is mixed with; None if
+            images are not mixed.
+        share: (B,) float32, the share of the sample itself in its mixed image; None likewise.
     """
 
     image: jax.Array
@@ -119,6 +126,23 @@ class Batch:
     epoch: jax.Array
     train_labels: jax.Array
     key: jax.Array
+    partner_label: jax.Array | None = None
+    share: jax.Array | None = None
+
+    def over_labels(self, of: Callable[[jax.Array], PyTree]) -> PyTree:
+        """`of(label)`, or its mean over the two labels of a mixed image, weighted by their shares.
+
+        Args:
+            of: a function of labels (B,) that returns arrays (B,).
+        """
+        if self.partner_label is None or self.share is None:
+            return of(self.label)
+        share = self.share
+        return jax.tree.map(
+            lambda own, other: share * own + (1 - share) * other,
+            of(self.label),
+            of(self.partner_label),
+        )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

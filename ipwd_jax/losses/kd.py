@@ -49,6 +49,7 @@ class KD(Term):
 
     paper = "Hinton et al., 2015: Distilling the knowledge in a neural network"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return kd_loss(student.logits, teacher.logits, self.temperature, self.cross_entropy)
