@@ -11,6 +11,8 @@ from ipwd_jax import models, parallel
 from ipwd_jax.assemble import Experiment
 from ipwd_jax.state import network_shapes
 
+_NVIDIA = pathlib.Path("/dev/nvidiactl")  # exists where a driver is loaded
+
 
 def describe(
     experiment: Experiment,
@@ -58,6 +60,10 @@ def describe(
         )
     lines["device"] = f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
     lines["device"] += config.precision
+    if jax.default_backend() == "cpu" and _NVIDIA.exists():
+        lines["device"] += (
+            "; this JAX cannot use the NVIDIA GPU of this machine: pip install -U 'jax[cuda12]'"
+        )
     lines["folder"] = ", ".join(map(str, workdirs))
     return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
 

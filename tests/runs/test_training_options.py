@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import rows, settings, squares, stopped_after
 
-from ipwd_jax import data, train
+from ipwd_jax import data, plan, train
 from ipwd_jax.checkpoint import load_network, newest, saved_arrays
 from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
@@ -182,3 +182,13 @@ class TestExtend:
         command += [f"--workdir={tmp_path / 'run'}", "--config.epochs=2"]
         subprocess.run(command, check=True, capture_output=True)
         assert [row["epoch"] for row in rows(tmp_path / "run")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_plan_names_a_gpu_that_jax_cannot_use(there, tmp_path, monkeypatch):
+    driver = tmp_path / "driver"
+    monkeypatch.setattr(plan, "_NVIDIA", driver)
+    if there:
+        driver.touch()
+    words = "cannot use the NVIDIA GPU of this machine: pip install -U 'jax[cuda12]'"
+    assert (words in train.planned(settings(**ALONE), tmp_path / "run", squares())) == there
