@@ -1,4 +1,4 @@
-"""A hook of MkDocs that shows CONTRIBUTING.md, which is outside of `docs`, as a page of the site."""
+"""A hook of MkDocs that shows CONTRIBUTING.md, which is outside of `docs`, as a page."""
 
 from pathlib import Path
 from typing import Any
