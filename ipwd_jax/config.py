@@ -21,7 +21,13 @@ VIEW_CACHES = ("auto", "off", "all", "drawn")
 
 
 def default() -> ConfigDict:
-    """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off."""
+    """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off.
+
+    Examples:
+        >>> config = ipwd_jax.default_config()
+        >>> config.model.name, config.loss.ce, config.loss.kd
+        ('resnet8x4', 1.0, 0.0)
+    """
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
     config.seeds = ()  # train several runs in one program, each as if alone: NAME_seed0...

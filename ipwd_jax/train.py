@@ -66,6 +66,11 @@ def run(
     Raises:
         UserError: something that the user can mend is wrong; the message says what.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
+
+    Examples:
+        >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
+        >>> result = ipwd_jax.run(config, "runs/digits")  # doctest: +SKIP
+        >>> print(ipwd_jax.summary(result))  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset, teacher_only)
@@ -181,6 +186,10 @@ def evaluate_run(
 
     Raises:
         UserError: the checkpoint is missing, unreadable or of another network.
+
+    Examples:
+        >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
+        >>> result = ipwd_jax.evaluate_run(config, "runs/digits")  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     validate(config)
