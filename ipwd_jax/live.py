@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ipwd_jax.errors import UserError
 from ipwd_jax.recorder import OnEpoch
@@ -13,8 +14,6 @@ from ipwd_jax.recorder import OnEpoch
 
 def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
     """Show a plot below a notebook's cell and redraw it after every epoch of a run.
-
-        ipwd_jax.run(config, "runs/mine", on_epoch=ipwd_jax.live_plot())
 
     Args:
         metrics: columns of `metrics.csv`, each of which gets axes of its own, with a line for each
@@ -25,6 +24,10 @@ def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
 
     Raises:
         UserError: IPython is not installed.
+
+    Example:
+        >>> plot = ipwd_jax.live_plot(("train_loss",))  # doctest: +SKIP
+        >>> ipwd_jax.run(config, "runs/mine", on_epoch=plot)  # doctest: +SKIP
     """
     try:
         from IPython.display import Image, display
@@ -43,6 +46,7 @@ def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
         for name, ax in axes.items():
             ax.clear()
             ax.set(xlabel="epoch", title=name)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             for seed, rows in seen.items():
                 # Where an epoch was not evaluated, the line has no point.
                 points = [(number, r[name]) for number, r in enumerate(rows, 1) if name in r]

@@ -136,7 +136,8 @@ def _main(argv: list[str]) -> None:
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
     if _DRY_RUN.value:
-        print(train.planned(config, workdir))
+        for text in train.planned(config, workdir):
+            print(text, flush=True)
         return
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
-from ipwd_jax.progress import Progress
+from ipwd_jax.progress import Progress, duration
 from ipwd_jax.recorder import OnEpoch, Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
@@ -101,10 +101,15 @@ def run(
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 
-def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None) -> str:
-    """Describe what `run` would do with the same arguments, and the disk space that it needs.
+def planned(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None
+) -> Iterator[str]:
+    """Describe what `run` would do with the same arguments, and the time and space that it needs.
 
-    Nothing is written.
+    Nothing is written. The time is that of a few steps, times their number, on this machine.
+
+    Yields:
+        The lines of the plan, and then the line with the time, for which programs are compiled.
 
     Raises:
         UserError: what `run` would refuse before it begins to train.
@@ -118,7 +123,26 @@ def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | 
         teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
-    return f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
+    yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
+    yield f"time     {_times(experiment, len(runs), teacher_workdir)}"
+
+
+def _times(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:
+    """Estimate the time of a run's epochs with an untrained teacher, and of the teacher's own."""
+    config, dataset, text = experiment.config, experiment.dataset, ""
+    if teacher_workdir:
+        of_teacher = assemble(config_lib.teacher_config(config), dataset, None)
+        variables = of_teacher.initial_state(seed=0).network()
+        teacher = teacher_lib.from_variables(config, variables, dataset)
+        # Some terms ask for the class mass, whatever it is.
+        any_logits = np.zeros((1, len(dataset.class_names)), np.float32)
+        teacher = dataclasses.replace(teacher, train_logits=any_logits)
+        experiment = assemble(config, dataset, teacher, experiment.pretrained)
+        if not (teacher_workdir / "result.json").exists():
+            text = f"{duration(plan.seconds(of_teacher))} for the epochs of the teacher, "
+    text += f"{duration(runs * plan.seconds(experiment))} for those of the student"
+    asked = " that asks the teacher in every step" if teacher_workdir else ""
+    return f"about {text}{asked}; evaluation aside"
 
 
 def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = False) -> Experiment:

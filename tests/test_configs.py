@@ -107,7 +107,7 @@ def test_own_data(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pets" / name / f"{j}.png")
     config = own.get_config(str(tmp_path / "pets"))
     config.batch_size = config.teacher.batch_size = 4
-    shown = train.planned(config, tmp_path / "run")
+    shown = next(train.planned(config, tmp_path / "run"))
     assert "8 training and 2 test images of 64x64x3, 2 classes" in shown
     assert "teacher  resnet32x4 (" in shown and "student  resnet8x4 (" in shown
     np.savez(
@@ -119,7 +119,7 @@ def test_own_data(tmp_path):
     config.batch_size = config.teacher.batch_size = 4
     assert config.name == "arrays_ipwd_resnet20_MobileNetV2"
     assert config.optimizer.learning_rate == 0.01
-    assert "images of 32x32x3" in train.planned(config, tmp_path / "run")
+    assert "images of 32x32x3" in next(train.planned(config, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     for wrong in ("", "a,b"):
         with pytest.raises(UserError, match="needs the path of the data"):

@@ -3,9 +3,11 @@
 All of them go through `train.run` or the command line, with tiny networks.
 """
 
+import itertools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -191,4 +193,17 @@ def test_plan_names_a_gpu_that_jax_cannot_use(there, tmp_path, monkeypatch):
     if there:
         driver.touch()
     words = "cannot use the NVIDIA GPU of this machine: pip install -U 'jax[cuda12]'"
-    assert (words in train.planned(settings(**ALONE), tmp_path / "run", squares())) == there
+    plan_of_run = next(train.planned(settings(**ALONE), tmp_path / "run", squares()))
+    assert (words in plan_of_run) == there
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_plan_estimates_the_time_and_writes_nothing(with_teacher, tmp_path, monkeypatch):
+    """If a step takes a second, the student takes as many as it has steps, and so the teacher."""
+    clock = itertools.count()
+    monkeypatch.setattr(plan, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    config = settings() if with_teacher else settings(**ALONE)
+    *_, time = train.planned(config, tmp_path / "run", squares())
+    teacher = "0:03 for the epochs of the teacher, " if with_teacher else ""
+    assert time.startswith(f"time     about {teacher}0:06 for those of the student")
+    assert not list(tmp_path.iterdir())
