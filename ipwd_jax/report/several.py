@@ -12,7 +12,16 @@ from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
 from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
 from ipwd_jax.report.load import Loaded
-from ipwd_jax.report.methods import Difference, Group, Pair, changes, difference, group, reference
+from ipwd_jax.report.methods import (
+    Difference,
+    Group,
+    Pair,
+    changes,
+    difference,
+    group,
+    in_every_pair,
+    reference,
+)
 
 _EPOCHS = ("last", "best")
 _NOT_MEASURED = "-"
@@ -37,11 +46,13 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
         raise UserError(
             f"the baseline {baseline.folder} repeats another run; give the other as --baseline"
         )
-    notes = [*problems, *notes, *_of_different_data(groups), *_without_reference(groups, to)]
+    notes = [*problems, *notes, *_of_different_data(groups)]
     groups = sorted(groups, key=lambda one: one.method != to)
+    cells = in_every_pair(groups)
+    notes += _without_reference(cells, to)
     sections = []
     for number, data in enumerate(dict.fromkeys(one.pair.data for one in groups)):
-        those = [one for one in groups if one.pair.data == data]
+        those = [one for one in cells if one.pair.data == data]
         sections += _of_data(f"data{number}", data, those, to)
     sections.append(_all_runs(groups))
     tables = [t for s in sections for t in s.tables if s.key.endswith(("-table", "-differences"))]
@@ -52,10 +63,10 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
         title=f"{len(methods)} {'methods' if len(methods) > 1 else 'method'} on "
         + ", ".join(datasets),
         subtitle=f"Test accuracy of {count} runs: {', '.join(methods)}.",
-        headlines=_headlines(groups),
+        headlines=_headlines(cells),
         problems=notes,
         sections=sections,
-        results=_records(groups, to),
+        results=_records(cells, to),
         tables=tables,
     )
 

@@ -158,6 +158,21 @@ def test_seeds_are_averaged_and_methods_compared(runs, capsys):
     assert ">teacher</th>" in out.read_text()
 
 
+def test_a_student_without_a_teacher_is_in_the_column_of_each_teacher(runs, capsys):
+    """Its row is compared with distillation from that teacher, and its run is listed once."""
+    alone = shutil.copytree(runs / "kd_seed0", runs / "ce_seed0")
+    changed(alone, "config.json", config__name="squares_ce_tiny_net", config__teacher__name="")
+    changed(alone, "config.json", config__loss__kd=0.0, config__loss__ce=1.0)
+    changed(alone, "result.json", teacher=None, last__top1=61.0)
+    out = runs / "all.html"
+    main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd", "ce")), f"--out={out}"])
+    assert "no run of kd" not in capsys.readouterr().err
+    row = results(runs / "all.csv")["ce", "last"]
+    assert row["teacher"] == "tiny_net" and float(row["difference"]) == pytest.approx(61 - 65)
+    text = out.with_suffix(".md").read_text()
+    assert text.count(" alone |") == text.count("ce\\_seed0 |") == 1  # in the list of all runs
+
+
 def test_methods_that_share_a_name_are_told_apart(runs):
     clipped = another_seed(runs, "ipwd", 1, 60.0)
     changed(clipped, "config.json", config__weighting__clip=3.0)
