@@ -15,6 +15,7 @@ from helpers import config_file
 from ipwd_jax import data, load_config, losses, models
 from ipwd_jax.config import default, flat
 from ipwd_jax.models.__main__ import describe
+from ipwd_jax.report import published
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -27,6 +28,10 @@ METHODS = {}
 for path in sorted((ROOT / "configs").glob("*.py")):
     of_file = vars(config_file(path.stem))
     METHODS[path.stem] = of_file.get("METHODS") or of_file.get("LOSSES", ())
+
+# Heads of columns of published numbers -> method; of all others, the page has the method's name.
+_METHODS = {"teacher": "teacher", "student alone": "ce", "KD": "kd", "IPWD*": "ipwd_star"}
+_METHODS |= {"IPWD-dagger": "ipwd_dagger", "ReviewKD + IPWD": "reviewkd_ipwd"}
 
 of_all_pages = pytest.mark.parametrize("page", PAGES)
 
@@ -180,3 +185,19 @@ def test_the_site_builds(tmp_path):
     assert {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} <= pages
     for page in tmp_path.rglob("*.html"):
         assert not re.search(r'<(?:script|img|link)[^>]*(?:src|href)="https?:', page.read_text())
+
+
+def test_published_numbers_are_those_of_the_report():
+    """Each number of the tables of CIFAR-100's pairs is the same in both places."""
+    known = {(m, pair): x for m, e in published.of_data("cifar100").items()
+             for pair, x in e["top1"].items()}  # fmt: skip
+    seen = set()
+    for page, text in PAGES.items():
+        head = re.search(r"^\| teacher → student \|(.+)\|$", text, re.M)
+        methods = [_METHODS.get(c.strip(), page) for c in head[1].split("|")] if head else []
+        for pair, cells in re.findall(r"^\| (\w+ → \w+) \|(.+)\|$", text, re.M):
+            for method, cell in zip(methods, cells.split("|"), strict=True):
+                if re.fullmatch(r"\d+\.\d\d", cell.strip()):
+                    assert known[method, pair] == float(cell), (page, method, pair)
+                    seen.add((method, pair))
+    assert seen == set(known)

@@ -14,6 +14,7 @@ from helpers import settings
 
 from ipwd_jax import metrics, report, train
 from ipwd_jax.errors import UserError
+from ipwd_jax.report import published
 from ipwd_jax.report.__main__ import main
 
 _NAMES = ("<b>light</b> & $\\frac", "dark|_*")  # a page must show them as they are
@@ -171,6 +172,24 @@ def test_a_student_without_a_teacher_is_in_the_column_of_each_teacher(runs, caps
     assert row["teacher"] == "tiny_net" and float(row["difference"]) == pytest.approx(61 - 65)
     text = out.with_suffix(".md").read_text()
     assert text.count(" alone |") == text.count("ce\\_seed0 |") == 1  # in the list of all runs
+
+
+def test_published_numbers_are_shown_beside_ours(runs):
+    pair = "resnet32x4 → resnet8x4"
+    for name in ("ipwd", "kd"):
+        changed(runs / f"{name}_seed0", "result.json", data="cifar100", network="resnet8x4")
+        changed(runs / f"{name}_seed0", "result.json", last__top1=70.0)
+        folder = runs / f"{name}_seed0"
+        changed(folder, "config.json", config__name=f"cifar100_{name}_resnet32x4_resnet8x4")
+        changed(folder, "config.json", config__teacher__name="resnet32x4")
+        changed(folder, "config.json", config__model__name="resnet8x4")
+    out = runs / "all.html"
+    main([str(runs / "ipwd_seed0"), str(runs / "kd_seed0"), f"--out={out}"])
+    text = out.with_suffix(".md").read_text().partition("## Published numbers")[2]
+    numbers, minus = published.of_data("cifar100"), "\N{MINUS SIGN}"
+    assert numbers["kd"]["top1"][pair] == 73.33 and numbers["ipwd"]["top1"][pair] == 76.03
+    assert f"| kd | 73.33 ({minus}3.33) |" in text and f"| ipwd | 76.03 ({minus}6.03) |" in text
+    assert "kd: RepDistiller's README, last epoch" in text
 
 
 def test_methods_that_share_a_name_are_told_apart(runs):
