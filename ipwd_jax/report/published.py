@@ -18,7 +18,7 @@ def of_data(data: str) -> Mapping[str, Mapping[str, Any]]:
 
     Returns:
         By the name of the method in `configs/cifar_baselines.py`, or "teacher": `source`, which
-        also says whether the numbers are of the last or the best epoch, and `top1` in percent by pair,
+        also says whether they are of the last or the best epoch, and `top1` in percent by pair,
         for example "resnet32x4 → resnet8x4".
     """
     return json.loads(_FILE.read_text()).get(data, {})
