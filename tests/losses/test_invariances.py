@@ -30,21 +30,26 @@ from losses_helpers import (
 
 from ipwd_jax import losses
 from ipwd_jax.losses.ab import AB
+from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.ctkd import CTKD
 from ipwd_jax.losses.dkd import DKD
 from ipwd_jax.losses.fsp import FSP
 from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.la import KDLA
+from ipwd_jax.losses.nkd import NKD
 from ipwd_jax.losses.ofd import OFD
 from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.reviewkd import ReviewKD
+from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.sskd import SSKD
+from ipwd_jax.losses.ttm import TTM, WTTM
 from ipwd_jax.models.base import Outputs
 
 # Terms that compare samples, and terms of maps that do not
 
-RELATIONAL = ("sp", "cc", "rkd", "pkt")
+RELATIONAL = ("sp", "cc", "rkd", "pkt", "dist", "uskd")
 PER_SAMPLE = ("at", "fitnet", "vid", "nst")
 of_three_classes = functools.partial(outputs, classes=3)
 
@@ -188,6 +193,17 @@ TERMS = {
     "ft": (FT(), STUDENT, TEACHER),
     "ofd": (OFD(), STUDENT, TEACHER),
     "kd_la": (KDLA(class_prior=(0.5, 0.3, 0.1, 0.1, 0.0)), STUDENT, TEACHER),
+    "kd_ls": (KD(standardize=True), STUDENT, TEACHER),
+    "dkd_ls": (DKD(standardize=True), STUDENT, TEACHER),
+    "nkd": (NKD(), STUDENT, TEACHER),
+    "ttm": (TTM(), STUDENT, TEACHER),
+    "wttm": (WTTM(), STUDENT, TEACHER),
+    "rld": (RLD(), STUDENT, TEACHER),
+    "rld_ls": (RLD(standardize=True), STUDENT, TEACHER),
+    "ctkd": (CTKD(), STUDENT, TEACHER),
+    "ctkd_dkd": (CTKD(form="dkd"), STUDENT, TEACHER),
+    "ctkd_ls": (CTKD(standardize=True), STUDENT, TEACHER),
+    "abkd": (ABKD(), STUDENT, TEACHER),
 }
 
 
