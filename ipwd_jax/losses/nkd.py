@@ -124,6 +124,12 @@ class USKD(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
+        """The scalar loss. Raises `ValueError` if the network has no map before the last."""
+        if len(student.features) < 2:
+            raise ValueError(
+                "USKD reads the feature map before the last, but the student's network has only "
+                f"{len(student.features)}; choose another network"
+            )
         valid = batch.mask > 0
         dtype = jnp.promote_types(student.logits.dtype, jnp.float32)
         logits, middle = (

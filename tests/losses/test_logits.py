@@ -11,7 +11,7 @@ from ipwd_jax.losses.ctkd import CTKD
 from ipwd_jax.losses.dist import dist_loss
 from ipwd_jax.losses.dkd import dkd_loss
 from ipwd_jax.losses.kd import kd_loss
-from ipwd_jax.losses.nkd import nkd_loss, zipf_labels
+from ipwd_jax.losses.nkd import USKD, nkd_loss, zipf_labels
 from ipwd_jax.losses.rld import RLD, rld_loss
 from ipwd_jax.losses.ttm import ttm_loss
 
@@ -119,3 +119,10 @@ def test_zipf_labels():
     found = zipf_labels(log_p, log_p, target)
     expected = np.array([1, 0, 1 / 3, 1 / 4])
     np.testing.assert_allclose(found[0], expected / expected.sum(), rtol=1e-6)
+
+
+def test_uskd_refuses_a_network_with_one_map():
+    student = random_outputs(STUDENT, 3, 1)
+    student = student.replace(features=student.features[:1])
+    with pytest.raises(ValueError, match="the feature map before the last, but .* has only 1"):
+        USKD().init(jax.random.key(0), student, None, batch(3))

@@ -161,6 +161,13 @@ def test_dry_run_of_each_pair(pair, method, small_images, tmp_path, teachers):
     dry_run(config, small_images, tmp_path, teachers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in BASELINES.MODERN_METHODS if m in BASELINES.LOSSES])
+def test_dry_run_on_networks_of_different_families(method, small_images, tmp_path, teachers):
+    config = BASELINES.get_config(f"{method},resnet32x4,ShuffleV2")
+    dry_run(config, small_images, tmp_path, teachers)
+
+
 # What is refused
 
 
