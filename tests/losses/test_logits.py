@@ -124,5 +124,5 @@ def test_zipf_labels():
 def test_uskd_refuses_a_network_with_one_map():
     student = random_outputs(STUDENT, 3, 1)
     student = student.replace(features=student.features[:1])
-    with pytest.raises(ValueError, match="the feature map before the last, but .* has only 1"):
+    with pytest.raises(ValueError, match=r"the feature map before the last, but .* has only 1"):
         USKD().init(jax.random.key(0), student, None, batch(3))
