@@ -1,5 +1,7 @@
 """Every method of the paper's CIFAR-100 tables, with the settings that produced its numbers.
 
+The methods that were published after 2022 are in configs/recipes/; all are run in the same way.
+
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:crd,wrn_40_2,wrn_16_2
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dkd_ipwd,resnet32x4,resnet8x4
 
@@ -18,6 +20,9 @@ cached. There is one difference: the script reports the best epoch, and a run he
 best and the last.
 """
 
+from pathlib import Path
+
+from ipwd_jax.api import load_module
 from ipwd_jax.config import cifar_learning_rate, default
 from ipwd_jax.errors import UserError, unknown_name
 
@@ -68,11 +73,19 @@ LOSSES = {
 }
 # Terms that can be weighted, as TERM_ipwd and TERM_constant.
 WEIGHED = ("kd", "kd_la", "fitnet", "at", "vid", "ft", "nst", "reviewkd", "dkd", "ofd")
-METHODS = (
-    *LOSSES,
-    *(f"{term}_ipwd" for term in WEIGHED if term != "kd"),
-    *(f"{term}_constant" for term in WEIGHED),
-)
+
+
+def _methods(losses, weighed):
+    ipwd = (f"{term}_ipwd" for term in weighed if term != "kd")
+    return (*losses, *ipwd, *(f"{term}_constant" for term in weighed))
+
+
+PAPER_METHODS = _methods(LOSSES, WEIGHED)
+# Files with LOSSES and WEIGHED as above, and SETTINGS, which are those of their methods.
+_RECIPES = [load_module(Path(__file__).parent / "recipes" / f"{name}.py") for name in ("logits",)]
+MODERN_METHODS = tuple(m for file in _RECIPES for m in _methods(file.LOSSES, file.WEIGHED))
+METHODS = PAPER_METHODS + MODERN_METHODS
+LOSSES |= {method: losses for file in _RECIPES for method, losses in file.LOSSES.items()}
 
 # DKD's beta for the pairs for which it is not 8 (mdistiller).
 DKD_BETA = {
@@ -210,4 +223,5 @@ _METHOD_SETTINGS = {
     "ipwd": _ipwd,
     "ipwd_star": _ipwd_star,
     "ipwd_dagger": _ipwd_dagger,
+    **{method: change for file in _RECIPES for method, change in file.SETTINGS.items()},
 }

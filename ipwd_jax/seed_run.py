@@ -131,7 +131,7 @@ class SeedRun:
             if not stage.pretrains and scores["top1"] > position.best_top1:
                 position.best_epoch, position.best_top1 = epoch, float(scores["top1"])
                 self.now.best = jax.tree.map(jnp.copy, self.now.state.network())
-        row |= self.weight_metrics()
+        row |= self.weight_metrics() | self.term_metrics()
         position.history.append(row)
         return row
 
@@ -170,6 +170,16 @@ class SeedRun:
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
             for name, weights in alternatives.items():
                 row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
+        return row
+
+    def term_metrics(self) -> dict[str, float]:
+        """Return the numbers that the terms of the stage report (`Term.scalars`)."""
+        row: dict[str, float] = {}
+        state = self.now.state
+        collections = ("params", "batch_stats", "memory")
+        for name, term in self.stage.terms.items():
+            variables = {c: getattr(state, c)["terms"].get(name, {}) for c in collections}
+            row |= {f"{name}_{key}": value for key, value in term.scalars(variables).items()}
         return row
 
     def samples(self) -> dict[str, np.ndarray]:

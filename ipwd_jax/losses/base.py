@@ -89,6 +89,17 @@ class Term(nn.Module):
         return None
 
     @nn.nowrap
+    def scalars(self, variables: Mapping[str, PyTree]) -> dict[str, float]:
+        """Numbers that a run reports after each epoch, by name; none by default.
+
+        The number `x` of the term `TERM` is the metric `TERM_x`.
+
+        Args:
+            variables: the term's variables by collection.
+        """
+        return {}
+
+    @nn.nowrap
     def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray | None:
         """The total probability that a self-distillation term's targets give each class, (C,).
 
@@ -164,6 +175,32 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(axis=1)
     return loss
+
+
+def warmup_factor(batch: Batch, warmup: int) -> jax.Array:
+    """The factor of a loss that rises to 1 over the first `warmup` epochs, counted from 1."""
+    return jnp.minimum((batch.epoch + 1) / max(warmup, 1), 1)
+
+
+def standardize_logits(logits: jax.Array) -> jax.Array:
+    """The logits minus their mean, divided by their standard deviation, of each sample.
+
+    Sun et al., 2024 (Logit standardization in knowledge distillation, eq. 9). As in the authors'
+    code, the deviation is the unbiased one, and 1e-7 is added to it. If all logits of a sample are
+    equal, the result and its gradient are 0, where the formula would multiply the gradient by 1e7.
+
+    Args:
+        logits: (B, C).
+
+    Returns:
+        (B, C), in float32 or better.
+    """
+    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    constant = z.max(axis=1, keepdims=True) == z.min(axis=1, keepdims=True)
+    z = jnp.where(constant, 0, z)
+    z = z - z.mean(axis=1, keepdims=True)
+    deviation = safe_norm(z, keepdims=True) / max(z.shape[1] - 1, 1) ** 0.5
+    return z / (deviation + 1e-7)
 
 
 @overload
