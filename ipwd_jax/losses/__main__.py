@@ -63,7 +63,8 @@ def variable_shapes(
             student, extra_logits=dict.fromkeys(term.heads, student.logits)
         )
         if term.rotations:
-            student, teacher = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), (student, teacher))
+            student = student.map_rows(_four_times)
+            teacher = teacher and teacher.map_rows(_four_times)
         variables = term.init(key, student, teacher, batch)
         params = {**variables.get("params", {}), **of_heads.get("params", {})}
         return {**variables, "params": params}
@@ -113,6 +114,10 @@ def main(names: Sequence[str]) -> None:
     for name, kind in losses.WEIGHTINGS.items():
         fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         print(f"{name:10}{' '.join(kind.teacher_taps) or '-':19}{fields}".rstrip())
+
+
+def _four_times(rows: jax.Array) -> jax.Array:
+    return jnp.repeat(rows, 4, axis=0)
 
 
 def _blank_batch(rows: int, train_size: int) -> Batch:
