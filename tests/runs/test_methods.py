@@ -55,7 +55,10 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(method_config("crd", "tiny_net", "tiny_net"), id="crd-tiny_net"),
+        *(
+            pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
+            for m in ("crd", "wkd")
+        ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
     ],
 )
