@@ -1,5 +1,6 @@
 """Terms that read the map before the pooling, the last map, or the classifiers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from losses_helpers import KINDS, batch, init, normal, value
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, losses, models
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import late_decay
 from ipwd_jax.losses.cat_kd import CATKD, class_activation_maps
 from ipwd_jax.losses.sdd import SDD
@@ -276,3 +278,22 @@ def test_cosines_of_the_classifier():
     np.testing.assert_allclose(teacher.class_distances("classifier"), expected, atol=1e-6)
     term = losses.TERMS["wkd_l"](distances="classifier").of_teacher(teacher)
     np.testing.assert_allclose(term.class_distances, expected, atol=1e-6)
+
+
+def test_cka_of_a_class_without_images_is_refused():
+    teacher = asked()
+    lonely = dataclasses.replace(teacher.dataset, class_names=("a", "b", "c", "d"))
+    with pytest.raises(UserError, match="no training image of the class 'd'"):
+        dataclasses.replace(teacher, dataset=lonely).class_distances("cka")
+
+
+def test_cka_is_computed_once_for_a_teacher_with_a_folder(tmp_path):
+    teacher = dataclasses.replace(asked(), workdir=tmp_path)
+    teacher.class_distances("cka")
+    assert not list(tmp_path.iterdir())  # this is no finished run
+    (tmp_path / "result.json").write_text("{}")
+    expected = teacher.class_distances("cka")
+    (file,) = tmp_path.glob("class_cka_*.npy")
+    np.testing.assert_array_equal(np.load(file), expected)
+    np.save(file, 2 * expected)
+    np.testing.assert_array_equal(teacher.class_distances("cka"), 2 * expected)
