@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from losses_helpers import KINDS, batch, init, normal, value
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, losses, models
+from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import late_decay
 from ipwd_jax.losses.cat_kd import CATKD, class_activation_maps
@@ -20,6 +22,7 @@ from ipwd_jax.losses.sdd import SDD
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.wkd import WKDFeatures, WKDLogits, cell_statistics, wasserstein
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.step import ask_teacher
 from ipwd_jax.teacher import from_variables
 
 CLASSES = 5
@@ -297,3 +300,21 @@ def test_cka_is_computed_once_for_a_teacher_with_a_folder(tmp_path):
     np.testing.assert_array_equal(np.load(file), expected)
     np.save(file, 2 * expected)
     np.testing.assert_array_equal(teacher.class_distances("cka"), 2 * expected)
+
+
+# What the step asks of the teacher
+
+
+@pytest.mark.parametrize(
+    ("term", "read"),
+    [("kd", set()), ("srrl", {"classifier"}), ("cat_kd", {"pre_pool", "classifier"})],
+)
+def test_taps_that_nothing_reads_are_not_kept(term, read, squares):
+    config = helpers.settings(weighting__name="uniform")
+    config.loss.update({"kd": 0.0, "cls": 0.0, term: 1.0})
+    variables = models.create("tiny_net", 2).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    teacher = from_variables(config, variables, squares)
+    spec, images = assemble(config, squares, teacher).step_spec(0), jnp.zeros((3, 8, 8, 1))
+    found = jax.eval_shape(lambda: ask_teacher(spec, teacher.inputs, images, batch(3)))
+    optional = ("features", "preact", "pre_pool", "classifier")
+    assert {name for name in optional if getattr(found, name) not in (None, ())} == read
