@@ -1,5 +1,7 @@
 """Every method of the paper's CIFAR-100 tables, with the settings that produced its numbers.
 
+The methods that were published after 2022 are in configs/recipes/; all are run in the same way.
+
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:crd,wrn_40_2,wrn_16_2
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dkd_ipwd,resnet32x4,resnet8x4
 
@@ -18,8 +20,9 @@ cached. There is one difference: the script reports the best epoch, and a run he
 best and the last.
 """
 
-import functools
+from pathlib import Path
 
+from ipwd_jax.api import load_module
 from ipwd_jax.config import cifar_learning_rate, default
 from ipwd_jax.errors import UserError, unknown_name
 
@@ -67,24 +70,24 @@ LOSSES = {
     "ipwd": {"ce": 0.1, "kd": 0.9, "cls": 1.0},
     "ipwd_star": {"ce": 0.1, "kd": 0.9, "cls": 1.0},
     "ipwd_dagger": {"ce": 0.1, "kd": 0.9, "cls": 1.0, "kd_head": 0.9},
-    # Methods after 2022 that read the last maps or the classifiers.
-    "srrl": {"ce": 1.0, "kd": 1.0, "srrl": 1.0},
-    "cat_kd": {"ce": 1.0, "cat_kd": 15.0},
-    "sdd": {"ce": 1.0, "sdd": 1.0},
-    "sdd_kd": {"ce": 0.1, "sdd": 0.9},
-    "sdd_nkd": {"ce": 1.0, "sdd": 1.0},
-    "wkd_l": {"ce": 1.0, "wkd_l": 1.0},
-    "wkd_f": {"ce": 1.0, "wkd_f": 0.08},
-    "wkd": {"ce": 1.0, "wkd_l": 1.0, "wkd_f": 0.08},
 }
 # Terms that can be weighted, as TERM_ipwd and TERM_constant.
 WEIGHED = ("kd", "kd_la", "fitnet", "at", "vid", "ft", "nst", "reviewkd", "dkd", "ofd")
-WEIGHED += ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
-METHODS = (
-    *LOSSES,
-    *(f"{term}_ipwd" for term in WEIGHED if term != "kd"),
-    *(f"{term}_constant" for term in WEIGHED),
-)
+
+
+def _methods(losses, weighed):
+    ipwd = (f"{term}_ipwd" for term in weighed if term != "kd")
+    return (*losses, *ipwd, *(f"{term}_constant" for term in weighed))
+
+
+PAPER_METHODS = _methods(LOSSES, WEIGHED)
+# Files with LOSSES and WEIGHED as above, and SETTINGS, which are those of their methods.
+_RECIPES = [
+    load_module(Path(__file__).parent / "recipes" / f"{name}.py") for name in ("logits", "maps")
+]
+MODERN_METHODS = tuple(m for file in _RECIPES for m in _methods(file.LOSSES, file.WEIGHED))
+METHODS = PAPER_METHODS + MODERN_METHODS
+LOSSES |= {method: losses for file in _RECIPES for method, losses in file.LOSSES.items()}
 
 # DKD's beta for the pairs for which it is not 8 (mdistiller).
 DKD_BETA = {
@@ -103,34 +106,6 @@ REVIEWKD_WEIGHT = {
     ("resnet56", "resnet20"): 0.6,
     ("resnet110", "resnet32"): 1.0,
     ("ResNet50", "MobileNetV2"): 30.0,
-}
-# CAT-KD's weight, side of the grid and normalisation. For the other pairs they are not known; these
-# use those of the first line.
-CAT_KD = {
-    ("resnet32x4", "resnet8x4"): (15.0, 2, False),
-    ("resnet56", "resnet20"): (0.7, 2, False),
-    ("resnet110", "resnet32"): (1.8, 2, False),
-    ("vgg13", "vgg8"): (4.5, 2, False),
-    ("wrn_40_2", "wrn_16_2"): (12.0, 2, False),
-    ("wrn_40_2", "wrn_40_1"): (1.5, 2, False),
-    ("vgg13", "MobileNetV2"): (15.0, 2, True),
-    ("ResNet50", "MobileNetV2"): (40.0, 2, True),
-    ("resnet32x4", "ShuffleV1"): (600.0, 4, True),
-    ("resnet32x4", "ShuffleV2"): (600.0, 4, True),
-    ("wrn_40_2", "ShuffleV1"): (80.0, 4, True),
-}
-# SDD's weight of the other classes for the pairs for which it is not 8.
-SDD_BETA = DKD_BETA | {("resnet110", "resnet20"): 2.0, ("wrn_40_2", "MobileNetV2"): 6.0}
-# The pairs whose regions are at two scales; with NKD, ResNet50 -> vgg8 is one of them, too. The
-# other pairs have three scales. The authors' scripts have no other pairs of one architecture.
-SDD_TWO_SCALES = (("resnet32x4", "resnet8x4"), ("vgg13", "vgg8"))
-# WKD's temperature and gamma of the predictions, and weight, mean ratio and grid of the maps, which
-# the authors released for two pairs. The other pairs use those of the first.
-WKD_L = {("resnet32x4", "resnet8x4"): (8.0, 600.0), ("wrn_40_2", "ShuffleV1"): (6.0, 200.0)}
-WKD_F = {("resnet32x4", "resnet8x4"): (0.08, 4.0, 1), ("wrn_40_2", "ShuffleV1"): (0.3, 3.0, 4)}
-WKD_BOTH = {
-    ("resnet32x4", "resnet8x4"): ((8.0, 200.0), (0.08, 8.0, 1)),
-    ("wrn_40_2", "ShuffleV1"): ((4.0, 60.0), (0.5, 3.0, 4)),
 }
 
 
@@ -219,38 +194,6 @@ def _dkd(config, pair):
     config.terms.dkd.beta = DKD_BETA.get(pair, 8.0)
 
 
-def _of_pair(table, pair):
-    return table.get(pair, table["resnet32x4", "resnet8x4"])
-
-
-def _cat_kd(config, pair):
-    weight, resolution, normalize = _of_pair(CAT_KD, pair)
-    config.loss.cat_kd = weight
-    config.terms.cat_kd.update({"resolution": resolution, "normalize": normalize})
-
-
-def _sdd(config, pair, base="dkd"):
-    two = pair in SDD_TWO_SCALES or (base == "nkd" and pair == ("ResNet50", "vgg8"))
-    config.terms.sdd.update({"base": base, "beta": SDD_BETA.get(pair, 8.0)})
-    config.terms.sdd.scales = (1, 2) if two else (1, 2, 4)
-    config.terms.sdd.warmup = 0 if base == "kd" else 20
-
-
-def _wkd_l(config, settings):
-    config.terms.wkd_l.update(dict(zip(("temperature", "gamma"), settings, strict=True)))
-
-
-def _wkd_f(config, settings):
-    config.loss.wkd_f, mean_ratio, grid = settings
-    config.terms.wkd_f.update({"mean_ratio": mean_ratio, "grid": grid})
-
-
-def _wkd(config, pair):
-    of_predictions, of_maps = _of_pair(WKD_BOTH, pair)
-    _wkd_l(config, of_predictions)
-    _wkd_f(config, of_maps)
-
-
 def _wsld(config, pair):
     config.terms.kd.cross_entropy = True
     config.weighting.name = "wsld"
@@ -282,11 +225,5 @@ _METHOD_SETTINGS = {
     "ipwd": _ipwd,
     "ipwd_star": _ipwd_star,
     "ipwd_dagger": _ipwd_dagger,
-    "cat_kd": _cat_kd,
-    "sdd": _sdd,
-    "sdd_kd": functools.partial(_sdd, base="kd"),
-    "sdd_nkd": functools.partial(_sdd, base="nkd"),
-    "wkd_l": lambda config, pair: _wkd_l(config, _of_pair(WKD_L, pair)),
-    "wkd_f": lambda config, pair: _wkd_f(config, _of_pair(WKD_F, pair)),
-    "wkd": _wkd,
+    **{method: change for file in _RECIPES for method, change in file.SETTINGS.items()},
 }

@@ -1,4 +1,4 @@
-"""One-stage self-distillation on CIFAR-100: the teacher is the network's own past answers.
+"""One-stage self-distillation on CIFAR-100: the teacher is the network itself.
 
     python -m ipwd_jax.main --config=configs/cifar_self.py:pskd_ipwd,PreActResNet18
     python -m ipwd_jax.main --config=configs/cifar_self.py:label_smoothing,DenseNet121
@@ -8,12 +8,16 @@ A run has 300 epochs, batches of 128 images, and SGD with Nesterov momentum and 
 an error of 20.82 % for PreAct ResNet-18, and of 24.18 % without distillation. IPWD's weights start
 late, as its paper recommends. The paper does not give the epoch; here they start when the learning
 rate first falls.
+
+USKD (Yang et al., 2023) has its authors' loss weights for CIFAR-100 and the recipe of PS-KD, so
+that the two can be compared. Its authors train for 200 epochs with other milestones and do not
+report these networks.
 """
 
 from ipwd_jax.config import default
 from ipwd_jax.errors import UserError, unknown_name
 
-METHODS = ("ce", "label_smoothing", "pskd", "pskd_ipwd")
+METHODS = ("ce", "label_smoothing", "pskd", "pskd_ipwd", "uskd")
 NETWORKS = ("PreActResNet18", "ResNet101", "DenseNet121", "ResNeXt29_8x64d")
 
 
@@ -42,6 +46,8 @@ def get_config(arg: str = "pskd_ipwd,PreActResNet18"):
         config.terms.ce.label_smoothing = 0.1
     if method.startswith("pskd"):
         config.loss.update({"ce": 0.0, "pskd": 1.0})
+    if method == "uskd":
+        config.loss.uskd = 1.0
     if method == "pskd_ipwd":
         config.loss.cls = 1.0
         config.weighting.update({"name": "ipwd", "terms": ("pskd",), "start_epoch": 150})

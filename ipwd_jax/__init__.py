@@ -22,6 +22,7 @@ _EXPORTED = {
     "create_model": "api",
     "default_config": "api",
     "evaluate_run": "train",
+    "live_plot": "live",
     "from_arrays": "data",
     "load_config": "api",
     "load_run": "runs",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ipwd_jax.api import weightings as weightings
     from ipwd_jax.data import from_arrays as from_arrays
     from ipwd_jax.errors import UserError as UserError
+    from ipwd_jax.live import live_plot as live_plot
     from ipwd_jax.report import write_report as write_report
     from ipwd_jax.report.summary import summary as summary
     from ipwd_jax.runs import load_run as load_run

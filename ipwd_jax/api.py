@@ -27,6 +27,13 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
     Raises:
         UserError: the file is missing or raises an error; or a setting does not exist, or cannot
             have the new value.
+
+    Examples:
+        >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", weighting__ratio="B")
+        >>> config.weighting.name, config.weighting.ratio
+        ('ipwd', 'B')
+        >>> ipwd_jax.load_config("configs/cifar_ipwd.py:resnet110,resnet32").model.name
+        'resnet32'
     """
     name, colon, argument = str(path).partition(":")
     module = load_module(pathlib.Path(name))
@@ -67,15 +74,29 @@ def networks() -> list[str]:
     """Return the names of the networks.
 
     Networks of other sizes can be named `wrn_<depth>_<width>` and `MobileNetV2_<width>`.
+
+    Examples:
+        >>> ipwd_jax.networks()[:3]
+        ['resnet8', 'resnet14', 'resnet20']
     """
     return list(models.NETWORKS)
 
 
 def terms() -> list[str]:
-    """Return the names of all loss terms."""
+    """Return the names of all loss terms.
+
+    Examples:
+        >>> ipwd_jax.terms()[:3]
+        ['ce', 'cls', 'kd']
+    """
     return list(losses.TERMS)
 
 
 def weightings() -> list[str]:
-    """Return the names of all weightings."""
+    """Return the names of all weightings.
+
+    Examples:
+        >>> ipwd_jax.weightings()[:4]
+        ['uniform', 'constant', 'wsld', 'ipwd']
+    """
     return list(losses.WEIGHTINGS)

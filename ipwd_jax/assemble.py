@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import losses, models, optim, parallel, state, step
-from ipwd_jax.data import augment
+from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
@@ -86,6 +86,7 @@ class Experiment:
         dataset: data set on which the student is trained and evaluated.
         teacher: the teacher, or None if there is none.
         network: the student.
+        pretrained: those of the student's variables that are not drawn, by their paths.
         heads: the student's extra heads.
         stages: the stages in order; the last one is the main stage.
         steps_per_epoch: number of steps in an epoch; the last of them can have fewer samples.
@@ -96,6 +97,7 @@ class Experiment:
     dataset: Dataset
     teacher: Teacher | None
     network: nn.Module
+    pretrained: Mapping[tuple[str, ...], np.ndarray] | None
     heads: Heads
     stages: tuple[Stage, ...]
     steps_per_epoch: int
@@ -128,6 +130,8 @@ class Experiment:
         """Return the state of the run of `seed` before its first step, without optimiser state."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
+        if self.pretrained is not None:
+            initial = state.with_network(initial, self.pretrained)
         return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
 
     def begin(self, stage: int, before: TrainState) -> TrainState:
@@ -139,8 +143,14 @@ class Experiment:
         """Return the static part of the steps of a stage."""
         config, this = self.config, self.stages[stage]
         return step.StepSpec(
-            crop_padding=config.data.crop_padding,
-            flip=config.data.flip,
+            augmentation=views.Augmentation(
+                crop_padding=config.data.crop_padding,
+                flip=config.data.flip,
+                operations=config.data.rand_augment,
+                magnitude=config.data.rand_magnitude,
+                mixup=config.data.mixup,
+                cutmix=config.data.cutmix,
+            ),
             precision=config.precision,
             sync_batch_norm=config.sync_batch_norm,
             look_ahead=config.teacher.look_ahead > 1,
@@ -228,7 +238,12 @@ class Experiment:
                 begin = until
 
 
-def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Experiment:
+def assemble(
+    config: ConfigDict,
+    dataset: Dataset,
+    teacher: Teacher | None,
+    pretrained: Mapping[tuple[str, ...], np.ndarray] | None = None,
+) -> Experiment:
     """Assemble a run, without computing anything on a device.
 
     Args:
@@ -237,6 +252,8 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
         teacher: the teacher. If it is None although the config names one, the parts of the run are
             checked against the shapes of its network, so that no teacher is trained for a run whose
             parts do not fit together.
+        pretrained: those of the student's variables that are not drawn, by their paths, as
+            `pretrained.load` returns them.
 
     Raises:
         UserError: the terms do not fit the data, the networks or each other, or `trainable` names
@@ -263,7 +280,7 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
             terms=of_stage,
             weighting=config.weighting if part.weighted else None,
             learning_rate=rate,
-            optimizer=optim.only(trainable, optim.sgd(part.optimizer, rate)),
+            optimizer=optim.only(trainable, optim.create(part.optimizer, rate)),
             trainable=trainable,
             first_step=first_step,
         )
@@ -276,6 +293,7 @@ def assemble(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> E
         dataset=dataset,
         teacher=teacher,
         network=network,
+        pretrained=pretrained,
         heads=heads,
         stages=tuple(stages),
         steps_per_epoch=steps_per_epoch,
@@ -293,9 +311,31 @@ def _terms(
         "epochs": stage.epochs,
     }
     terms = losses.create(stage.loss, config.terms, of_run)
-    for term in terms.values():
+    for name, term in terms.items():
+        _check_augmentation(config, name, term)
         term.check(dataset)
     return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
+
+
+def _check_augmentation(config: ConfigDict, name: str, term: Term) -> None:
+    """Raise `UserError` if a term is not defined for images that are mixed or distorted."""
+    if term.rotations and config.data.rand_augment:
+        raise UserError(
+            f"the loss term {name} sees four rotations of each image, which "
+            "config.data.rand_augment would distort differently; leave one of them out"
+        )
+    if not (config.data.mixup or config.data.cutmix):
+        return
+    weighting = losses.weighting.create(config.weighting)
+    for what, mixed in (
+        (f"the loss term {name}", term.mixed_images),
+        (f"config.weighting.name={config.weighting.name}", weighting.mixed_images),
+    ):
+        if not mixed:
+            raise UserError(
+                f"{what} is not defined for images that config.data.mixup or config.data.cutmix "
+                "has mixed; leave these settings out, or choose other loss terms and weightings"
+            )
 
 
 def _initial_state(

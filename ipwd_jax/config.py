@@ -8,17 +8,26 @@ import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from ipwd_jax import losses
 from ipwd_jax.errors import UserError
 
 SCHEDULES = ("step", "cosine")
+# Settings of `config.data` that do not apply to a teacher that is trained for a student.
+STUDENTS_ALONE = ("rand_augment", "rand_magnitude", "mixup", "cutmix")
 # all: every view of every image; drawn: those that the run draws; auto: the smaller of them.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
 
 
 def default() -> ConfigDict:
-    """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off."""
+    """A run that trains resnet8x4 on CIFAR-100 with labels alone; all else is switched off.
+
+    Examples:
+        >>> config = ipwd_jax.default_config()
+        >>> config.model.name, config.loss.ce, config.loss.kd
+        ('resnet8x4', 1.0, 0.0)
+    """
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
     config.seeds = ()  # train several runs in one program, each as if alone: NAME_seed0...
@@ -27,12 +36,15 @@ def default() -> ConfigDict:
 
     config.data = _data()
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
+    config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
+    # where the data has other classes in number, the classifier starts afresh
     config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
 
     config.teacher = _teacher()
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
     config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240
+    config.patience = 0  # stop after so many epochs without a new best one; 0: train all epochs
     config.batch_size = 64  # images of a step over all devices
     config.optimizer = _optimizer()
     config.trainable = ()  # prefixes such as "student/fc" or "student/features" (all but the
@@ -75,6 +87,11 @@ def _data() -> ConfigDict:
     config.crop_padding = 4  # black pixels on each side before a random crop; 0: no crop.
     # Streamed images have random resized crops instead, and need 0.
     config.flip = True  # random horizontal flip
+    # Of the student alone; a teacher that is trained for it sees plain crops and flips.
+    config.rand_augment = 0  # random distortions of each image (RandAugment); 0: none
+    config.rand_magnitude = 9  # their strength, in 0..30
+    config.mixup = 0.0  # alpha of MixUp; the teacher answers for the mixed image; 0: off
+    config.cutmix = 0.0  # alpha of CutMix; if both are on, each image has one of them; 0: off
     return config
 
 
@@ -114,9 +131,13 @@ def _optimizer() -> ConfigDict:
     """PyTorch's SGD with the CIFAR recipe of Tian et al., 2020."""
     return ConfigDict(
         {
+            "name": "sgd",  # one of ipwd_jax.optim.OPTIMIZERS
             "learning_rate": 0.05,
-            "momentum": 0.9,
+            "momentum": 0.9,  # of those that have one
             "nesterov": False,
+            "b1": placeholder(float),  # of Adam and its like; None: optax's default
+            "b2": placeholder(float),
+            "eps": placeholder(float),
             "weight_decay": 5e-4,  # on every parameter, biases and BatchNorm included
             "schedule": "step",  # one of SCHEDULES
             "milestones": (150, 180, 210),  # epochs finished before the rate falls ("step")
@@ -149,7 +170,9 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     finds the same one.
     """
     teacher = default()
-    teacher.data = config.data
+    plain = {key: teacher.data[key] for key in STUDENTS_ALONE}
+    teacher.data = config.data.copy_and_resolve_references()
+    teacher.data.update(plain)
     teacher.model.name = config.teacher.name
     smoothing = config.teacher.label_smoothing
     teacher.name = config.teacher.name + (f"_smoothing{smoothing:g}" if smoothing else "")

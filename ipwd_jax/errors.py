@@ -10,6 +10,11 @@ class UserError(ValueError):
 
     The message says what is wrong, what was found and what to do. The command line prints it
     without a traceback and exits with status 2.
+
+    Examples:
+        >>> ipwd_jax.create_model("resnet9", classes=10)
+        Traceback (most recent call last):
+        ipwd_jax.errors.UserError: unknown network 'resnet9'. Did you mean 'resnet8'? ...
     """
 
 

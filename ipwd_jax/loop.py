@@ -61,6 +61,9 @@ class Loop:
                     run.begin(index)
             train_step, self._compiled = experiment.train_step(index), set()
             while position.step < end:
+                if self.runs[0].has_converged():  # `config.patience` excludes several seeds
+                    self.recorders[0].stops_early()
+                    break
                 speed = self._train_epoch(train_step, data, end)
                 if position.step % experiment.steps_per_epoch == 0:
                     for run, recorder in zip(self.runs, self.recorders, strict=True):

@@ -38,7 +38,9 @@ _MODE = flags.DEFINE_enum(
     "train: the whole run. teacher: only the teacher. eval: measure the checkpoint in the work "
     "directory.",
 )
-
+_EXTEND = flags.DEFINE_bool(
+    "extend", False, "Train a run with fewer epochs further, to the epochs of the config."
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print what the run would do and how much disk space it needs; write nothing."
 )
@@ -134,12 +136,14 @@ def _main(argv: list[str]) -> None:
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
     if _DRY_RUN.value:
-        print(train.planned(config, workdir))
+        for text in train.planned(config, workdir):
+            print(text, flush=True)
         return
     if _MODE.value == "eval":
         result = train.evaluate_run(config, workdir)
     else:
-        result = train.run(config, workdir, teacher_only=_MODE.value == "teacher")
+        teacher_only = _MODE.value == "teacher"
+        result = train.run(config, workdir, teacher_only=teacher_only, extend=_EXTEND.value)
     print(report.summary(result))
     workdirs = f"{workdir}{'_seed*' if 'seeds' in result else ''}"
     print(f"Written to {workdirs}")

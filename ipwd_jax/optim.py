@@ -1,6 +1,8 @@
-"""Stochastic gradient descent and learning-rate schedules with PyTorch's semantics."""
+"""Optimisers, PyTorch's stochastic gradient descent first of all, and learning-rate schedules."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -8,6 +10,14 @@ from ml_collections import ConfigDict
 
 from ipwd_jax.errors import UserError
 from ipwd_jax.typing import PyTree
+
+# The values of `config.optimizer.name`: `sgd` below, and functions of optax.
+OPTIMIZERS = (
+    "sgd", "adabelief", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "lamb",
+    "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "yogi",
+)  # fmt: skip
+# The settings that an optimiser has only if its function in optax has an argument of this name.
+_ARGUMENTS = ("momentum", "nesterov", "b1", "b2", "eps")
 
 
 def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -42,6 +52,38 @@ def sgd(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientT
         optax.trace(optimizer.momentum, optimizer.nesterov),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def create(optimizer: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """Return the optimiser that `optimizer.name` names.
+
+    `sgd` is the function of that name above; all others are optax's. Where optax's function has no
+    weight decay of its own, `weight_decay` times the parameters is added to the gradient, as
+    PyTorch's Adam does.
+
+    Args:
+        optimizer: a config with `name`, `weight_decay`, `momentum`, `nesterov`, and `b1`, `b2` and
+            `eps`, of which None stands for optax's default.
+        learning_rate: learning rate as a function of the step.
+    """
+    if optimizer.name == "sgd":
+        return sgd(optimizer, learning_rate)
+    function, takes = getattr(optax, optimizer.name), arguments(optimizer.name)
+    given: dict[str, Any] = {
+        name: optimizer[name] for name in takes if optimizer.get(name) is not None
+    }
+    if "weight_decay" in inspect.signature(function).parameters:
+        return function(learning_rate, weight_decay=optimizer.weight_decay, **given)
+    decay = optax.add_decayed_weights(optimizer.weight_decay)
+    return optax.chain(decay, function(learning_rate, **given))
+
+
+def arguments(name: str) -> tuple[str, ...]:
+    """Return which of `momentum`, `nesterov`, `b1`, `b2` and `eps` an optimiser has."""
+    if name == "sgd":
+        return ("momentum", "nesterov")
+    takes = inspect.signature(getattr(optax, name)).parameters
+    return tuple(argument for argument in _ARGUMENTS if argument in takes)
 
 
 def only(

@@ -1,7 +1,10 @@
 """What a run will do, in words, before it begins."""
 
+import contextlib
+import itertools
 import math
 import pathlib
+import time
 
 import flax.linen as nn
 import jax
@@ -9,7 +12,11 @@ import jax.numpy as jnp
 
 from ipwd_jax import models, parallel
 from ipwd_jax.assemble import Experiment
+from ipwd_jax.data.resident import resident
 from ipwd_jax.state import network_shapes
+
+_TIMED = 3  # calls of the step
+_NVIDIA = pathlib.Path("/dev/nvidiactl")  # exists where a driver is loaded
 
 
 def describe(
@@ -58,8 +65,37 @@ def describe(
         )
     lines["device"] = f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
     lines["device"] += config.precision
+    if jax.default_backend() == "cpu" and _NVIDIA.exists():
+        lines["device"] += (
+            "; this JAX cannot use the NVIDIA GPU of this machine: pip install -U 'jax[cuda12]'"
+        )
     lines["folder"] = ", ".join(map(str, workdirs))
     return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
+
+
+def seconds(experiment: Experiment) -> float:
+    """Estimate how long the epochs of one run take, from a few timed steps of its main stage.
+
+    Compilation and evaluation are left out. The program is compiled first, which takes seconds to
+    minutes.
+
+    Args:
+        experiment: of the run, with its teacher, which can be untrained.
+    """
+    index, dataset = len(experiment.stages) - 1, experiment.dataset
+    train_step = experiment.train_step(index)
+    states = (parallel.replicate(experiment.begin(index, experiment.initial_state(seed=0))),)
+    data = parallel.replicate(resident(dataset, dataset.train))
+    inputs = experiment.teacher.inputs if experiment.teacher else {}
+    calls, timed = experiment.batches(seed=0, epoch=0), []
+    with contextlib.closing(calls):
+        for rows in itertools.islice(calls, 1 + _TIMED):
+            started = time.monotonic()
+            states = train_step(states, data, inputs, *((part,) for part in rows))
+            jax.block_until_ready(states)
+            timed.append((time.monotonic() - started) / len(rows[0]))
+    # The first call was compiled; where an epoch is a single call there is no other.
+    return min(timed[1:] or timed) * experiment.total_steps
 
 
 def disk(experiment: Experiment) -> int:

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,9 @@ from ipwd_jax import evaluate, parallel, writers
 from ipwd_jax.progress import Progress, duration
 from ipwd_jax.seed_run import SeedRun
 
+# Receives the metrics of an epoch, by name.
+OnEpoch = Callable[[Mapping[str, Any]], object]
+
 # Column -> width of the table of epochs, which is at most 79 characters wide.
 _WIDTHS = {"seed": 5, "epoch": 11, "loss": 8, "train %": 9, "test %": 9, "rate": 9}
 _WIDTHS |= {"weights to": 12, "images/s": 10, "left": 8}
@@ -26,9 +29,12 @@ _FEW = 0.1
 class Recorder:
     """Writes `metrics.csv`, TensorBoard, predictions and results, and shows the progress."""
 
-    def __init__(self, run: SeedRun, progress: Progress) -> None:
-        """`progress` is shared by the recorders of all seeds."""
-        self.run = run
+    def __init__(self, run: SeedRun, progress: Progress, on_epoch: OnEpoch | None = None) -> None:
+        """`progress` is shared by the recorders of all seeds.
+
+        `on_epoch` is called after each epoch with the seed and the metrics.
+        """
+        self.run, self._on_epoch = run, on_epoch
         self._progress = progress
         folder = run.workdir / "tensorboard"
         self._tensorboard = SummaryWriter(str(folder), purge_step=run.number() + 1)
@@ -111,6 +117,16 @@ class Recorder:
                 file=sys.stderr,
                 flush=True,
             )
+        if self._on_epoch:
+            self._on_epoch({"seed": self.run.seed, **row})
+
+    def stops_early(self) -> None:
+        """Show that the run ends before its last epoch."""
+        position = self.run.now.position
+        self._progress.line(
+            f"Stopped early: no better epoch than {position.best_epoch} in the last "
+            f"{self.run.experiment.config.patience}"
+        )
 
     def finish(self) -> dict[str, Any]:
         """Write the predictions and `result.json` of a finished run; return the latter."""
@@ -137,7 +153,7 @@ class Recorder:
             "network": experiment.config.model.name,
             "parameters": sum(x.size for x in jax.tree.leaves(run.now.state.params["student"])),
             "seed": run.seed,
-            "last": {"epoch": experiment.stages[-1].epochs, **last},
+            "last": {"epoch": position.epochs_of("main"), **last},
             "best": {"epoch": position.best_epoch, **best},
             "weights": run.weight_metrics(),
             "teacher": None,

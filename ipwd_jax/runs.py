@@ -267,6 +267,11 @@ def load_run(workdir: str | pathlib.Path) -> Run:
 
     Raises:
         UserError: the directory is missing, or holds no run or a damaged one.
+
+    Examples:
+        >>> run = ipwd_jax.load_run("runs/mine")
+        >>> run.history[-1]["test_top1"] == run.result["last"]["top1"]
+        True
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "config.json"
@@ -287,5 +292,12 @@ def load_run(workdir: str | pathlib.Path) -> Run:
 
 
 def load_student(workdir: str | pathlib.Path, which: str = "last") -> Classifier:
-    """Return the network that a run trained, as `load_run(workdir).classifier(which)` does."""
+    """Return the network that a run trained, as `load_run(workdir).classifier(which)` does.
+
+    Examples:
+        >>> student = ipwd_jax.load_student("runs/mine")
+        >>> prediction = student.predict(np.zeros(student.image_shape, np.uint8))
+        >>> prediction.probabilities.shape == (1, len(student.class_names))
+        True
+    """
     return load_run(workdir).classifier(which)

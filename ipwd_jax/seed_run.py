@@ -131,9 +131,16 @@ class SeedRun:
             if not stage.pretrains and scores["top1"] > position.best_top1:
                 position.best_epoch, position.best_top1 = epoch, float(scores["top1"])
                 self.now.best = jax.tree.map(jnp.copy, self.now.state.network())
-        row |= self.weight_metrics()
+        row |= self.weight_metrics() | self.term_metrics()
         position.history.append(row)
         return row
+
+    def has_converged(self) -> bool:
+        """Return whether `config.patience` epochs have passed since the best epoch."""
+        position, patience = self.now.position, self.experiment.config.patience
+        if not patience or self.stage.pretrains:
+            return False
+        return position.epochs_of("main") - position.best_epoch >= patience
 
     def test_scores(self, variables: PyTree) -> tuple[np.ndarray, dict[str, float]]:
         """Return the logits (N, C) of a network on the test set, and their metrics.
@@ -163,6 +170,16 @@ class SeedRun:
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
             for name, weights in alternatives.items():
                 row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
+        return row
+
+    def term_metrics(self) -> dict[str, float]:
+        """Return the numbers that the terms of the stage report (`Term.scalars`)."""
+        row: dict[str, float] = {}
+        state = self.now.state
+        collections = ("params", "batch_stats", "memory")
+        for name, term in self.stage.terms.items():
+            variables = {c: getattr(state, c)["terms"].get(name, {}) for c in collections}
+            row |= {f"{name}_{key}": value for key, value in term.scalars(variables).items()}
         return row
 
     def samples(self) -> dict[str, np.ndarray]:

@@ -8,8 +8,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu.metrics import Average
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from ipwd_jax import losses
@@ -196,6 +198,23 @@ def _init_term(
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+
+
+def with_network(state: TrainState, variables: Mapping[tuple[str, ...], np.ndarray]) -> TrainState:
+    """Return the state with some of the student's variables replaced.
+
+    Args:
+        state: a state on one device.
+        variables: the new values by their paths, such as `("params", "fc", "kernel")`.
+    """
+    # Copies, because the step reuses the memory of the state that it is given.
+    flat = flatten_dict(state.network()) | {k: jnp.array(x) for k, x in variables.items()}
+    network = unflatten_dict(flat)
+    return dataclasses.replace(
+        state,
+        params={**state.params, "student": network["params"]},
+        batch_stats={**state.batch_stats, "student": network.get("batch_stats", {})},
+    )
 
 
 def begin_stage(

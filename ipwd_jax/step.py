@@ -19,7 +19,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from ipwd_jax import precision
-from ipwd_jax.data import augment
+from ipwd_jax.data import views
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Batch, Term
@@ -30,7 +30,7 @@ from ipwd_jax.state import TrainState, augment_key, terms_key
 from ipwd_jax.typing import Answer, PyTree
 
 # Fields of a `Batch` that have one row per sample.
-_ROWS = ("image", "label", "index", "view", "mask")
+_ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share")
 # Fields of the teacher's `Outputs` that are dropped if nothing reads them, and their empty values.
 _OPTIONAL_TAPS: Mapping[str, PyTree] = {
     "features": (),
@@ -49,8 +49,7 @@ class StepSpec:
     the per-sample weights, except for the part that `Term.label_loss` returns.
 
     Attributes:
-        crop_padding: width in pixels of the border for random crops; see `data.augment`.
-        flip: whether views are mirrored at random.
+        augmentation: the random changes of the images.
         precision: number format of convolutions and matrix products; see `ipwd_jax.precision`.
         sync_batch_norm: whether batch statistics are already those of the global batch.
         look_ahead: whether the teacher is asked about the images of all steps of a call at once.
@@ -67,8 +66,7 @@ class StepSpec:
             of its parameters normalises by its running statistics and leaves them unchanged.
     """
 
-    crop_padding: int
-    flip: bool
+    augmentation: views.Augmentation
     precision: str
     sync_batch_norm: bool
     look_ahead: bool
@@ -166,18 +164,10 @@ def load_batch(
 
     These are the images of the batch, or (4 B, ...) if the networks see them in four rotations.
     """
-    epoch, padding, flip = state.step // spec.steps_per_epoch, spec.crop_padding, spec.flip
-    key = augment_key(state.key)
-    if streamed is not None:  # already cropped and mirrored on the host
-        view, images = jnp.zeros_like(index), streamed
-    elif spec.rotated:
-        views = augment.draw_rotated_views(key, epoch, index, padding, flip)
-        view = views[:, 0]
-        images = augment.apply_rotated_views(data.images_at(index), views, padding, flip)
-    else:
-        view = augment.draw_views(key, epoch, index, augment.num_views(padding, flip))
-        images = augment.apply_views(data.images_at(index), view, padding, flip)
-    images = augment.normalize(images, data.mean, data.std)
+    epoch = state.step // spec.steps_per_epoch
+    images, view, mixed = views.load(
+        spec.augmentation, augment_key(state.key), epoch, data, index, streamed, spec.rotated
+    )
     batch = Batch(
         image=_upright(images) if spec.rotated else images,
         label=data.labels[index],
@@ -187,6 +177,7 @@ def load_batch(
         epoch=epoch,
         train_labels=data.labels,
         key=jax.random.fold_in(terms_key(state.key), epoch),
+        **mixed,
     )
     return batch, images
 

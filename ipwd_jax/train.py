@@ -6,27 +6,29 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import evaluate, models, parallel, plan, signals, view_cache, writers
+from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
-from ipwd_jax.checkpoint import Checkpoints, load_network
+from ipwd_jax.checkpoint import Checkpoints, checksum, load_network
 from ipwd_jax.data import check_augmentation
 from ipwd_jax.data import load as load_data
 from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
-from ipwd_jax.progress import Progress
-from ipwd_jax.recorder import Recorder
+from ipwd_jax.progress import Progress, duration
+from ipwd_jax.recorder import OnEpoch, Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
 from ipwd_jax.teacher import Teacher
@@ -38,6 +40,8 @@ def run(
     workdir: str | pathlib.Path,
     dataset: Dataset | None = None,
     teacher_only: bool = False,
+    on_epoch: OnEpoch | None = None,
+    extend: bool = False,
 ) -> dict[str, Any]:
     """Train the student that `config` describes, after its teacher if that is missing.
 
@@ -49,6 +53,11 @@ def run(
             own, this name and `_seed0`, `_seed1`..., and is the same as if it ran alone.
         dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
         teacher_only: stop when the teacher is there.
+        on_epoch: called after each epoch of the student with the metrics of its row of
+            `metrics.csv`, and with its `seed`.
+        extend: whether a run with fewer epochs that is in `workdir` may be trained further. Except
+            for the time that it takes, the result is that of a run with `config.epochs` from the
+            beginning. The results of the shorter run stay, under names that end in its epochs.
 
     Returns:
         What `result.json` holds: of the student's run, or of the teacher's; with `config.seeds`
@@ -57,16 +66,25 @@ def run(
     Raises:
         UserError: something that the user can mend is wrong; the message says what.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
+
+    Examples:
+        >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
+        >>> result = ipwd_jax.run(config, "runs/digits")  # doctest: +SKIP
+        >>> print(ipwd_jax.summary(result))  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset, teacher_only)
     dataset = experiment.dataset
     checksums = {"data": fingerprint(dataset)}
+    if experiment.pretrained is not None:
+        checksums["pretrained"] = checksum(experiment.pretrained)
+    if extend:
+        _check_extension(experiment)
     runs = {} if teacher_only else of_each_seed(config, workdir)
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
-        _claim(runs, checksums, dataset)
+        _claim(runs, checksums, dataset, extend)
         teacher, teacher_workdir = None, None
         if config.teacher.name:
             teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
@@ -79,14 +97,19 @@ def run(
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
             _claim(runs, checksums, dataset)
-        results = _train(config, runs, dataset, teacher)
+        results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 
-def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None) -> str:
-    """Describe what `run` would do with the same arguments, and the disk space that it needs.
+def planned(
+    config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None
+) -> Iterator[str]:
+    """Describe what `run` would do with the same arguments, and the time and space that it needs.
 
-    Nothing is written.
+    Nothing is written. The time is that of a few steps, times their number, on this machine.
+
+    Yields:
+        The lines of the plan, and then the line with the time, for which programs are compiled.
 
     Raises:
         UserError: what `run` would refuse before it begins to train.
@@ -100,7 +123,26 @@ def planned(config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | 
         teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
-    return f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
+    yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
+    yield f"time     {_times(experiment, len(runs), teacher_workdir)}"
+
+
+def _times(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:
+    """Estimate the time of a run's epochs with an untrained teacher, and of the teacher's own."""
+    config, dataset, text = experiment.config, experiment.dataset, ""
+    if teacher_workdir:
+        of_teacher = assemble(config_lib.teacher_config(config), dataset, None)
+        variables = of_teacher.initial_state(seed=0).network()
+        teacher = teacher_lib.from_variables(config, variables, dataset)
+        # Some terms ask for the class mass, whatever it is.
+        any_logits = np.zeros((1, len(dataset.class_names)), np.float32)
+        teacher = dataclasses.replace(teacher, train_logits=any_logits)
+        experiment = assemble(config, dataset, teacher, experiment.pretrained)
+        if not (teacher_workdir / "result.json").exists():
+            text = f"{duration(plan.seconds(of_teacher))} for the epochs of the teacher, "
+    text += f"{duration(runs * plan.seconds(experiment))} for those of the student"
+    asked = " that asks the teacher in every step" if teacher_workdir else ""
+    return f"about {text}{asked}; evaluation aside"
 
 
 def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = False) -> Experiment:
@@ -112,7 +154,22 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     dataset = dataset or load_data(config.data)
     check_augmentation(dataset, config)
     check_fit(config, dataset)
-    return assemble(config, dataset, teacher=None)
+    return assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+
+
+def _check_extension(experiment: Experiment) -> None:
+    """Raise `UserError` if more epochs would have changed the epochs that a run has finished."""
+    stage, schedule = experiment.stages[-1], experiment.config.optimizer.schedule
+    if schedule != "step":
+        raise UserError(
+            f"config.optimizer.schedule={schedule} depends on the number of epochs, so the run "
+            "cannot be extended; start a new one with --config.model.pretrained=FOLDER instead"
+        )
+    if depending := [name for name, term in stage.terms.items() if hasattr(term, "epochs")]:
+        raise UserError(
+            f"the loss term {depending[0]} depends on the number of epochs, so the run cannot be "
+            "extended; start a new one with --config.model.pretrained=FOLDER instead"
+        )
 
 
 def of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path, ConfigDict]:
@@ -128,10 +185,13 @@ def of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path
 
 
 def _claim(
-    runs: Mapping[pathlib.Path, ConfigDict], checksums: Mapping[str, str], dataset: Dataset
+    runs: Mapping[pathlib.Path, ConfigDict],
+    checksums: Mapping[str, str],
+    dataset: Dataset,
+    extend: bool = False,
 ) -> None:
     for workdir, config in runs.items():
-        workdir_lib.claim(workdir, config, checksums, dataset.description())
+        workdir_lib.claim(workdir, config, checksums, dataset.description(), extend)
 
 
 def evaluate_run(
@@ -150,6 +210,10 @@ def evaluate_run(
 
     Raises:
         UserError: the checkpoint is missing, unreadable or of another network.
+
+    Examples:
+        >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
+        >>> result = ipwd_jax.evaluate_run(config, "runs/digits")  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     validate(config)
@@ -218,6 +282,8 @@ def _train(
     runs: Mapping[pathlib.Path, ConfigDict],
     dataset: Dataset,
     teacher: Teacher | None,
+    pretrained: Mapping[tuple[str, ...], np.ndarray] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, Any]]:
     """Train runs that differ in their seeds and return their results; finished ones are kept."""
     results = {path: _result(path) for path in runs if (path / "result.json").exists()}
@@ -225,9 +291,10 @@ def _train(
         print(f"Finished already: {workdir}", flush=True)
     left = {workdir: own.seed for workdir, own in runs.items() if workdir not in results}
     if left:
-        experiment = _with_view_cache(assemble(config, dataset, teacher), list(left))
+        experiment = assemble(config, dataset, teacher, pretrained)
+        experiment = _with_view_cache(experiment, list(left))
         with contextlib.ExitStack() as stack:
-            recorders = _recorders(experiment, left, stack)
+            recorders = _recorders(experiment, left, stack, on_epoch)
             _train_together(recorders, stack.enter_context(signals.collected()))
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
@@ -235,7 +302,10 @@ def _train(
 
 
 def _recorders(
-    experiment: Experiment, seeds: Mapping[pathlib.Path, int], stack: contextlib.ExitStack
+    experiment: Experiment,
+    seeds: Mapping[pathlib.Path, int],
+    stack: contextlib.ExitStack,
+    on_epoch: OnEpoch | None,
 ) -> list[Recorder]:
     """Return a recorder of each seed's run, which resumes or is at its beginning."""
     keep = experiment.config.checkpoint.keep
@@ -251,7 +321,8 @@ def _recorders(
         writers.write_atomically(workdir / "parameters.txt", f"{overview}\n".encode())
         if run.resumed:
             print(f"Resuming at step {run.number()} of {workdir}", flush=True)
-        recorders.append(stack.enter_context(contextlib.closing(Recorder(run, progress))))
+        recorder = Recorder(run, progress, on_epoch)
+        recorders.append(stack.enter_context(contextlib.closing(recorder)))
     return recorders
 
 

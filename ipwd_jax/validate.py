@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models
+from ipwd_jax import losses, models, optim
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError, unknown_name
 from ipwd_jax.models.heads import SOURCES as HEAD_SOURCES
@@ -49,7 +49,12 @@ _RANGES = {
     "data.image_size": _NOT_NEGATIVE,
     "data.crop_padding": _NOT_NEGATIVE,
     "data.std": _POSITIVE,
+    "data.rand_augment": _NOT_NEGATIVE,
+    "data.rand_magnitude": _Range("be in 0 to 30", lambda x: 0 <= x <= 30),
+    "data.mixup": _NOT_NEGATIVE,
+    "data.cutmix": _NOT_NEGATIVE,
     "epochs": _AT_LEAST_1,
+    "patience": _NOT_NEGATIVE,
     "teacher.epochs": _AT_LEAST_1,
     "first_stage.epochs": _NOT_NEGATIVE,
     "*batch_size": _AT_LEAST_1,
@@ -61,6 +66,9 @@ _RANGES = {
     "checkpoint.every_seconds": _NOT_NEGATIVE,
     "*optimizer.learning_rate": _POSITIVE,
     "*optimizer.momentum": _SHARE_BELOW_1,
+    "*optimizer.b1": _SHARE_BELOW_1,
+    "*optimizer.b2": _SHARE_BELOW_1,
+    "*optimizer.eps": _POSITIVE,
     "*optimizer.weight_decay": _NOT_NEGATIVE,
     "*optimizer.milestones": _NOT_NEGATIVE,
     "*optimizer.decay": _SHARE_ABOVE_0,
@@ -80,6 +88,9 @@ _RANGES = {
     "terms.*_channels": _AT_LEAST_1,
     "terms.*.negatives": _AT_LEAST_1,
     "terms.*.warmup": _NOT_NEGATIVE,
+    "terms.*.gamma": _NOT_NEGATIVE,
+    "terms.*.mu": _NOT_NEGATIVE,
+    "terms.*.temperature_range": _POSITIVE,
     "terms.*.margin": _POSITIVE,
     "terms.*.variance": _POSITIVE,
     "terms.*.rate": _POSITIVE,
@@ -92,6 +103,7 @@ _RANGES = {
 }
 _CHOICES = {
     "precision": PRECISIONS,
+    "*optimizer.name": optim.OPTIMIZERS,
     "*optimizer.schedule": config_lib.SCHEDULES,
     "teacher.which": ("last", "best"),
     "teacher.view_cache": config_lib.VIEW_CACHES,
@@ -140,6 +152,8 @@ def validate(config: ConfigDict) -> None:
     if config.teacher.name:
         models.create(config.teacher.name, classes=1)
     _check_seeds(config)
+    for section in ("optimizer", "first_stage.optimizer", "teacher.optimizer"):
+        _check_optimizer(section, given, defaults)
     if config.teacher.train_mode and (config.teacher.fold or config.teacher.look_ahead):
         raise UserError(
             "config.teacher.train_mode excludes fold and look_ahead, which need answers that do "
@@ -189,7 +203,9 @@ def _missing(path: str) -> UserError:
 
 def _check_type(path: str, value: Any, default: Any) -> None:
     """Raise `UserError` if a value does not have the type of the default."""
-    if isinstance(default, ConfigDict):
+    if default is None:  # a number whose default is that of a library
+        wanted, fits = "a number or None", value is None or _is_a(float, value)
+    elif isinstance(default, ConfigDict):
         wanted, fits = "a section of settings", isinstance(value, ConfigDict)
     elif isinstance(default, tuple):
         element = _of_pattern(_ELEMENTS, path) or type(default[0])
@@ -221,9 +237,26 @@ def _check_value(path: str, value: Any) -> None:
         raise UserError(f"config.{path} must increase strictly, found {tuple(value)}")
 
 
+def _check_optimizer(section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a setting was changed that the chosen optimiser does not have."""
+    name = given[f"{section}.name"]
+    for setting in ("momentum", "nesterov", "b1", "b2", "eps"):
+        path = f"{section}.{setting}"
+        if setting not in optim.arguments(name) and given[path] != defaults[path]:
+            raise UserError(
+                f"config.{path} is {given[path]}, but {name} has no such setting; omit it, or "
+                f"choose another config.{section}.name"
+            )
+
+
 def _check_seeds(config: ConfigDict) -> None:
     if len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"config.seeds must not name a seed twice, found {tuple(config.seeds)}")
+    if config.patience and len(config.seeds) > 1:
+        raise UserError(
+            "config.patience would stop each of config.seeds at another epoch, but they train in "
+            "one program; train them one after the other, with config.seed"
+        )
     if config.share_order and len(config.seeds) < 2:
         raise UserError("config.share_order needs several config.seeds")
 

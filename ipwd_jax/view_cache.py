@@ -86,6 +86,9 @@ def reason_against(experiment: Experiment) -> str:
         return "a term rotates the images"
     if experiment.config.teacher.train_mode:
         return "with config.teacher.train_mode, an answer depends on the batch"
+    data = experiment.config.data
+    if data.rand_augment or data.mixup or data.cutmix:
+        return "images that are mixed or distorted have more views than can be stored"
     if experiment.dataset.train.streamed:
         return "streamed images have more views than a run draws"
     return ""

@@ -91,6 +91,7 @@ def claim(
     config: ConfigDict,
     checksums: Mapping[str, str],
     data: Mapping[str, Any] = MappingProxyType({}),
+    extend: bool = False,
 ) -> None:
     """Record in `config.json` which run a work directory belongs to, or refuse the directory.
 
@@ -101,6 +102,8 @@ def claim(
             recorded are kept.
         data: what a user of the trained network must know about the data, which is
             `Dataset.description()`. If it is empty, what is already recorded is kept.
+        extend: whether the run that is there may have fewer epochs. Its results are then kept under
+            names that end in the number of its epochs.
 
     Raises:
         UserError: the directory belongs to a run with another config, other data or another
@@ -113,7 +116,10 @@ def claim(
         try:
             there = json.loads(path.read_text())
             noted = there["checksums"]
-            lines = differences(_binding(there["config"]), _binding(plain), "config.")
+            before, now = _binding(there["config"]), _binding(plain)
+            if longer := before["epochs"] < now["epochs"]:
+                longer = not differences({**before, "epochs": now["epochs"]}, now)
+            lines = [] if longer and extend else differences(before, now, "config.")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); choose another --workdir") from error
         lines += differences(
@@ -126,7 +132,10 @@ def claim(
                 f"{workdir} holds another run:\n  "
                 + "\n  ".join(lines)
                 + "\nChoose another --workdir, or delete this one if it is not needed."
+                + (" To train that run for more epochs, add --extend." if longer else "")
             )
+        if longer:
+            _keep_results(workdir, before["epochs"])
         kept = {key: there[key] for key in ("data", "chosen") if key in there}
     elif any(workdir.glob("checkpoints/*")):
         raise UserError(
@@ -135,6 +144,14 @@ def claim(
         )
     note = {"config": plain, "checksums": {**noted, **checksums}, **kept}
     writers.write_json(path, note | ({"data": dict(data)} if data else {}))
+
+
+def _keep_results(workdir: pathlib.Path, epochs: int) -> None:
+    """Rename the results of a finished run that is extended; `result.json` last of all."""
+    for name in ("eval.json", "samples.npz", "predictions.npz", "result.json"):
+        path = workdir / name
+        if path.exists():
+            path.rename(path.with_stem(f"{path.stem}_{epochs}epochs"))
 
 
 def chosen(workdir: pathlib.Path, setting: str) -> Any:
@@ -152,11 +169,13 @@ def choose(workdir: pathlib.Path, setting: str, value: Any) -> None:
 def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
     """Return a checksum, 6 hexadecimal digits, of everything that decides the numbers of a run.
 
-    The seed is left out.
+    The seed is left out, and so are settings that have their defaults, so that the checksum stays
+    the same when settings are added to the package.
     """
     binding = _numbers(json.loads(config.to_json_best_effort()))
     binding.pop("seed")
-    text = json.dumps([binding, dict(checksums)], sort_keys=True)
+    changed = _changed(binding, json.loads(default().to_json()))
+    text = json.dumps([changed, dict(checksums)], sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"[:6]
 
 
@@ -209,6 +228,15 @@ def _filled(config: dict, defaults: dict) -> dict:
     return missing | {
         key: _filled(value, defaults.get(key, {})) if isinstance(value, dict) else value
         for key, value in config.items()
+    }
+
+
+def _changed(config: dict, defaults: dict) -> dict:
+    """Return the settings that differ from their defaults."""
+    return {
+        key: _changed(value, defaults[key]) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in defaults or value != defaults[key]
     }
 
 

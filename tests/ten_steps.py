@@ -37,7 +37,7 @@ def settings(kind: str, network: str) -> ConfigDict:
         names = ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
         config.loss.update(dict.fromkeys(names, 0.1))
     else:  # terms that compare or remember rows of different devices, or normalise over them
-        names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet")
+        names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet", "dist", "uskd", "ctkd")
         config.loss.update(dict.fromkeys(names, 0.1))
         config.terms.crd.update({"feat_dim": 8, "negatives": 6})
         config.terms.fitnet.layer = 1

@@ -38,7 +38,7 @@ def test_flat_has_the_path_of_every_setting_and_section():
         ("learning_rate", "learning_rate"),
         ("losss", "config.loss"),
         ("weighting.cilp", "config.weighting.clip"),
-        ("optimizer.lr", "config.optimizer has: decay, learning_rate, milestones"),
+        ("optimizer.lr", "config.optimizer has: b1, b2, decay, eps, learning_rate"),
     ],
 )
 def test_unknown_key_names_the_nearest(path, meant):

@@ -118,6 +118,39 @@ def test_a_run_with_the_recipe_of_reviewkd_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("method", "pair", "weight", "fields"),
+    [
+        ("kd_ls", "resnet32x4,resnet8x4", 9.0, {"temperature": 2.0}),
+        ("kd_ls", "vgg13,MobileNetV2", 9.0, {"temperature": 3.0}),
+        ("kd_ls", "resnet110,resnet20", 12.0, {"temperature": 4.0}),
+        ("kd_ls", "ResNet50,MobileNetV2", 1.0, {"temperature": 3.0}),
+        ("dkd_ls", "resnet32x4,ShuffleV2", 9.0, {"temperature": 2.0, "alpha": 1.0, "beta": 8.0}),
+        ("dkd_ls", "wrn_40_2,wrn_40_1", 12.0, {"temperature": 2.0, "alpha": 1.0, "beta": 2.0}),
+        ("dkd_ls", "resnet56,resnet20", 18.0, {"temperature": 3.0, "alpha": 1.0, "beta": 2.0}),
+        ("dkd_ls", "resnet110,resnet32", 15.0, {"temperature": 2.0, "alpha": 1.0, "beta": 2.0}),
+        ("ctkd_ls", "vgg13,vgg8", 9.0, {"form": "kd", "temperature_range": 20.0}),
+    ],
+)
+def test_standardised_logits_have_the_settings_of_the_logs(method, pair, weight, fields):
+    config = BASELINES.get_config(f"{method},{pair}")
+    validate.validate(config)
+    term = method.removesuffix("_ls")
+    active = {name: weight for name, weight in config.loss.items() if weight}
+    assert active == {"ce": 1.0 if term == "dkd" else 0.1, term: weight}
+    found = config.terms[term].to_dict()
+    assert found["standardize"] and fields.items() <= found.items()
+
+
+@pytest.mark.parametrize("method", BASELINES.MODERN_METHODS)
+@pytest.mark.parametrize("student", ["resnet8x4", "ShuffleV2"])
+def test_methods_after_2022_keep_the_recipe_of_the_tables(method, student):
+    config, plain = (BASELINES.get_config(f"{m},resnet32x4,{student}") for m in (method, "kd"))
+    validate.validate(config)
+    for setting in ("epochs", "batch_size", "optimizer", "teacher", "data", "model"):
+        assert config[setting] == plain[setting], setting
+
+
+@pytest.mark.parametrize(
     ("method", "batch_size", "rate", "nesterov"),
     [
         ("at", 512, 0.2, False),
@@ -151,7 +184,7 @@ def test_own_data(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pets" / name / f"{j}.png")
     config = own.get_config(str(tmp_path / "pets"))
     config.batch_size = config.teacher.batch_size = 4
-    shown = train.planned(config, tmp_path / "run")
+    shown = next(train.planned(config, tmp_path / "run"))
     assert "8 training and 2 test images of 64x64x3, 2 classes" in shown
     assert "teacher  resnet32x4 (" in shown and "student  resnet8x4 (" in shown
     np.savez(
@@ -163,7 +196,7 @@ def test_own_data(tmp_path):
     config.batch_size = config.teacher.batch_size = 4
     assert config.name == "arrays_ipwd_resnet20_MobileNetV2"
     assert config.optimizer.learning_rate == 0.01
-    assert "images of 32x32x3" in train.planned(config, tmp_path / "run")
+    assert "images of 32x32x3" in next(train.planned(config, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     for wrong in ("", "a,b"):
         with pytest.raises(UserError, match="needs the path of the data"):

@@ -1,5 +1,6 @@
-"""PyTorch's SGD, step by step by hand, and the learning rates of the recipes."""
+"""PyTorch's SGD, step by step by hand, optax's optimisers, and the learning rates of recipes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,6 +37,42 @@ def test_sgd_follows_pytorch_over_a_change_of_learning_rate(nesterov):
         by_hand = {k: by_hand[k] - rate * move[k] for k in by_hand}
         for name in params:
             np.testing.assert_allclose(params[name], by_hand[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_follows_pytorch(name):
+    """PyTorch's Adam adds the weight decay to the gradient; its AdamW shrinks the parameters."""
+    optimizer = settings(name=name, learning_rate=0.1, weight_decay=0.01, b2=0.95, milestones=())
+    adam = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
+    params = jnp.array([1.0, -2.0])
+    state = adam.init(params)
+    p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for step in range(1, 4):
+        grads = jnp.array([0.3, -0.1]) * step
+        updates, state = adam.update(grads, state, params)
+        params = params + updates
+        g = np.asarray(grads, np.float64) + (0.01 * p if name == "adam" else 0)
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        move = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
+        p = p - 0.1 * (move + (0.01 * p if name == "adamw" else 0))
+        np.testing.assert_allclose(params, p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    optimizer = settings(name=name, learning_rate=1e-2, milestones=())
+    method = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
+    params = jnp.array([[1.0, -2.0]])
+
+    @jax.jit
+    def after_two_steps(params):
+        state = method.init(params)
+        for _ in range(2):
+            updates, state = method.update(params, state, params)  # gradient of half the square
+            params += updates
+        return params
+
+    assert (jnp.abs(after_two_steps(params)) < jnp.abs(params)).all()
 
 
 def test_step_schedule_falls_once_a_milestone_is_finished():

@@ -1,12 +1,12 @@
-"""The CIFAR-100 tables of the paper: every method of configs/cifar_baselines.py, on its 13 pairs.
+"""The CIFAR-100 tables of the paper: its methods in configs/cifar_baselines.py, on its 13 pairs.
 
     python -m ipwd_jax.sweep --config=configs/sweeps/paper_cifar100.py --dry_run
     python -m ipwd_jax.sweep --config=configs/sweeps/paper_cifar100.py:kd,ipwd --out=runs/paper
 
-What follows the colon are the methods; without it, all are trained. A missing CIFAR-100 is
-downloaded. Each run trains for 240 epochs with each of three seeds, one after the other; spread
-them over several GPUs with --index and --count, as in examples/slurm_array.sh. FSP is left out for
-the pairs whose maps differ in their numbers of channels.
+What follows the colon are the methods; without it, all methods of the paper are trained. A missing
+CIFAR-100 is downloaded. Each run trains for 240 epochs with each of three seeds, one after the
+other; spread them over several GPUs with --index and --count, as in examples/slurm_array.sh. FSP is
+left out for the pairs whose maps differ in their numbers of channels.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def get_runs(methods=""):
     recipes = load_module(BASELINES)
     configs = {}
     for pair in recipes.PAIRS:
-        for method in methods.split(",") if methods else recipes.METHODS:
+        for method in methods.split(",") if methods else recipes.PAPER_METHODS:
             if method == "fsp" and pair not in FSP:
                 continue
             config = recipes.get_config(f"{method},{','.join(pair)}")

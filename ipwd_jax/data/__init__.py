@@ -89,14 +89,19 @@ def load(config: ConfigDict) -> Dataset:
 
 
 def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
-    """Raise `UserError` if the crops, flips or batches of a run do not suit its images.
+    """Raise `UserError` if the augmentation or the batches of a run do not suit its images.
 
     Args:
         dataset: the data set that the run trains on.
         config: the whole config of the run.
     """
     images, padding = dataset.train.images, config.data.crop_padding
-    _, height, width, _ = images.shape
+    _, height, width, channels = images.shape
+    if config.data.rand_augment and channels not in (1, 3):
+        raise UserError(
+            f"config.data.rand_augment needs grey or RGB images, but those of {dataset.name} have "
+            f"{channels} channels; leave it out"
+        )
     if isinstance(images, np.ndarray):
         if padding >= min(height, width):
             raise UserError(
@@ -106,6 +111,11 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
             )
         return
     streaming.check_padding(padding)
+    if config.data.mixup or config.data.cutmix:
+        raise UserError(
+            "config.data.mixup and config.data.cutmix mix images with any of the training "
+            "set, and streamed images are not all at hand; leave out config.data.streaming"
+        )
     if images.flip != config.data.flip:
         raise UserError(
             f"config.data.flip is {config.data.flip}, but the streamed images were opened with "

@@ -128,6 +128,12 @@ def from_arrays(
 
     Raises:
         UserError: something is wrong with the arrays; the message says what was found.
+
+    Examples:
+        >>> images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
+        >>> dataset = ipwd_jax.from_arrays(images, labels, class_names=["cat", "dog"])
+        >>> dataset.train.images.shape, dataset.test.images.shape
+        ((16, 8, 8, 1), (4, 8, 8, 1))
     """
     train = _split(f"{name} training", train_images, train_labels)
     if test_images is None:

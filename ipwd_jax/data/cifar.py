@@ -122,10 +122,11 @@ def _fetch(url: str, path: pathlib.Path, sha256: str) -> None:
     """Download under another name, which changes to `path` only once the checksum is right."""
     partial = path.with_name(f"{path.name}.part")
     by_hand = f"Download {url} by hand to {path}, or use another data source."
-    print(f"Downloading {url} to {path}", file=sys.stderr)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
+            size = f"{int(response.headers.get('Content-Length') or 0) / 1e6:,.0f} MB"
+            print(f"Downloading {url} ({size}) to {path}", file=sys.stderr, flush=True)
             while block := response.read(1 << 20):
                 file.write(block)
         if _sha256(partial) != sha256:

@@ -15,28 +15,34 @@ from ml_collections import ConfigDict
 
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.ab import AB
+from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.at import AT
 from ipwd_jax.losses.base import RUN_FIELDS, Term
 from ipwd_jax.losses.cat_kd import CATKD
 from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import ClsHead, CrossEntropy
 from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.ctkd import CTKD
+from ipwd_jax.losses.dist import DIST
 from ipwd_jax.losses.dkd import DKD
 from ipwd_jax.losses.fitnet import FitNet
 from ipwd_jax.losses.fsp import FSP
 from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.la import KDLA
+from ipwd_jax.losses.nkd import NKD, USKD
 from ipwd_jax.losses.nst import NST
 from ipwd_jax.losses.ofd import OFD
 from ipwd_jax.losses.pkt import PKT
 from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.reviewkd import ReviewKD
 from ipwd_jax.losses.rkd import RKD
+from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.sdd import SDD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.sskd import SSKD
+from ipwd_jax.losses.ttm import TTM, WTTM
 from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import WEIGHTINGS, Weighting
 from ipwd_jax.losses.wkd import WKDFeatures, WKDLogits
@@ -67,6 +73,14 @@ TERMS: dict[str, type[Term]] = {
     "kd_la": KDLA,
     "ofd": OFD,
     "reviewkd": ReviewKD,
+    "dist": DIST,
+    "ctkd": CTKD,
+    "nkd": NKD,
+    "uskd": USKD,
+    "ttm": TTM,
+    "wttm": WTTM,
+    "rld": RLD,
+    "abkd": ABKD,
     "srrl": SRRL,
     "cat_kd": CATKD,
     "sdd": SDD,

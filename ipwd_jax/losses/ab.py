@@ -55,6 +55,7 @@ class AB(Term):
 
     paper = "Heo et al., 2019: Knowledge transfer via activation boundaries"
     teacher_taps = ("preact",)
+    mixed_images = True
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -39,6 +39,7 @@ class AT(Term):
 
     paper = "Zagoruyko and Komodakis, 2017: Paying more attention to attention"
     teacher_taps = ("features",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         pairs = zip(student.features[1:], teacher.features[1:], strict=False)

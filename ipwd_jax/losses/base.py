@@ -11,7 +11,7 @@ If a term has one of the fields in `RUN_FIELDS`, the run sets it. A term sees th
 device; a term that compares rows must first call `gather_rows`, and must ignore padding rows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, overload
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.typing import PyTree
 
 if TYPE_CHECKING:
     from ipwd_jax.data.base import Dataset
@@ -53,6 +54,8 @@ class Term(nn.Module):
             rows of an image next to each other.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
+        mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
+            reads the labels, it must do so by `Batch.over_labels`.
         choices: the allowed values of each hyper-parameter that has only a few.
     """
 
@@ -61,6 +64,7 @@ class Term(nn.Module):
     per_sample: ClassVar[bool] = True
     rotations: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
+    mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @property
@@ -84,6 +88,17 @@ class Term(nn.Module):
         The train step adds it to the loss that the call returns.
         """
         return None
+
+    @nn.nowrap
+    def scalars(self, variables: Mapping[str, PyTree]) -> dict[str, float]:
+        """Numbers that a run reports after each epoch, by name; none by default.
+
+        The number `x` of the term `TERM` is the metric `TERM_x`.
+
+        Args:
+            variables: the term's variables by collection.
+        """
+        return {}
 
     @nn.nowrap
     def class_mass(self, memory: Mapping[str, jax.Array]) -> np.ndarray | None:
@@ -110,6 +125,9 @@ class Batch:
         epoch: scalar int32, number of epochs finished in this stage.
         train_labels: (N,) int32, the labels of the whole training set.
         key: typed PRNG key of this epoch for anything that a term draws; fold the index into it.
+        partner_label: (B,) int32, the label of the sample that each one is mixed with; None if
+            images are not mixed.
+        share: (B,) float32, the share of the sample itself in its mixed image; None likewise.
     """
 
     image: jax.Array
@@ -120,6 +138,23 @@ class Batch:
     epoch: jax.Array
     train_labels: jax.Array
     key: jax.Array
+    partner_label: jax.Array | None = None
+    share: jax.Array | None = None
+
+    def over_labels(self, of: Callable[[jax.Array], PyTree]) -> PyTree:
+        """`of(label)`, or its mean over the two labels of a mixed image, weighted by their shares.
+
+        Args:
+            of: a function of labels (B,) that returns arrays (B,).
+        """
+        if self.partner_label is None or self.share is None:
+            return of(self.label)
+        share = self.share
+        return jax.tree.map(
+            lambda own, other: share * own + (1 - share) * other,
+            of(self.label),
+            of(self.partner_label),
+        )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -141,6 +176,32 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(axis=1)
     return loss
+
+
+def warmup_factor(batch: Batch, warmup: int) -> jax.Array:
+    """The factor of a loss that rises to 1 over the first `warmup` epochs, counted from 1."""
+    return jnp.minimum((batch.epoch + 1) / max(warmup, 1), 1)
+
+
+def standardize_logits(logits: jax.Array) -> jax.Array:
+    """The logits minus their mean, divided by their standard deviation, of each sample.
+
+    Sun et al., 2024 (Logit standardization in knowledge distillation, eq. 9). As in the authors'
+    code, the deviation is the unbiased one, and 1e-7 is added to it. If all logits of a sample are
+    equal, the result and its gradient are 0, where the formula would multiply the gradient by 1e7.
+
+    Args:
+        logits: (B, C).
+
+    Returns:
+        (B, C), in float32 or better.
+    """
+    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    constant = z.max(axis=1, keepdims=True) == z.min(axis=1, keepdims=True)
+    z = jnp.where(constant, 0, z)
+    z = z - z.mean(axis=1, keepdims=True)
+    deviation = safe_norm(z, keepdims=True) / max(z.shape[1] - 1, 1) ** 0.5
+    return z / (deviation + 1e-7)
 
 
 @overload

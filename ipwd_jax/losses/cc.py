@@ -44,6 +44,7 @@ class CC(Term):
 
     paper = "Peng et al., 2019: Correlation congruence"
     teacher_taps = ("embedding",)
+    mixed_images = True
     per_sample = False
 
     @nn.compact

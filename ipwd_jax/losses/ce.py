@@ -19,9 +19,11 @@ class CrossEntropy(Term):
     label_smoothing: float = 0.0
 
     paper = "Szegedy et al., 2016: Label smoothing"
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
-        return cross_entropy(student.logits, batch.label, self.label_smoothing)
+        logits, smoothing = student.logits, self.label_smoothing
+        return batch.over_labels(lambda label: cross_entropy(logits, label, smoothing))
 
 
 class ClsHead(Term):
@@ -42,6 +44,7 @@ class ClsHead(Term):
     source: str = "backbone"
 
     paper = "Niu et al., 2022: IPWD"
+    mixed_images = True
     choices = {"source": ("backbone", "detached", "network")}  # noqa: RUF012
 
     @property
@@ -49,4 +52,5 @@ class ClsHead(Term):
         return {"cls": self.source}
 
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
-        return cross_entropy(student.extra_logits["cls"], batch.label)
+        logits = student.extra_logits["cls"]
+        return batch.over_labels(lambda label: cross_entropy(logits, label))

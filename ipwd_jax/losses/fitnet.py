@@ -34,6 +34,7 @@ class FitNet(Term):
 
     paper = "Romero et al., 2015: FitNets"
     teacher_taps = ("features",)
+    mixed_images = True
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

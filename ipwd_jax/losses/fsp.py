@@ -62,6 +62,7 @@ class FSP(Term):
 
     paper = "Yim et al., 2017: A gift from knowledge distillation"
     teacher_taps = ("features",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return fsp_loss(student.features, teacher.features)

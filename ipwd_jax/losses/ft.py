@@ -125,6 +125,7 @@ class FT(Term):
 
     paper = "Kim et al., 2018: Paraphrasing complex network"
     teacher_taps = ("features",)
+    mixed_images = True
     first_stage_params = ("paraphraser",)
 
     def setup(self) -> None:

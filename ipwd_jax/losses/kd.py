@@ -5,15 +5,16 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch, Term, standardize_logits
 from ipwd_jax.models.base import Outputs
 
 
 def kd_loss(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
-    temperature: float,
+    temperature: float | jax.Array,
     cross_entropy: bool = False,
+    standardize: bool = False,
 ) -> jax.Array:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))` of each sample.
 
@@ -26,10 +27,13 @@ def kd_loss(
         teacher_logits: (B, C).
         temperature: T > 0.
         cross_entropy: whether to compute `H(teacher, student)` instead of the KL divergence.
+        standardize: whether both networks' logits are first standardised (`standardize_logits`).
 
     Returns:
         (B,) loss in nats, times T^2.
     """
+    if standardize:
+        student_logits, teacher_logits = map(standardize_logits, (student_logits, teacher_logits))
     log_s = jax.nn.log_softmax(student_logits / temperature)
     log_t = jax.nn.log_softmax(teacher_logits / temperature)
     gap = -log_s if cross_entropy else log_t - log_s
@@ -42,16 +46,24 @@ class KD(Term):
     Attributes:
         temperature: T; 4 on CIFAR-100 (Tian et al., 2020).
         cross_entropy: whether to keep the teacher's entropy in the value, as WSLD does.
+        standardize: whether both networks' logits are first standardised (Sun et al., 2024).
     """
 
     temperature: float = 4.0
     cross_entropy: bool = False
+    standardize: bool = False
 
     paper = "Hinton et al., 2015: Distilling the knowledge in a neural network"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        return kd_loss(student.logits, teacher.logits, self.temperature, self.cross_entropy)
+        return self.loss(student.logits, teacher)
+
+    def loss(self, logits: jax.Array, teacher: Outputs) -> jax.Array:
+        """`kd_loss` of a head's logits (B, C) with the settings of the term."""
+        settings = self.temperature, self.cross_entropy, self.standardize
+        return kd_loss(logits, teacher.logits, *settings)
 
 
 class KDHead(KD):
@@ -75,5 +87,4 @@ class KDHead(KD):
         return {"kd": self.source}
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        logits = student.extra_logits["kd"]
-        return kd_loss(logits, teacher.logits, self.temperature, self.cross_entropy)
+        return self.loss(student.extra_logits["kd"], teacher)

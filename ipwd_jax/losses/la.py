@@ -74,6 +74,7 @@ class KDLA(Term):
 
     paper = "Menon et al., 2021: Logit adjustment"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "KDLA":

@@ -55,6 +55,7 @@ class NST(Term):
 
     paper = "Huang and Wang, 2017: Like what you like"
     teacher_taps = ("features",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         pairs = zip(student.features[1:], teacher.features[1:], strict=False)

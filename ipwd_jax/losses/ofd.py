@@ -76,6 +76,7 @@ class OFD(Term):
 
     paper = "Heo et al., 2019: A comprehensive overhaul of feature distillation"
     teacher_taps = ("preact",)
+    mixed_images = True
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "OFD":

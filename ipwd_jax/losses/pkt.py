@@ -53,6 +53,7 @@ class PKT(Term):
 
     paper = "Passalis and Tefas, 2018: Probabilistic knowledge transfer"
     teacher_taps = ("embedding",)
+    mixed_images = True
     per_sample = False
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -134,6 +134,7 @@ class ReviewKD(Term):
 
     paper = "Chen et al., 2021: Knowledge review"
     teacher_taps = ("preact", "embedding")
+    mixed_images = True
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -85,6 +85,7 @@ class RKD(Term):
 
     paper = "Park et al., 2019: Relational knowledge distillation"
     teacher_taps = ("embedding",)
+    mixed_images = True
     per_sample = False
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

@@ -50,6 +50,7 @@ class SP(Term):
 
     paper = "Tung and Mori, 2019: Similarity-preserving distillation"
     teacher_taps = ("features",)
+    mixed_images = True
     per_sample = False
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

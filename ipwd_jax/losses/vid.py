@@ -78,6 +78,7 @@ class VID(Term):
 
     paper = "Ahn et al., 2019: Variational information distillation"
     teacher_taps = ("features",)
+    mixed_images = True
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

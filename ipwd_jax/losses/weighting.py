@@ -135,12 +135,14 @@ class Weighting:
         weighs: whether the weights can differ from 1. If False, nothing is multiplied or stored.
         teacher_taps: names of the fields of the teacher's `Outputs` that the weighting reads.
         memory: names of the values that `weights` records for every sample.
+        mixed_images: whether the weights are defined for images that MixUp or CutMix has mixed.
         choices: the allowed values of each hyper-parameter that has only a few.
     """
 
     weighs: ClassVar[bool] = True
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[tuple[str, ...]] = ()
+    mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def heads(self) -> Mapping[str, str]:
@@ -177,6 +179,7 @@ class Uniform(Weighting):
     """A weight of 1 for every sample, as if there were no weighting."""
 
     weighs = False
+    mixed_images = True
 
     def weights(
         self, student: Outputs, teacher: Outputs | None, batch: Batch
@@ -193,6 +196,8 @@ class Constant(Weighting):
     """
 
     constant: float = 1.0
+
+    mixed_images = True
 
     def weights(
         self, student: Outputs, teacher: Outputs | None, batch: Batch
@@ -229,6 +234,7 @@ class IPWD(Weighting):
     standardize: bool = True
 
     memory = ("h_kd", "h_cls")
+    mixed_images = True
     choices = {"kd_source": ("student", "head"), "ratio": ("A", "B")}  # noqa: RUF012
 
     def heads(self) -> Mapping[str, str]:
@@ -241,8 +247,9 @@ class IPWD(Weighting):
         self, student: Outputs, teacher: Outputs | None, batch: Batch
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         distilled = student.extra_logits["kd"] if self.kd_source == "head" else student.logits
-        h_kd, h_cls = ipwd_scores(
-            distilled, student.extra_logits["cls"], batch.label, self.standardize
+        label_only = student.extra_logits["cls"]
+        h_kd, h_cls = batch.over_labels(
+            lambda label: ipwd_scores(distilled, label_only, label, self.standardize)
         )
         return ipwd_weights(h_kd, h_cls, self.ratio), {"h_kd": h_kd, "h_cls": h_cls}
 

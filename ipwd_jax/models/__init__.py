@@ -55,6 +55,13 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
 
     Raises:
         UserError: there is no such network; the message suggests the most similar name.
+
+    Examples:
+        >>> network = ipwd_jax.create_model("resnet8", classes=10)
+        >>> images = np.zeros((2, 32, 32, 3), np.float32)
+        >>> outputs, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), images)
+        >>> outputs.logits.shape, outputs.embedding.shape
+        ((2, 10), (2, 64))
     """
     constructor = NETWORKS.get(name) or wrn.from_name(name) or mobilenetv2.from_name(name)
     if constructor is None:

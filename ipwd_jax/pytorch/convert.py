@@ -44,17 +44,7 @@ def import_file(
     workdir = workdir or pathlib.Path("runs") / path.stem
     if workdir.exists():
         raise UserError(f"{workdir} exists already; choose another --workdir or delete it")
-    tensors, metadata = unwrap(files.load(path), key)
-    fit = guess({name: x.shape for name, x in tensors.items()}, network)
-    template = template_of(fit)
-    tensors = renamed(tensors, torch_shapes(template))
-    if (claimed := sum(x.nbytes for x in tensors.values())) > path.stat().st_size:
-        raise UserError(
-            f"the tensors of {path} share memory: they would take {claimed:,} bytes apart, but the "
-            f"file has {path.stat().st_size:,}. In PyTorch, save a tensor.clone() of each."
-        )
-    variables = _float32(from_torch(tensors, template))
-    _check_finite(path, variables)
+    fit, variables, metadata = _read(path, network, key)
     result = {
         "name": path.stem,
         "network": fit.name,
@@ -72,6 +62,38 @@ def import_file(
     config.name, config.model.name = path.stem, fit.name
     _write(workdir, variables, json.loads(config.to_json_best_effort()), result)
     return result
+
+
+def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -> PyTree:
+    """Return the variables, float32, of a network that is in a run's folder or a PyTorch file.
+
+    Args:
+        path: work directory of a run, or a file as `import_file` takes it.
+        network: the network of a file; if empty, it is inferred.
+        which: epoch of a run, "last" or "best".
+
+    Raises:
+        UserError: there is neither a run nor a file, or it cannot be read.
+    """
+    if not path.is_dir():
+        return _read(path, network)[1]
+    return checkpoint.load_network(path, which, template_of(_fit_of_run(path, which)))[0]
+
+
+def _read(path: pathlib.Path, network: str, key: str = "") -> tuple[Fit, PyTree, dict[str, Any]]:
+    """Return the network that a file holds, its variables, and the metadata beside them."""
+    tensors, metadata = unwrap(files.load(path), key)
+    fit = guess({name: x.shape for name, x in tensors.items()}, network)
+    template = template_of(fit)
+    tensors = renamed(tensors, torch_shapes(template))
+    if (claimed := sum(x.nbytes for x in tensors.values())) > path.stat().st_size:
+        raise UserError(
+            f"the tensors of {path} share memory: they would take {claimed:,} bytes apart, but the "
+            f"file has {path.stat().st_size:,}. In PyTorch, save a tensor.clone() of each."
+        )
+    variables = _float32(from_torch(tensors, template))
+    _check_finite(path, variables)
+    return fit, variables, metadata
 
 
 def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict) -> None:

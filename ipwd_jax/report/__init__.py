@@ -37,6 +37,11 @@ def write_report(
     Raises:
         UserError: nothing can be reported, the baseline cannot be compared with, or the page cannot
             be written.
+
+    Examples:
+        >>> written = ipwd_jax.write_report(["runs/mine"])
+        >>> [file.name for file in written.files]
+        ['report.html', 'report.md']
     """
     # Matplotlib and SciPy's statistics take a second to import, and a training run needs neither.
     from ipwd_jax.report.write import write

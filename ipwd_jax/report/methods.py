@@ -104,6 +104,25 @@ def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
     return _named(found), problems
 
 
+def in_every_pair(groups: Sequence[Group]) -> list[Group]:
+    """The groups, those without a teacher repeated for each teacher of their student.
+
+    A student that learns from labels alone is thus compared with what each teacher adds. Where its
+    student has no teacher at all, a group stays as it is.
+    """
+    found = []
+    for one in groups:
+        pairs = dict.fromkeys(
+            other.pair
+            for other in groups
+            if other.pair.teacher
+            and (other.pair.data, other.pair.student) == (one.pair.data, one.pair.student)
+        )
+        places = [one.pair] if one.pair.teacher or not pairs else list(pairs)
+        found += [dataclasses.replace(one, pair=pair) for pair in places]
+    return found
+
+
 def reference(groups: Sequence[Group], baseline: Loaded | None) -> str | None:
     """The method that the others are compared with: the baseline's, or else plain distillation.
 

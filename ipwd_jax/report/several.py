@@ -7,15 +7,26 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.report import drawing
+from ipwd_jax.report import drawing, published
 from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
 from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
 from ipwd_jax.report.load import Loaded
-from ipwd_jax.report.methods import Difference, Group, Pair, changes, difference, group, reference
+from ipwd_jax.report.methods import (
+    Difference,
+    Group,
+    Pair,
+    changes,
+    difference,
+    group,
+    in_every_pair,
+    reference,
+)
 
 _EPOCHS = ("last", "best")
 _NOT_MEASURED = "-"
+# Ends of the keys of the sections whose tables are also written in LaTeX.
+_TABLES = ("-table", "-published", "-differences")
 
 
 def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str]) -> Report:
@@ -37,14 +48,16 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
         raise UserError(
             f"the baseline {baseline.folder} repeats another run; give the other as --baseline"
         )
-    notes = [*problems, *notes, *_of_different_data(groups), *_without_reference(groups, to)]
+    notes = [*problems, *notes, *_of_different_data(groups)]
     groups = sorted(groups, key=lambda one: one.method != to)
+    cells = in_every_pair(groups)
+    notes += _without_reference(cells, to)
     sections = []
     for number, data in enumerate(dict.fromkeys(one.pair.data for one in groups)):
-        those = [one for one in groups if one.pair.data == data]
+        those = [one for one in cells if one.pair.data == data]
         sections += _of_data(f"data{number}", data, those, to)
     sections.append(_all_runs(groups))
-    tables = [t for s in sections for t in s.tables if s.key.endswith(("-table", "-differences"))]
+    tables = [t for s in sections for t in s.tables if s.key.endswith(_TABLES)]
     methods = dict.fromkeys(one.method for one in groups)
     datasets = dict.fromkeys(one.pair.data for one in groups)
     count = sum(len(one.runs) for one in groups)
@@ -52,10 +65,10 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
         title=f"{len(methods)} {'methods' if len(methods) > 1 else 'method'} on "
         + ", ".join(datasets),
         subtitle=f"Test accuracy of {count} runs: {', '.join(methods)}.",
-        headlines=_headlines(groups),
+        headlines=_headlines(cells),
         problems=notes,
         sections=sections,
-        results=_records(groups, to),
+        results=_records(cells, to),
         tables=tables,
     )
 
@@ -107,6 +120,8 @@ def _of_data(key: str, data: str, groups: Sequence[Group], to: str | None) -> li
     ]
     results = [_results(data, groups, pairs, epoch) for epoch in _EPOCHS]
     sections = [Section(f"{key}-table", f"Accuracy on {data}", text, tables=results)]
+    if published_numbers := _published(key, data, groups, pairs):
+        sections.append(published_numbers)
     others = [one for one in groups if one.method != to]
     if to is not None and others:
         sections.append(_differences(key, data, groups, pairs, to))
@@ -134,6 +149,37 @@ def _results(data: str, groups: Sequence[Group], pairs: Sequence[Pair], epoch: s
         rows.append([method, *(_accuracy(cell, epoch) for cell in cells)])
     caption = f"Top-1 accuracy (%) on the test set of {data}, {epoch} epoch"
     return Table(caption, ["method", *map(str, pairs)], rows)
+
+
+def _published(
+    key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair]
+) -> Section | None:
+    """Published numbers beside our means; None if there are none for these methods and pairs."""
+    names = {run.run.result.get("data") for one in groups for run in one.runs.values()}
+    known = published.of_data(names.pop() or "") if len(names) == 1 else {}
+    rows, sources = [], {}
+    for method in dict.fromkeys(one.method for one in groups):
+        entry = known.get(method, {"top1": {}})
+        cells = []
+        for pair in pairs:
+            theirs, ours = entry["top1"].get(str(pair)), _cell(groups, method, pair)
+            if theirs is None or ours is None:
+                cells.append(_NOT_MEASURED)
+            else:
+                cells.append(f"{theirs:.2f} ({_signed(_mean(ours, 'last') - theirs)})")
+        if any(cell != _NOT_MEASURED for cell in cells):
+            rows.append([method, *cells])
+            sources[method] = entry["source"]
+    if not rows:
+        return None
+    listed = "; ".join(f"{method}: {source}" for method, source in sources.items())
+    text = [
+        "In brackets: our mean at the last epoch minus the published number. Published numbers are "
+        "of 240 epochs and of teachers of other runs, and those of the best epoch are too high for "
+        f"a comparison with a last epoch. Sources: {listed}."
+    ]
+    table = Table(f"Published top-1 accuracy (%) on {data}", ["method", *map(str, pairs)], rows)
+    return Section(f"{key}-published", f"Published numbers on {data}", text, tables=[table])
 
 
 def _teacher(groups: Sequence[Group], pair: Pair) -> str:

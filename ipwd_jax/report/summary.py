@@ -26,6 +26,11 @@ def summary(result: Mapping[str, Any]) -> str:
 
     Args:
         result: the content of `result.json`.
+
+    Examples:
+        >>> result = ipwd_jax.load_run("runs/mine").result
+        >>> "last epoch" in ipwd_jax.summary(result)
+        True
     """
     if "seeds" in result:
         return _over_seeds(result["seeds"])

@@ -54,10 +54,11 @@ def archive(request, tmp_path, monkeypatch):
     return name, path, expected, tmp_path / "local"
 
 
-def test_archive_is_fetched_once_and_read(archive):
+def test_archive_is_fetched_once_and_read(archive, capsys):
     name, path, expected, local = archive
     fails([f"{name} is not in", "--config.data.download", path.name], name, dir=str(local))
     dataset = load(name, dir=str(local), download=True)
+    assert f" ({path.stat().st_size / 1e6:,.0f} MB) to {local}" in capsys.readouterr().err
     assert same(dataset, expected) and dataset.class_names == ("apple", "pear")
     np.testing.assert_allclose(dataset.mean, cifar.STATISTICS[name][0])
     np.testing.assert_allclose(

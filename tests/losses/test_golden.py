@@ -1,6 +1,5 @@
 """Losses, weights and metrics against the public PyTorch implementations."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_json, recipe
+from golden_losses import TOLERANCES, Golden, Spec, assert_gradient
+from helpers import recipe
 from losses_helpers import batch
 
 from ipwd_jax import metrics
@@ -30,35 +30,10 @@ from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.sskd import SSKD, best_ranked, similarity
 from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import wsld_weights
-from ipwd_jax.models import Outputs
-from ipwd_jax.pytorch.names import from_torch, to_torch
+from ipwd_jax.pytorch.names import from_torch
 
-FILE = golden_json("losses.json")
-TAG, CASES = FILE["tag"], FILE["cases"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """How a term computes a case of the file.
-
-    Attributes:
-        term: the term.
-        student: field of the student's `Outputs` that the inputs of the case fill. Maps come after
-            a stem, which is a dummy here.
-        teacher: the same for the teacher.
-        names: prefixes of our parameters' names -> prefixes in the file.
-        epoch: number of finished epochs.
-        method: the method of the term that is applied; None for its call.
-        trained: prefix that the names of gradients lack in the file.
-    """
-
-    term: nn.Module
-    student: str = "features"
-    teacher: str = "features"
-    names: dict[str, str] = dataclasses.field(default_factory=dict)
-    epoch: int = 0
-    method: str | None = None
-    trained: str = ""
+GOLDEN = Golden("losses.json")
+TAG, CASES = GOLDEN.tag, GOLDEN.cases
 
 
 def hyper(case, name):
@@ -75,7 +50,12 @@ class HCL(nn.Module):
 SPECS = {
     "ce": Spec(CrossEntropy(), "logits", "logits"),
     "kd": Spec(KD(temperature=hyper("kd", "T")), "logits", "logits"),
-    "wsld": Spec(KD(temperature=hyper("wsld", "T"), cross_entropy=True), "logits", "logits"),
+    "wsld": Spec(
+        KD(temperature=hyper("wsld", "T"), cross_entropy=True),
+        "logits",
+        "logits",
+        weights=wsld_weights,
+    ),
     "dkd": Spec(
         DKD(alpha=hyper("dkd", "alpha"), beta=hyper("dkd", "beta"), temperature=hyper("dkd", "T")),
         "logits",
@@ -110,107 +90,14 @@ SPECS = {
 OWN_TESTS = {"metrics", "crd", "pskd", "sskd_ss", "sskd_tf"}
 
 
-def labels(rows=FILE["batch"]):
-    return jnp.asarray(recipe().labels(f"{TAG}/y", rows, FILE["classes"]))
+labels = functools.partial(GOLDEN.labels, "")
+draw, outputs = GOLDEN.draw, GOLDEN.outputs
 
 
-def draw(name, key, dtype):
-    x = CASES[name]["inputs"][key]
-    return recipe().draw(f"{TAG}/{name}/{key}", x["shape"], x["low"], x["high"]).astype(dtype)
-
-
-def outputs(field, arrays):
-    """Return `Outputs` whose `field` has NumPy arrays in the file's layout (channels first)."""
-    rows = len(arrays[0]) if arrays else FILE["batch"]  # some cases draw one side only
-    empty = Outputs(
-        logits=jnp.zeros((rows, FILE["classes"])), embedding=jnp.zeros((rows, 1)), features=(),
-        preact=(),
-    )  # fmt: skip
-    if not arrays:
-        return empty
-    if field == "maps_and_embedding":  # the last one is the pooled vector
-        *maps, embedding = arrays
-        embedding = embedding.reshape(len(embedding), -1)
-        return outputs("features", maps).replace(embedding=embedding)
-    if field not in ("features", "preact"):
-        return empty.replace(**{field: arrays[0]})
-    maps = tuple(jnp.moveaxis(x, 1, -1) for x in arrays)
-    stem = jnp.zeros((rows, 4, 4, 2), maps[0].dtype)
-    return empty.replace(features=(stem, *maps), preact=(stem, *maps))
-
-
-def variables_of(spec, name, student, teacher, rows, dtype):
-    """Return the term's variables with the file's numbers, and a map of our names to its names."""
-    template = jax.eval_shape(
-        functools.partial(spec.term.init, method=spec.method),
-        jax.random.key(0), student, teacher, batch(rows, epoch=spec.epoch, labels=labels(rows)),
-    )  # fmt: skip
-    template = {k: v for k, v in template.items() if k in ("params", "batch_stats")}
-
-    def theirs(ours):
-        for prefix, golden in spec.names.items():
-            if ours.startswith(prefix):
-                return golden + ours.removeprefix(prefix)
-        return ours
-
-    shapes = to_torch(jax.tree.map(lambda x: np.zeros(x.shape), template))
-    tensors = recipe().weights(f"{TAG}/{name}", CASES[name]["params"])
-    assert {theirs(ours) for ours in shapes} == set(tensors)
-    variables = from_torch({ours: tensors[theirs(ours)] for ours in shapes}, template)
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), variables), theirs
-
-
-def assert_gradient(actual, expected, rtol):
-    actual = np.asarray(actual)
-    np.testing.assert_allclose(np.linalg.norm(actual), expected["norm"], rtol=rtol)
-    np.testing.assert_allclose(
-        actual.ravel()[:4], expected["first"], rtol=rtol, atol=rtol * expected["norm"]
-    )
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize(("dtype", "rtol"), TOLERANCES)
 @pytest.mark.parametrize("name", SPECS)
 def test_value_and_gradient(name, dtype, rtol):
-    case, spec = CASES[name], SPECS[name]
-    with jax.enable_x64(dtype == "float64"):
-        drawn = {key: draw(name, key, dtype) for key in case["inputs"]}
-        rows = len(next(iter(drawn.values())))
-
-        def as_outputs(drawn, who, field):
-            return outputs(field, [x for key, x in sorted(drawn.items()) if key.startswith(who)])
-
-        student = as_outputs(drawn, "student", spec.student)
-        teacher = as_outputs(drawn, "teacher", spec.teacher)
-        variables, theirs = variables_of(spec, name, student, teacher, rows, dtype)
-
-        def loss(drawn, params):
-            values, _ = spec.term.apply(
-                {**variables, "params": params},
-                as_outputs(drawn, "student", spec.student),
-                as_outputs(drawn, "teacher", spec.teacher),
-                batch(rows, epoch=spec.epoch, labels=labels(rows)),
-                mutable=["batch_stats", "memory"],
-                method=spec.method,
-            )
-            if name == "wsld":
-                values *= wsld_weights(drawn["student_logits"], drawn["teacher_logits"], labels())
-            return values.mean()
-
-        params = variables.get("params", {})
-        value, (grads, param_grads) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(
-            drawn, params
-        )
-        assert value.dtype == dtype
-        np.testing.assert_allclose(value, case["loss"], rtol=rtol)
-        for key, expected in case["grads"].items():
-            assert_gradient(grads[key], expected, rtol)
-        norms = {theirs(k): np.linalg.norm(g) for k, g in to_torch({"params": param_grads}).items()}
-        largest = max(case["param_grad_norms"].values(), default=0.0)
-        for key, expected in case["param_grad_norms"].items():
-            # A bias before BatchNorm has a gradient of zero, up to rounding.
-            np.testing.assert_allclose(
-                norms[spec.trained + key], expected, rtol=rtol, atol=rtol * largest
-            )
+    GOLDEN.check(name, SPECS[name], dtype, rtol)
 
 
 def test_every_case_has_a_test():

@@ -20,6 +20,7 @@ from losses_helpers import (
     SMALL_TEACHER,
     STUDENT,
     TEACHER,
+    TRAIN_LABELS,
     batch,
     init,
     normal,
@@ -30,23 +31,29 @@ from losses_helpers import (
 
 from ipwd_jax import losses
 from ipwd_jax.losses.ab import AB
+from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.ctkd import CTKD
 from ipwd_jax.losses.dkd import DKD
 from ipwd_jax.losses.fsp import FSP
 from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.la import KDLA
+from ipwd_jax.losses.nkd import NKD
 from ipwd_jax.losses.ofd import OFD
 from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.reviewkd import ReviewKD
+from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.sskd import SSKD
+from ipwd_jax.losses.ttm import TTM, WTTM
 from ipwd_jax.models.base import Outputs
 
 # Terms that compare samples, and terms of maps that do not
 
-RELATIONAL = ("sp", "cc", "rkd", "pkt")
+RELATIONAL = ("sp", "cc", "rkd", "pkt", "dist", "uskd")
 PER_SAMPLE = ("at", "fitnet", "vid", "nst")
 of_three_classes = functools.partial(outputs, classes=3)
+batch_of_three = functools.partial(batch, labels=TRAIN_LABELS % 3)
 
 
 @functools.cache
@@ -54,7 +61,7 @@ def own_variables(name):
     """Return the variables that the term draws itself."""
     student, teacher = (of_three_classes(s, 2, np.zeros) for s in (SMALL_STUDENT, SMALL_TEACHER))
     term = losses.TERMS[name]()
-    return jax.jit(term.init)(jax.random.key(1), student, teacher, batch(2, (1, 1)))
+    return jax.jit(term.init)(jax.random.key(1), student, teacher, batch_of_three(2, (1, 1)))
 
 
 @functools.cache
@@ -101,9 +108,10 @@ def test_padding_changes_nothing(name, rubbish):
             for full, shapes, seed in ((student, SMALL_STUDENT, 3), (teacher, SMALL_TEACHER, 4))
         )
         call = value_and_gradients(name)
-        loss, (params, inputs) = call(student, teacher, batch(5, [1] * 5))
-        found, (found_params, found_inputs) = call(*padded, batch(8, [1] * 5 + [0] * 3))
+        loss, (params, inputs) = call(student, teacher, batch_of_three(5, [1] * 5))
+        found, (found_params, found_inputs) = call(*padded, batch_of_three(8, [1] * 5 + [0] * 3))
         assert found.shape == () and found.dtype == jnp.float64
+        assert np.isfinite(loss)
         np.testing.assert_allclose(found, loss, rtol=1e-9)
         if params:
             assert_close(found_params, params)
@@ -118,24 +126,26 @@ def test_two_devices_are_as_one(name):
     with jax.enable_x64(True):
         student = of_three_classes(SMALL_STUDENT, 6, normal(1))
         teacher = of_three_classes(SMALL_TEACHER, 6, normal(2))
-        rows = batch(6, [1] * 5 + [0])
+        rows = batch_of_three(6, [1] * 5 + [0])
         spread = losses.TERMS[name](axis_name="devices")
 
         def split(tree):
             return jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), tree)
 
         def mean(params, student):
-            def one(student, teacher, mask):
+            def one(student, teacher, mask, label):
                 given = {**own_variables(name), "params": params}
-                return value(spread, given, student, teacher, batch(3).replace(mask=mask))
+                rows = batch_of_three(3).replace(mask=mask, label=label)
+                return value(spread, given, student, teacher, rows)
 
             devices = jax.vmap(one, axis_name="devices")
-            return devices(*split((student, teacher, rows.mask))).mean()
+            return devices(*split((student, teacher, rows.mask, rows.label))).mean()
 
         params = own_variables(name).get("params", {})
         loss, grads = value_and_gradients(name)(student, teacher, rows)
         call = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
         found, found_grads = call(params, student)
+        assert np.isfinite(loss)
         np.testing.assert_allclose(found, loss, rtol=1e-9)
         assert_close(found_grads, grads)
 
@@ -168,7 +178,7 @@ def test_degenerate_inputs_are_finite(name, rows, dtype):
                 (SMALL_TEACHER, teacher_kind, 10),
             )
         )
-        loss, grads = value_and_gradients(name)(student, teacher, batch(rows, [1] * rows))
+        loss, grads = value_and_gradients(name)(student, teacher, batch_of_three(rows, [1] * rows))
         assert loss.shape == ((rows,) if name in PER_SAMPLE else ())
         assert loss.dtype == jnp.float32
         for x in jax.tree.leaves((loss, grads)):
@@ -188,6 +198,17 @@ TERMS = {
     "ft": (FT(), STUDENT, TEACHER),
     "ofd": (OFD(), STUDENT, TEACHER),
     "kd_la": (KDLA(class_prior=(0.5, 0.3, 0.1, 0.1, 0.0)), STUDENT, TEACHER),
+    "kd_ls": (KD(standardize=True), STUDENT, TEACHER),
+    "dkd_ls": (DKD(standardize=True), STUDENT, TEACHER),
+    "nkd": (NKD(), STUDENT, TEACHER),
+    "ttm": (TTM(), STUDENT, TEACHER),
+    "wttm": (WTTM(), STUDENT, TEACHER),
+    "rld": (RLD(), STUDENT, TEACHER),
+    "rld_ls": (RLD(standardize=True), STUDENT, TEACHER),
+    "ctkd": (CTKD(), STUDENT, TEACHER),
+    "ctkd_dkd": (CTKD(form="dkd"), STUDENT, TEACHER),
+    "ctkd_ls": (CTKD(standardize=True), STUDENT, TEACHER),
+    "abkd": (ABKD(), STUDENT, TEACHER),
 }
 
 

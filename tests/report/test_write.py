@@ -14,6 +14,7 @@ from helpers import settings
 
 from ipwd_jax import metrics, report, train
 from ipwd_jax.errors import UserError
+from ipwd_jax.report import published
 from ipwd_jax.report.__main__ import main
 
 _NAMES = ("<b>light</b> & $\\frac", "dark|_*")  # a page must show them as they are
@@ -156,6 +157,39 @@ def test_seeds_are_averaged_and_methods_compared(runs, capsys):
     assert shown in out.read_text() and shown in out.with_suffix(".md").read_text()
     assert shown.replace("±", r"$\pm$") in out.with_suffix(".tex").read_text()
     assert ">teacher</th>" in out.read_text()
+
+
+def test_a_student_without_a_teacher_is_in_the_column_of_each_teacher(runs, capsys):
+    """Its row is compared with distillation from that teacher, and its run is listed once."""
+    alone = shutil.copytree(runs / "kd_seed0", runs / "ce_seed0")
+    changed(alone, "config.json", config__name="squares_ce_tiny_net", config__teacher__name="")
+    changed(alone, "config.json", config__loss__kd=0.0, config__loss__ce=1.0)
+    changed(alone, "result.json", teacher=None, last__top1=61.0)
+    out = runs / "all.html"
+    main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd", "ce")), f"--out={out}"])
+    assert "no run of kd" not in capsys.readouterr().err
+    row = results(runs / "all.csv")["ce", "last"]
+    assert row["teacher"] == "tiny_net" and float(row["difference"]) == pytest.approx(61 - 65)
+    text = out.with_suffix(".md").read_text()
+    assert text.count(" alone |") == text.count("ce\\_seed0 |") == 1  # in the list of all runs
+
+
+def test_published_numbers_are_shown_beside_ours(runs):
+    pair = "resnet32x4 → resnet8x4"
+    for name in ("ipwd", "kd"):
+        changed(runs / f"{name}_seed0", "result.json", data="cifar100", network="resnet8x4")
+        changed(runs / f"{name}_seed0", "result.json", last__top1=70.0)
+        folder = runs / f"{name}_seed0"
+        changed(folder, "config.json", config__name=f"cifar100_{name}_resnet32x4_resnet8x4")
+        changed(folder, "config.json", config__teacher__name="resnet32x4")
+        changed(folder, "config.json", config__model__name="resnet8x4")
+    out = runs / "all.html"
+    main([str(runs / "ipwd_seed0"), str(runs / "kd_seed0"), f"--out={out}"])
+    text = out.with_suffix(".md").read_text().partition("## Published numbers")[2]
+    numbers, minus = published.of_data("cifar100"), "\N{MINUS SIGN}"
+    assert numbers["kd"]["top1"][pair] == 73.33 and numbers["ipwd"]["top1"][pair] == 76.03
+    assert f"| kd | 73.33 ({minus}3.33) |" in text and f"| ipwd | 76.03 ({minus}6.03) |" in text
+    assert "kd: RepDistiller's README, last epoch" in text
 
 
 def test_methods_that_share_a_name_are_told_apart(runs):

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import config_file, stopped_after
+from helpers import config_file, rows, settings, stopped_after
 
 from ipwd_jax import checkpoint, data, models, train, validate
 from ipwd_jax import config as config_lib
@@ -57,7 +57,7 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
     [
         *(
             pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
-            for m in ("crd", "wkd")
+            for m in ("crd", "dist", "ctkd_dkd", "wkd")
         ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
     ],
@@ -80,6 +80,17 @@ def test_trains_and_resumes_bitwise(config, digits, tmp_path, tmp_path_factory):
             np.load(tmp_path / folder / "predictions.npz")[name] for folder in ("whole", "pieces")
         )
         np.testing.assert_array_equal(whole, pieces)
+
+
+def test_a_learned_temperature_is_a_metric_of_every_epoch(squares, tmp_path):
+    changes = {"loss__kd": 0.0, "loss__ctkd": 0.9, "loss__cls": 0.0, "weighting__name": "uniform"}
+    train.run(settings(epochs=3, **changes), tmp_path / "run", squares)
+    found = [float(row["ctkd_temperature"]) for row in rows(tmp_path / "run")]
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"ctkd_temperature") == 3
+    # It starts at 15.6, and every epoch changes it.
+    assert len(set(found)) == 3 and all(1 < temperature < 21 for temperature in found)
+    np.testing.assert_allclose(found, 15.6, atol=0.5)
 
 
 # Full size
@@ -159,10 +170,17 @@ def test_dry_run_of_each_pair(pair, method, small_images, tmp_path, teachers):
     dry_run(config, small_images, tmp_path, teachers)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in BASELINES.MODERN_METHODS if m in BASELINES.LOSSES])
+def test_dry_run_on_networks_of_different_families(method, small_images, tmp_path, teachers):
+    config = BASELINES.get_config(f"{method},resnet32x4,ShuffleV2")
+    dry_run(config, small_images, tmp_path, teachers)
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd"])
+@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd", "dist", "uskd"])
 def test_a_weighting_of_a_relational_term_is_refused(term):
     config = method_config("ipwd")
     config.loss[term] = 1.0
@@ -194,7 +212,7 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     [
         (BASELINES, "crdd,vgg13,vgg8", "Did you mean 'crd'"),
         (BASELINES, "crd,vgg13", "takes METHOD,TEACHER,STUDENT"),
-        (SELF, "kd,DenseNet121", "unknown method 'kd'. Did you mean 'pskd'"),
+        (SELF, "psk,DenseNet121", "unknown method 'psk'. Did you mean 'pskd'"),
         (SELF, "pskd", "takes METHOD,NETWORK"),
     ],
 )

@@ -154,7 +154,7 @@ def truncate(file):
 
 
 def overwrite(file):
-    """Overwrite 64 bytes in three places: a file also holds index nodes that were replaced since."""
+    """Overwrite 64 bytes in three places, because a file can also hold replaced index nodes."""
     with file.open("r+b") as opened:
         for quarter in (1, 2, 3):
             opened.seek(quarter * file.stat().st_size // 4)
