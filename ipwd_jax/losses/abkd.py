@@ -66,6 +66,7 @@ class ABKD(Term):
 
     paper = "Wang et al., 2025: Alpha-beta-divergence in knowledge distillation"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         settings = self.alpha, self.beta, self.temperature

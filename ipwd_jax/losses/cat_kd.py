@@ -67,6 +67,7 @@ class CATKD(Term):
 
     paper = "Guo et al., 2023: Class attention transfer"
     teacher_taps = ("pre_pool", "classifier")
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         """The loss, (B,). Raises `ValueError` if a network lacks a tap that is read."""

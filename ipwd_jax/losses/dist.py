@@ -75,6 +75,7 @@ class DIST(Term):
 
     paper = "Huang et al., 2022: Knowledge distillation from a stronger teacher"
     teacher_taps = ("logits",)
+    mixed_images = True
     per_sample = False
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:

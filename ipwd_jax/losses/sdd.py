@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool, classifier_of, pre_pool_of
+from ipwd_jax.losses.base import (
+    Batch,
+    Term,
+    adaptive_avg_pool,
+    classifier_of,
+    pre_pool_of,
+    warmup_factor,
+)
 from ipwd_jax.losses.dkd import dkd_loss
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Outputs
@@ -118,8 +125,7 @@ class SDD(Term):
         labels = jnp.repeat(batch.label, regions)
         flat = self._base_loss(s.reshape(-1, classes), t.reshape(-1, classes), labels)
         loss = (region_weights(t, batch.label) * flat.reshape(rows, regions)).mean(axis=1)
-        ramp = jnp.minimum((batch.epoch + 1) / max(self.warmup, 1), 1)
-        return ramp.astype(loss.dtype) * loss
+        return warmup_factor(batch, self.warmup).astype(loss.dtype) * loss
 
     def _base_loss(self, s: jax.Array, t: jax.Array, labels: jax.Array) -> jax.Array:
         if self.base == "kd":

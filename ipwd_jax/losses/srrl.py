@@ -60,6 +60,7 @@ class SRRL(Term):
 
     paper = "Yang et al., 2021: Softmax regression representation learning"
     teacher_taps = ("logits", "embedding", "classifier")
+    mixed_images = True
     choices = {"connector": ("embedding", "map")}  # noqa: RUF012
 
     @nn.compact

@@ -48,6 +48,7 @@ class TTM(Term):
 
     paper = "Zheng and Yang, 2024: Transformed teacher matching"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return ttm_loss(student.logits, teacher.logits, self.gamma)
@@ -66,6 +67,7 @@ class WTTM(Term):
 
     paper = "Zheng and Yang, 2024: Weighted transformed teacher matching"
     teacher_taps = ("logits",)
+    mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         return ttm_loss(student.logits, teacher.logits, self.gamma, weighted=True)

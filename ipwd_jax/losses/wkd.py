@@ -202,6 +202,7 @@ class WKDFeatures(Term):
 
     paper = "Lv et al., 2024: Wasserstein distance rivals KL divergence"
     teacher_taps = ("features",)
+    mixed_images = True
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
