@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from ipwd_jax import models
 from ipwd_jax.config import default
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+from ipwd_jax.models.base import BatchNorm, Linear, conv, pool_and_classify, relu
 
 
 class Plain(nn.Module):
@@ -35,8 +35,7 @@ class Plain(nn.Module):
             x = conv(self.width * 2**i, stride=min(i + 1, 2), name=f"conv{i}")(x)
             x = BatchNorm(train, self.axis_name, name=f"bn{i}")(x, mask)
             features, preact, x = (*features, relu(x)), (*preact, x), relu(x)
-        embedding = x.mean((1, 2))
-        return Outputs(Linear(self.classes, name="fc")(embedding), embedding, features, preact)
+        return pool_and_classify(x, Linear(self.classes, name="fc"), features, preact)
 
 
 models.NETWORKS |= {"plain": Plain, "plain_x2": partial(Plain, width=32)}

@@ -15,7 +15,13 @@ from ipwd_jax.models.base import Outputs
 from ipwd_jax.typing import PyTree
 
 
-def make_predict(apply: Callable[[PyTree, jax.Array], Any]) -> Callable[..., jax.Array]:
+def _logits(outputs: Outputs) -> jax.Array:
+    return outputs.logits
+
+
+def make_predict(
+    apply: Callable[[PyTree, jax.Array], Any], read: Callable[[Outputs], jax.Array] = _logits
+) -> Callable[..., jax.Array]:
     """Compile `predict(variables, data, index, images) -> logits` for unaugmented images.
 
     `index` (devices, B) int32 selects images of `data`, unless `images` (devices, B, H, W,
@@ -25,6 +31,7 @@ def make_predict(apply: Callable[[PyTree, jax.Array], Any]) -> Callable[..., jax
         apply: `apply(variables, images) -> Outputs`, for example the `apply` of a network, whose
             result Flax declares as `Any`. Products are computed in float32 unless it sets another
             precision itself.
+        read: what is returned of the outputs; by default the logits.
     """
 
     def predict(
@@ -33,7 +40,7 @@ def make_predict(apply: Callable[[PyTree, jax.Array], Any]) -> Callable[..., jax
         images = data.images_at(index) if images is None else images
         with precision.of_products("float32"):
             outputs: Outputs = apply(variables, augment.normalize(images, data.mean, data.std))
-            return outputs.logits
+            return read(outputs)
 
     return parallel.compile_predict(predict)
 
@@ -46,6 +53,8 @@ def predict_all(
     batch_size: int,
 ) -> np.ndarray:
     """Return the logits (N, C) of all images of a split, for any N and any number of devices.
+
+    If `predict` returns something else, (devices, B, ...), this is returned as (N, ...).
 
     Args:
         predict: what `make_predict` returns.

@@ -192,9 +192,9 @@ def _init_term(
     key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
     """Return the variables of a term."""
-    seen = student, teacher
+    seen = [student, teacher]
     if term.rotations:
-        seen = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), seen)
+        seen = [x and x.map_rows(lambda rows: jnp.repeat(rows, 4, axis=0)) for x in seen]
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)

@@ -31,6 +31,13 @@ from ipwd_jax.typing import Answer, PyTree
 
 # Fields of a `Batch` that have one row per sample.
 _ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share")
+# Fields of the teacher's `Outputs` that are dropped if nothing reads them, and their empty values.
+_OPTIONAL_TAPS: Mapping[str, PyTree] = {
+    "features": (),
+    "preact": (),
+    "pre_pool": None,
+    "classifier": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +126,17 @@ def train_step(
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (index, mask, streamed))
         batch, images = load_batch(spec, state, data, *flat)
         answers = ask_teacher(spec, teacher_inputs, images, batch)
+        assert answers is not None
         rows = {name: getattr(batch, name) for name in _ROWS}
+        classifier, of_rows = answers.classifier, dataclasses.replace(answers, classifier=None)
         cut = jax.tree.map(
-            lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, answers)
+            lambda x: x.reshape(len(index), -1, *x.shape[1:]), (rows, images, of_rows)
         )
 
         def answered(state: TrainState, step: PyTree) -> tuple[TrainState, None]:
-            rows, images, answers = step
+            rows, images, of_rows = step
             this = dataclasses.replace(batch, **rows)
+            answers = dataclasses.replace(of_rows, classifier=classifier)
             return update(spec, state, this, images, answers), None
 
         return answered, cut
@@ -179,7 +189,7 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
     assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
     # Maps that nothing reads are dropped here, so that they are never computed.
-    unread: PyTree = dict.fromkeys({"features", "preact"} - spec.teacher_taps, ())
+    unread = {tap: no for tap, no in _OPTIONAL_TAPS.items() if tap not in spec.teacher_taps}
     return precision.at_least_float32(dataclasses.replace(answers, **unread))
 
 
@@ -286,9 +296,9 @@ def loss_and_updates(
         `batch_stats`, the new `memory`, and the averages of this step by name.
     """
     outputs, extra, stats = forward(spec, params, state.batch_stats, batch, images)
-    student = _upright(outputs) if spec.rotated else outputs
+    student = outputs.map_rows(_upright) if spec.rotated else outputs
     student = dataclasses.replace(student, extra_logits=extra)
-    teacher = _upright(answers) if spec.rotated else answers
+    teacher = answers.map_rows(_upright) if spec.rotated and answers else answers
     weights, of_weighting = None, state.memory["weighting"]
     if spec.weighting:
         weights, of_weighting = weighting.weigh(
@@ -351,6 +361,6 @@ def update(
     )
 
 
-def _upright(tree: PyTree) -> PyTree:
-    """Return the first of each four rotations in every leaf: (4 B, ...) -> (B, ...)."""
-    return jax.tree.map(lambda x: x[::4], tree)
+def _upright(rows: jax.Array) -> jax.Array:
+    """Return the first of each four rotations: (4 B, ...) -> (B, ...)."""
+    return rows[::4]

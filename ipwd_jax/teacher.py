@@ -12,11 +12,11 @@ import numpy as np
 import scipy.special
 from ml_collections import ConfigDict
 
-from ipwd_jax import evaluate, models, parallel, precision
+from ipwd_jax import class_distances, evaluate, models, parallel, precision
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.checkpoint import checksum, load_network
 from ipwd_jax.config import teacher_config
-from ipwd_jax.data.base import Dataset, Split
+from ipwd_jax.data.base import Dataset, Split, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
@@ -36,6 +36,7 @@ class Teacher:
         workdir: work directory of the teacher's run.
         network: the Flax module.
         variables: its parameters and running statistics, on all devices.
+        dataset: the data set of the run.
         ask: `ask(inputs, images, mask=None) -> Outputs`, which runs the network within a compiled
             program; `mask` excludes padding rows if the answer depends on the batch (`train_mode`).
         answer: `answer(inputs, images, batch) -> Outputs`, which the step calls; it calls `ask`, or
@@ -54,6 +55,7 @@ class Teacher:
     workdir: pathlib.Path
     network: nn.Module
     variables: PyTree
+    dataset: Dataset
     ask: Callable[..., Outputs]
     answer: Answer
     inputs: PyTree
@@ -89,6 +91,34 @@ class Teacher:
 
         paths = self.network.preact_norms()
         return tuple((leaf(path, "scale"), leaf(path, "bias")) for path in paths)
+
+    def class_distances(self, kind: str) -> np.ndarray:
+        """Return distances between the classes, (C, C) float32; see `ipwd_jax.class_distances`.
+
+        Args:
+            kind: "classifier", of the weights of the network's classifier; or "cka", of its last
+                maps. The latter are computed once, and kept beside the teacher's checkpoint.
+
+        Raises:
+            UserError: the network does not return its classifier, or the maps cannot be compared.
+        """
+        if kind == "classifier":
+            image = jnp.zeros((1, *self.dataset.train.images.shape[1:]))
+            outputs = cast(Outputs, jax.jit(self.network.apply)(self.variables, image))
+            if outputs.classifier is None:
+                raise UserError(
+                    f"{type(self.network).__name__} does not return the weights of its classifier; "
+                    "take distances between the classes from another source"
+                )
+            return class_distances.of_classifier(np.asarray(outputs.classifier[0]))
+
+        def of_maps() -> np.ndarray:
+            return class_distances.of_maps(self.network.apply, self.variables, self.dataset, 500)
+
+        if not (self.workdir / "result.json").exists():  # it is no run, so there is no folder
+            return of_maps()
+        name = f"class_cka_{self.checksum}_{fingerprint(self.dataset)}.npy"
+        return class_distances.kept(self.workdir / name, of_maps)
 
 
 def check_named(config: ConfigDict, may_train: bool) -> None:
@@ -169,10 +199,10 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
     if (config.teacher.fold or config.precision != "float32") and not config.teacher.train_mode:
         keep = _evenly(dataset.test, _MOST_COMPARED)
         rounded = evaluate.make_predict(as_in_the_step)
-        found = logits(_take(dataset.test, keep), rounded, teacher.inputs)
+        found = logits(dataset.test.take(keep), rounded, teacher.inputs)
         rounding = compare(found, of_test[keep])
     if train.streamed:
-        train = _take(train, _evenly(train, _MOST_STREAMED))
+        train = train.take(_evenly(train, _MOST_STREAMED))
     return dataclasses.replace(
         teacher, train_logits=logits(train), test_logits=of_test, rounding=rounding
     )
@@ -201,7 +231,9 @@ def from_variables(
 
     unknown = np.empty((0, len(dataset.class_names)), np.float32)
     crc = checksum(variables)
-    return Teacher(workdir, network, variables, ask, answer, inputs, crc, unknown, unknown, {})
+    return Teacher(
+        workdir, network, variables, dataset, ask, answer, inputs, crc, unknown, unknown, {}
+    )
 
 
 def _network(config: ConfigDict, dataset: Dataset) -> nn.Module:
@@ -242,10 +274,3 @@ def _make_ask(
 def _evenly(split: Split, most: int) -> np.ndarray:
     """Return the positions (M,) int32 of at most `most` images, evenly spaced over the split."""
     return np.linspace(0, len(split.labels) - 1, min(most, len(split.labels))).astype(np.int32)
-
-
-def _take(split: Split, keep: np.ndarray) -> Split:
-    """Return the images at the positions `keep` (M,), with their labels."""
-    images = split.images
-    taken = images[keep] if isinstance(images, np.ndarray) else images.take(keep)
-    return Split(taken, split.labels[keep])

@@ -94,6 +94,12 @@ _RANGES = {
     "terms.*.margin": _POSITIVE,
     "terms.*.variance": _POSITIVE,
     "terms.*.rate": _POSITIVE,
+    "terms.*.resolution": _AT_LEAST_1,
+    "terms.*.scales": _AT_LEAST_1,
+    "terms.*.grid": _AT_LEAST_1,
+    "terms.*.iterations": _AT_LEAST_1,
+    "terms.*.regularization": _POSITIVE,
+    "terms.*.decay_from": _NOT_NEGATIVE,
 }
 _CHOICES = {
     "precision": PRECISIONS,

@@ -9,6 +9,7 @@ embedding. The answers are those that it would give in the step, up to rounding:
 another shape, a compiled program can add up numbers in another order.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -52,12 +53,14 @@ class ViewCache:
             about share the last row, which is NaN and so ends a run that reads it. None if there
             are rows for all views, in the order of the images and their views.
         views: V, the number of views of an image.
+        classifier: the teacher's `Outputs.classifier`, or None if nothing reads it.
     """
 
     logits: jax.Array
     embedding: jax.Array | None
     row: jax.Array | None
     views: int = flax.struct.field(pytree_node=False)
+    classifier: tuple[jax.Array, jax.Array] | None = None
 
 
 def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
@@ -68,7 +71,8 @@ def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
         rows = cache.row[batch.index, batch.view]
     embedding = None if cache.embedding is None else cache.embedding[rows]
     # If there is no embedding, no term reads it.
-    return Outputs(cache.logits[rows], embedding, (), ())  # type: ignore[arg-type]
+    logits = cache.logits[rows]
+    return Outputs(logits, embedding, (), (), classifier=cache.classifier)  # type: ignore[arg-type]
 
 
 def reason_against(experiment: Experiment) -> str:
@@ -76,7 +80,7 @@ def reason_against(experiment: Experiment) -> str:
     taps = experiment.teacher_taps
     if not taps:
         return "no term reads the teacher"
-    if maps := taps & {"features", "preact"}:
+    if maps := taps & {"features", "preact", "pre_pool"}:
         return f"a term reads the teacher's maps ({', '.join(sorted(maps))})"
     if experiment.rotated:
         return "a term rotates the images"
@@ -144,7 +148,8 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
                 _remove_old_tables(folder)
                 asker = _asker(ask, teacher.inputs, data, batch)
                 table = files.build(columns, (index, view), asker, batch)
-    return parallel.replicate(_view_cache(table, used, len(experiment.dataset.class_names)))
+    cache = _view_cache(table, used, len(experiment.dataset.class_names))
+    return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
 
 
 def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Files", np.ndarray]:
@@ -213,6 +218,17 @@ def _view_cache(table: np.ndarray, used: np.ndarray, classes: int) -> ViewCache:
     embedding = np.asarray(table[:, classes:]) if table.shape[1] > classes else None
     # The NumPy arrays become JAX arrays when they are put on the devices.
     return ViewCache(np.asarray(table[:, :classes]), embedding, row, used.shape[1])  # type: ignore[arg-type]
+
+
+def _classifier(experiment: Experiment) -> tuple[jax.Array, jax.Array] | None:
+    """Return the teacher's classifier as the step sees it, or None if no term reads it."""
+    teacher = experiment.teacher
+    assert teacher is not None
+    if "classifier" not in experiment.teacher_taps:
+        return None
+    image = jnp.zeros((1, *experiment.dataset.train.images.shape[1:]))
+    ask = jax.jit(lambda inputs: teacher.ask(inputs, image).classifier)
+    return precision.at_least_float32(ask(teacher.inputs))
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:

@@ -28,7 +28,7 @@ from ipwd_jax import config as config_lib
 from ipwd_jax import data, models
 from ipwd_jax.errors import Interrupted
 from ipwd_jax.loop import Loop
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, pool_and_classify, relu
 
 ROOT = Path(__file__).parents[1]
 _OWN = Path(__file__).parent / "golden"
@@ -83,9 +83,8 @@ class Tiny(nn.Module):
             x = BatchNorm(train=train, axis_name=self.axis_name, name=f"bn{i}")(x, mask)
             preact.append(x)
             features.append(x := relu(x))
-        embedding = x.mean(axis=(1, 2))
-        logits = Linear(self.classes, name="fc")(embedding)
-        return Outputs(logits, embedding, tuple(features), tuple(preact))
+        classifier = Linear(self.classes, name="fc")
+        return pool_and_classify(x, classifier, tuple(features), tuple(preact))
 
 
 models.NETWORKS["tiny_net"] = Tiny

@@ -56,6 +56,50 @@ def test_other_methods_have_the_recipe_of_their_table():
     assert config.data.mean == () and tuple(config.optimizer.milestones) == (150, 180, 210)
 
 
+@pytest.mark.parametrize(
+    ("method", "pair", "weights", "settings"),
+    [
+        ("srrl", "resnet56,resnet20", {"kd": 1, "srrl": 1}, {"kd.temperature": 4}),
+        ("cat_kd", "vgg13,vgg8", {"cat_kd": 4.5}, {"cat_kd.resolution": 2}),
+        (
+            "cat_kd",
+            "resnet32x4,ShuffleV2",
+            {"cat_kd": 600},
+            {"cat_kd.resolution": 4, "cat_kd.normalize": True},
+        ),
+        (
+            "sdd_kd",
+            "resnet32x4,resnet8x4",
+            {"ce": 0.1, "sdd": 0.9},
+            {"sdd.base": "kd", "sdd.scales": (1, 2), "sdd.warmup": 0},
+        ),
+        (
+            "sdd",
+            "vgg13,MobileNetV2",
+            {"sdd": 1},
+            {"sdd.base": "dkd", "sdd.beta": 6, "sdd.scales": (1, 2, 4), "sdd.warmup": 20},
+        ),
+        ("sdd_nkd", "ResNet50,vgg8", {"sdd": 1}, {"sdd.base": "nkd", "sdd.scales": (1, 2)}),
+        (
+            "wkd",
+            "wrn_40_2,ShuffleV1",
+            {"wkd_l": 1, "wkd_f": 0.5},
+            {"wkd_l.temperature": 4, "wkd_l.gamma": 60, "wkd_f.mean_ratio": 3, "wkd_f.grid": 4},
+        ),
+        ("wkd_l", "vgg13,vgg8", {"wkd_l": 1}, {"wkd_l.temperature": 8, "wkd_l.gamma": 600}),
+        ("wkd_f", "wrn_40_2,ShuffleV1", {"wkd_f": 0.3}, {"wkd_f.grid": 4}),
+        ("wkd_f_ipwd", "wrn_40_2,ShuffleV1", {"wkd_f": 0.3, "cls": 1}, {"wkd_f.mean_ratio": 3}),
+    ],
+)
+def test_methods_of_maps_have_the_settings_of_their_authors(method, pair, weights, settings):
+    config = BASELINES.get_config(f"{method},{pair}")
+    validate.validate(config)
+    found = {name: weight for name, weight in config.loss.items() if weight}
+    assert found == {"ce": 1, **weights}
+    flat = config_lib.flat(config)
+    assert {name: flat[f"terms.{name}"] for name in settings} == settings
+
+
 @pytest.mark.slow
 def test_a_run_with_the_recipe_of_reviewkd_is_trained(tmp_path):
     """ReviewKD's loss is 0 in the first epoch; the run trains a teacher with ReviewKD's recipe."""

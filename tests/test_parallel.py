@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 DEVICES = {
     ("ipwd", "float64", "tiny_net"): (1, 8),
     ("relational", "float64", "tiny_net"): (1, 8),
+    ("maps", "float64", "tiny_net"): (1, 8),
     ("ipwd", "float32", "resnet8"): (1, 2, 4, 8),
     ("ipwd", "float64", "resnet8"): (1, 8),
     ("relational", "float64", "resnet8"): (1, 8),

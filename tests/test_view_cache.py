@@ -117,6 +117,7 @@ def test_an_interrupted_table_is_finished(tmp_path):
     ("changes", "reason"),
     [
         ({"loss__at": 1.0}, r"reads the teacher's maps \(features\)"),
+        ({"loss__cat_kd": 1.0}, r"reads the teacher's maps \(pre_pool\)"),
         ({"loss__sskd": 1.0}, "rotates the images"),
         ({"teacher__train_mode": True}, "depends on the batch"),
     ],
@@ -133,8 +134,9 @@ def test_no_space(squares, folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedding_is_kept_when_a_term_reads_it(squares, folder):
-    changes = {"loss__kd": 0.0, "loss__rkd": 1.0, "weighting__name": "uniform"}
-    expected = run("rkd", squares, folder, teacher__view_cache="off", **changes)
-    actual = run("rkd_cached", squares, folder, teacher__view_cache="all", **changes)
+@pytest.mark.parametrize("term", ["rkd", "srrl"])
+def test_the_embedding_and_the_classifier_are_kept_when_a_term_reads_them(term, squares, folder):
+    changes = {"loss__kd": 0.0, f"loss__{term}": 1.0, "weighting__name": "uniform"}
+    expected = run(term, squares, folder, teacher__view_cache="off", **changes)
+    actual = run(f"{term}_cached", squares, folder, teacher__view_cache="all", **changes)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)

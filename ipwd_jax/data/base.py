@@ -62,6 +62,12 @@ class Split:
         assert isinstance(self.images, np.ndarray)
         return self.images
 
+    def take(self, keep: np.ndarray) -> "Split":
+        """Return the images at the positions `keep` (M,) int32, in that order, and their labels."""
+        images = self.images
+        taken = images[keep] if isinstance(images, np.ndarray) else images.take(keep)
+        return Split(taken, self.labels[keep])
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

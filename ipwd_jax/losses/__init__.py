@@ -18,6 +18,7 @@ from ipwd_jax.losses.ab import AB
 from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.at import AT
 from ipwd_jax.losses.base import RUN_FIELDS, Term
+from ipwd_jax.losses.cat_kd import CATKD
 from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import ClsHead, CrossEntropy
 from ipwd_jax.losses.crd import CRD
@@ -37,11 +38,14 @@ from ipwd_jax.losses.pskd import PSKD
 from ipwd_jax.losses.reviewkd import ReviewKD
 from ipwd_jax.losses.rkd import RKD
 from ipwd_jax.losses.rld import RLD
+from ipwd_jax.losses.sdd import SDD
 from ipwd_jax.losses.sp import SP
+from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.sskd import SSKD
 from ipwd_jax.losses.ttm import TTM, WTTM
 from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import WEIGHTINGS, Weighting
+from ipwd_jax.losses.wkd import WKDFeatures, WKDLogits
 from ipwd_jax.typing import PyTree
 
 __all__ = ["TERMS", "WEIGHTINGS", "Term", "Weighting", "create", "hyper_parameters", "init"]
@@ -77,6 +81,11 @@ TERMS: dict[str, type[Term]] = {
     "wttm": WTTM,
     "rld": RLD,
     "abkd": ABKD,
+    "srrl": SRRL,
+    "cat_kd": CATKD,
+    "sdd": SDD,
+    "wkd_l": WKDLogits,
+    "wkd_f": WKDFeatures,
 }
 
 

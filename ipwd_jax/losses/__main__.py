@@ -63,7 +63,8 @@ def variable_shapes(
             student, extra_logits=dict.fromkeys(term.heads, student.logits)
         )
         if term.rotations:
-            student, teacher = jax.tree.map(lambda x: jnp.repeat(x, 4, axis=0), (student, teacher))
+            student = student.map_rows(_four_times)
+            teacher = teacher and teacher.map_rows(_four_times)
         variables = term.init(key, student, teacher, batch)
         params = {**variables.get("params", {}), **of_heads.get("params", {})}
         return {**variables, "params": params}
@@ -94,7 +95,7 @@ def describe(name: str, student: Outputs, teacher: Outputs) -> str:
     settings = losses.hyper_parameters(name).items()
     if settings:
         lines.insert(0, " ".join(f"{key}={value!r}" for key, value in settings))
-    row = f"{name:10}{reads:19}{kind:11}{sizes[0]:>12}{sizes[1]:>12}  {term.paper}"
+    row = f"{name:10}{reads:29}{kind:11}{sizes[0]:>12}{sizes[1]:>12}  {term.paper}"
     return "\n".join([row, *(f"{'':10}{line}" for line in lines)])
 
 
@@ -105,14 +106,18 @@ def main(names: Sequence[str]) -> None:
     teacher, student = names or ("resnet32x4", "resnet8x4")
     outputs = [network_outputs(name) for name in (student, teacher)]
     print(f"Teacher {teacher}, student {student}, {CLASSES} classes, images of {SIZE}x{SIZE}")
-    print(f"{'term':10}{'reads from teacher':19}{'kind':11}{'parameters':>12}{'memory':>12}  paper")
+    print(f"{'term':10}{'reads from teacher':29}{'kind':11}{'parameters':>12}{'memory':>12}  paper")
     for name in losses.TERMS:
         print(describe(name, *outputs), flush=True)
     print(f"\nMemory: how many numbers the term stores for {TRAIN_SIZE:,} training images.")
-    print(f"\n{'weighting':10}{'reads from teacher':19}settings in config.weighting")
+    print(f"\n{'weighting':10}{'reads from teacher':29}settings in config.weighting")
     for name, kind in losses.WEIGHTINGS.items():
         fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
-        print(f"{name:10}{' '.join(kind.teacher_taps) or '-':19}{fields}".rstrip())
+        print(f"{name:10}{' '.join(kind.teacher_taps) or '-':29}{fields}".rstrip())
+
+
+def _four_times(rows: jax.Array) -> jax.Array:
+    return jnp.repeat(rows, 4, axis=0)
 
 
 def _blank_batch(rows: int, train_size: int) -> Batch:

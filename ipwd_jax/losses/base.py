@@ -33,6 +33,7 @@ RUN_FIELDS = {
     "train_size": "number of training samples",
     "epochs": "number of epochs in the stage",
     "class_prior": "(C,) the teacher's mean probabilities over the training set",
+    "class_distances": "(C, C) distances between the classes, as the teacher sees them",
     "preact_norms": "gammas and betas of the BatchNorm that feeds each of the teacher's `preact`",
 }
 
@@ -222,6 +223,48 @@ def gather_rows(axis_name: str | None, *arrays: jax.Array) -> jax.Array | tuple[
     if axis_name is not None:
         arrays = lax.all_gather(arrays, axis_name, tiled=True)
     return arrays if len(arrays) > 1 else arrays[0]
+
+
+def pre_pool_of(outputs: Outputs) -> jax.Array:
+    """The map (B, H, W, D) before the pooling, in float32 or better.
+
+    Raises:
+        ValueError: the network does not return it.
+    """
+    if outputs.pre_pool is None:
+        raise ValueError(_missing("pre_pool"))
+    return outputs.pre_pool.astype(jnp.promote_types(outputs.pre_pool.dtype, jnp.float32))
+
+
+def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    """Kernel (D, C) and bias (C,) of the network's classifier, in float32 or better.
+
+    Raises:
+        ValueError: the network does not return them.
+    """
+    if outputs.classifier is None:
+        raise ValueError(_missing("classifier"))
+    kernel, bias = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in outputs.classifier)
+    return kernel, bias
+
+
+def _missing(field: str) -> str:
+    return (
+        f"a loss term reads `{field}`, which the `Outputs` of a network lack; let the network "
+        "return `ipwd_jax.models.base.pool_and_classify(...)`, or choose another network"
+    )
+
+
+def late_decay(epoch: jax.Array, decay_from: int, epochs: int) -> jax.Array:
+    """A factor that falls from 1 to 0 as half a cosine, from epoch `decay_from` to the last.
+
+    Args:
+        epoch: number of epochs finished; the factor is that of the next epoch.
+        decay_from: last epoch, counted from 1, in which the factor is still 1.
+        epochs: number of epochs in the stage. The factor is 0 in the last one.
+    """
+    share = (epoch + 1 - decay_from) / max(epochs - decay_from, 1)
+    return (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
 
 
 def sum_losses(losses: Iterable[jax.Array]) -> jax.Array:

@@ -6,8 +6,9 @@ and Flax differ (padding of strided convolutions, the stored variance, initialis
 follows PyTorch.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -31,6 +32,10 @@ class Outputs:
         preact: the same maps before their last activation. As in the reference, the first map
             (the stem) is the same array in `features` and `preact`.
         extra_logits: logits (B, classes) of each extra head, by name.
+        pre_pool: (B, H, W, D), the map whose spatial mean is the embedding; None if the network
+            does not return it. It need not be the last of `features`.
+        classifier: kernel (D, classes) and bias (classes,) of the linear layer that computes the
+            logits from the embedding; None if the network does not return them.
     """
 
     logits: jax.Array
@@ -38,6 +43,13 @@ class Outputs:
     features: tuple[jax.Array, ...]
     preact: tuple[jax.Array, ...]
     extra_logits: dict[str, jax.Array] = struct.field(default_factory=dict)
+    pre_pool: jax.Array | None = None
+    classifier: tuple[jax.Array, jax.Array] | None = None
+
+    def map_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Outputs":
+        """Apply `function` to every array that has one row per image, so not to `classifier`."""
+        mapped = jax.tree.map(function, dataclasses.replace(self, classifier=None))
+        return dataclasses.replace(mapped, classifier=self.classifier)
 
 
 # N(0, 2 / (H W out)), not truncated, for a kernel (H, W, in, out); in a grouped convolution, `out`
@@ -181,6 +193,27 @@ class Linear(nn.Module):
         bias = self.param("bias", bias_init, (self.features,), jnp.float32)
         dtype = jnp.promote_types(x.dtype, bias.dtype)
         return jnp.dot(x, kernel, preferred_element_type=dtype) + bias[None]
+
+
+def pool_and_classify(
+    pre_pool: jax.Array,
+    classifier: Linear,
+    features: tuple[jax.Array, ...],
+    preact: tuple[jax.Array, ...],
+) -> Outputs:
+    """The outputs of a network that ends with a global average pooling and a linear classifier.
+
+    Args:
+        pre_pool: (B, H, W, D), the map that is pooled.
+        classifier: the linear layer, which the network must have named.
+        features: see `Outputs`.
+        preact: see `Outputs`.
+    """
+    embedding = pre_pool.mean((1, 2))
+    logits = classifier(embedding)
+    params = classifier.variables["params"]
+    weights = params["kernel"], params["bias"]
+    return Outputs(logits, embedding, features, preact, pre_pool=pre_pool, classifier=weights)
 
 
 class Conv(nn.Module):

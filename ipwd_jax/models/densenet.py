@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, relu
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, pool_and_classify, relu
 
 
 class DenseLayer(nn.Module):
@@ -74,9 +74,8 @@ class DenseNet(nn.Module):
             features += (x,)
         pre = norm(name="bn")(x, mask)
         preact += (pre,)
-        embedding = relu(pre).mean((1, 2))
         linear = Linear(self.classes, name="linear")
-        return Outputs(linear(embedding), embedding, features, preact)
+        return pool_and_classify(relu(pre), linear, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"DenseNet121": DenseNet}

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, pool_and_classify, relu
 
 # Width and stride of each unit.
 _UNITS = (
@@ -65,9 +65,8 @@ class MobileNetV1(nn.Module):
             if unit in _TAPPED:
                 features += (x,)
                 preact += (pre,)
-        embedding = x.mean((1, 2))
         fc = Linear(self.classes, name="fc")
-        return Outputs(fc(embedding), embedding, features, preact)
+        return pool_and_classify(x, fc, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"MobileNetV1": MobileNetV1}

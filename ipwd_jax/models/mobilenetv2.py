@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
 
 # Expansion, channels at width 1, number of blocks, stride of the first block.
 _STAGES = (
@@ -92,12 +92,11 @@ class MobileNetV2(nn.Module):
                 features += (x,)
         x = conv(int(1280 * max(self.width, 1.0)), kernel=1, name="conv2.0")(x)
         x = relu(norm(name="conv2.1")(x, mask))
-        embedding = x.mean((1, 2))
         small = nn.initializers.normal(0.01)
         classifier = Linear(
             self.classes, kernel_init=small, bias_init=nn.initializers.zeros, name="classifier.0"
         )
-        return Outputs(classifier(embedding), embedding, features, features)
+        return pool_and_classify(x, classifier, features, features)
 
 
 def from_name(name: str) -> Callable[..., nn.Module] | None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, relu
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, pool_and_classify, relu
 
 
 class PreactBlock(nn.Module):
@@ -81,9 +81,8 @@ class PreactResNet(nn.Module):
                     preact += (pre,)
             features += (x,)
         preact += (x,)
-        embedding = x.mean((1, 2))
         linear = Linear(self.classes, name="linear")
-        return Outputs(linear(embedding), embedding, features, preact)
+        return pool_and_classify(x, linear, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"PreActResNet18": PreactResNet}

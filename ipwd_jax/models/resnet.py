@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
 
 
 class BasicBlock(nn.Module):
@@ -70,9 +70,8 @@ class ResNet(nn.Module):
                 x = relu(pre)
             features += (x,)
             preact += (pre,)
-        embedding = x.mean((1, 2))
         fc = Linear(self.classes, name="fc")
-        return Outputs(fc(embedding), embedding, features, preact)
+        return pool_and_classify(x, fc, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
         """Paths of the residual branches' last BatchNorm, one per `preact` after the stem."""

@@ -20,6 +20,7 @@ from ipwd_jax.models.base import (
     Outputs,
     he_normal_fan_out,
     max_pool,
+    pool_and_classify,
     relu,
     torch_uniform_kernel,
 )
@@ -116,9 +117,8 @@ class LargeResNet(nn.Module):
                 x = relu(pre)
             features += (x,)
             preact += (pre,)
-        embedding = x.mean((1, 2))
         classifier = Linear(self.classes, name=self.head_modules[0])
-        return Outputs(classifier(embedding), embedding, features, preact)
+        return pool_and_classify(x, classifier, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
         """Paths of the residual branches' last BatchNorm, one per `preact` after the stem."""

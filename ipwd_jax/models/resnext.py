@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
 
 
 class GroupedBottleneck(nn.Module):
@@ -83,14 +83,13 @@ class ResNeXt(nn.Module):
                 x = relu(pre)
             features += (x,)
             preact += (pre,)
-        embedding = x.mean((1, 2))
         classifier = Linear(
             self.classes,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
             bias_init=nn.initializers.zeros,
             name="classifier",
         )
-        return Outputs(classifier(embedding), embedding, features, preact)
+        return pool_and_classify(x, classifier, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"ResNeXt29_8x64d": ResNeXt}

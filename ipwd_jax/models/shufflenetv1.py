@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, avg_pool, channel_shuffle, relu
+from ipwd_jax.models.base import (
+    BatchNorm,
+    Conv,
+    Linear,
+    Outputs,
+    avg_pool,
+    channel_shuffle,
+    pool_and_classify,
+    relu,
+)
 
 
 class Unit(nn.Module):
@@ -76,9 +85,8 @@ class ShuffleNetV1(nn.Module):
                 x = relu(pre)
             features += (x,)
             preact += (pre,)
-        embedding = x.mean((1, 2))
         linear = Linear(self.classes, name="linear")
-        return Outputs(linear(embedding), embedding, features, preact)
+        return pool_and_classify(x, linear, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"ShuffleV1": ShuffleNetV1}

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, channel_shuffle, relu
+from ipwd_jax.models.base import (
+    BatchNorm,
+    Conv,
+    Linear,
+    Outputs,
+    channel_shuffle,
+    pool_and_classify,
+    relu,
+)
 
 
 class DownUnit(nn.Module):
@@ -100,9 +108,8 @@ class ShuffleNetV2(nn.Module):
             preact += (pre,)
         x = Conv(last, kernel=1, name="conv2")(x)
         x = relu(norm(name="bn2")(x, mask))
-        embedding = x.mean((1, 2))
         linear = Linear(self.classes, name="linear")
-        return Outputs(linear(embedding), embedding, features, preact)
+        return pool_and_classify(x, linear, features, preact)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {

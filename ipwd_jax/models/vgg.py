@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, max_pool, relu
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, max_pool, pool_and_classify, relu
 
 
 class VGG(nn.Module):
@@ -57,12 +57,11 @@ class VGG(nn.Module):
                 x = relu(pre)
             features += (x,)
             preact += (pre if block else x,)
-        embedding = x.mean((1, 2))
         small = nn.initializers.normal(0.01)
         classifier = Linear(
             self.classes, kernel_init=small, bias_init=nn.initializers.zeros, name="classifier"
         )
-        return Outputs(classifier(embedding), embedding, features, preact)
+        return pool_and_classify(x, classifier, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
         """Paths of the BatchNorm layers whose outputs are the `preact` after the first block."""

@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
+from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
 
 
 class PreactBlock(nn.Module):
@@ -85,9 +85,8 @@ class WideResNet(nn.Module):
             features += (x,)
         pre = norm(name="bn1")(x, mask)
         preact += (pre,)
-        embedding = relu(pre).mean((1, 2))
         fc = Linear(self.classes, bias_init=nn.initializers.zeros, name="fc")
-        return Outputs(fc(embedding), embedding, features, preact)
+        return pool_and_classify(relu(pre), fc, features, preact)
 
     def preact_norms(self) -> list[tuple[str, ...]]:
         """Paths of the BatchNorm layers whose outputs are the `preact` after the stem."""

@@ -119,6 +119,12 @@ def test_taps(case, taps):
         assert_close(actual, [tap["mean"], tap["absmean"], *tap["first"]])
 
 
+def test_pooled_and_classified_the_last_map_gives_the_logits(case):
+    pooled, (kernel, bias) = case.outputs.pre_pool.mean((1, 2)), case.outputs.classifier
+    assert_close(pooled, case.outputs.embedding)
+    assert_close(pooled @ kernel + bias, case.outputs.logits)
+
+
 def test_eval_logits(case):
     assert_close(case.outputs.logits, case.arrays["eval_logits"])
 

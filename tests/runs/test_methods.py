@@ -57,7 +57,7 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
     [
         *(
             pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
-            for m in ("crd", "dist", "ctkd_dkd")
+            for m in ("crd", "dist", "ctkd_dkd", "wkd")
         ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
     ],
@@ -150,6 +150,15 @@ def test_dry_run_of_each_method(method, small_images, tmp_path, teachers):
         config = BASELINES.get_config(f"{method},wrn_40_2,wrn_16_2")
     else:
         config = SELF.get_config(f"{method.removeprefix('self_')},PreActResNet18")
+    dry_run(config, small_images, tmp_path, teachers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["srrl", "cat_kd", "sdd", "wkd"])
+def test_dry_run_of_methods_of_maps_on_another_architecture(
+    method, small_images, tmp_path, teachers
+):
+    config = BASELINES.get_config(f"{method},resnet32x4,ShuffleV2")
     dry_run(config, small_images, tmp_path, teachers)
 
 

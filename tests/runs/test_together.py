@@ -49,6 +49,16 @@ def test_steps_of_one_call_are_those_of_several(changes, alone, squares, folder)
 
 
 @pytest.mark.slow
+def test_looking_ahead_keeps_the_classifier_whole(squares, folder):
+    """Also beside a term that rotates the images, so that all other answers have more rows."""
+    changes = {f"loss__{term}": 0.1 for term in ("srrl", "cat_kd", "sskd")}
+    for ahead in (0, 2):
+        run(f"ahead_{ahead}", squares, folder, teacher__look_ahead=ahead, **changes)
+    found, expected = (logits(folder / f"ahead_{ahead}") for ahead in (2, 0))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch):
     scan = jax.lax.scan
     monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
