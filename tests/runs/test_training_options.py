@@ -197,13 +197,16 @@ def test_plan_names_a_gpu_that_jax_cannot_use(there, tmp_path, monkeypatch):
     assert (words in plan_of_run) == there
 
 
-@pytest.mark.parametrize("with_teacher", [True, False])
-def test_plan_estimates_the_time_and_writes_nothing(with_teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("term", ["kd", "wkd_l", ""])
+def test_plan_estimates_the_time_and_writes_nothing(term, tmp_path, monkeypatch):
     """If a step takes a second, the student takes as many as it has steps, and so the teacher."""
     clock = itertools.count()
     monkeypatch.setattr(plan, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    config = settings() if with_teacher else settings(**ALONE)
+    config = settings() if term else settings(**ALONE)
+    if term:
+        config.loss.update({"kd": 0.0, term: 1.0})
+        config.weighting.terms = (term,)
     *_, time = train.planned(config, tmp_path / "run", squares())
-    teacher = "0:03 for the epochs of the teacher, " if with_teacher else ""
+    teacher = "0:03 for the epochs of the teacher, " if term else ""
     assert time.startswith(f"time     about {teacher}0:06 for those of the student")
     assert not list(tmp_path.iterdir())
