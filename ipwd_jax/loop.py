@@ -60,10 +60,8 @@ class Loop:
                 for run in self.runs:
                     run.begin(index)
             train_step, self._compiled = experiment.train_step(index), set()
-            while position.step < end:
-                if self.runs[0].has_converged():  # `config.patience` excludes several seeds
-                    self.recorders[0].stops_early()
-                    break
+            # The first recorder decides, because `config.patience` excludes several seeds.
+            while position.step < end and not self.recorders[0].stops_early():
                 speed = self._train_epoch(train_step, data, end)
                 if position.step % experiment.steps_per_epoch == 0:
                     for run, recorder in zip(self.runs, self.recorders, strict=True):
@@ -81,12 +79,8 @@ class Loop:
         end = min(end - epoch * steps, steps)
         images, started = 0, time.monotonic()
         with contextlib.ExitStack() as stack:
-            feeds = [
-                stack.enter_context(
-                    contextlib.closing(self.experiment.batches(run.seed, epoch, begin, end))
-                )
-                for run in self.runs
-            ]
+            batches = (self.experiment.batches(r.seed, epoch, begin, end) for r in self.runs)
+            feeds = [stack.enter_context(contextlib.closing(feed)) for feed in batches]
             for rows in zip(*feeds, strict=True):
                 seconds, count = self._call(train_step, data, rows)
                 started, images = started + seconds, images + count

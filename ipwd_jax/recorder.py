@@ -120,13 +120,14 @@ class Recorder:
         if self._on_epoch:
             self._on_epoch({"seed": self.run.seed, **row})
 
-    def stops_early(self) -> None:
-        """Show that the run ends before its last epoch."""
-        position = self.run.now.position
-        self._progress.line(
-            f"Stopped early: no better epoch than {position.best_epoch} in the last "
-            f"{self.run.experiment.config.patience}"
-        )
+    def stops_early(self) -> bool:
+        """Return whether the run ends before its last epoch, and show it if so."""
+        if stops := self.run.has_converged():
+            self._progress.line(
+                f"Stopped early: no better epoch than {self.run.now.position.best_epoch} in the "
+                f"last {self.run.experiment.config.patience}"
+            )
+        return stops
 
     def finish(self) -> dict[str, Any]:
         """Write the predictions and `result.json` of a finished run; return the latter."""
