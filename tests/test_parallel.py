@@ -42,7 +42,7 @@ def runs(request, tmp_path_factory):
         ],
         check=True,
         env=environment,
-        timeout=300,
+        timeout=900,
     )
     states = {n: dict(np.load(out / f"{n}.npz")) for n in DEVICES[request.param]}
     return dtype, states
