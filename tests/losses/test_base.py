@@ -1,11 +1,14 @@
 """Closed forms of functions that several terms use."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from losses_helpers import KD_LOGITS, LABELS
 
-from ipwd_jax.losses import TERMS
+from ipwd_jax.losses import TERMS, WEIGHTINGS, Term, Weighting
 from ipwd_jax.losses.base import Batch, cross_entropy
 from ipwd_jax.models.base import Outputs
 
@@ -33,3 +36,12 @@ def test_labels_of_mixed_images():
     expected = -(target * jax.nn.log_softmax(logits)).sum(axis=1)
     found = TERMS["ce"]().apply({}, student, None, batch)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*TERMS.values(), *WEIGHTINGS.values()])
+def test_what_is_defined_for_mixed_images_reads_labels_by_their_shares(kind):
+    """Other ways to read the label would take a mixed image for one of its two classes."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("ipwd_jax.losses.")]
+    source = "".join(inspect.getsource(base) for base in own if base not in (Term, Weighting))
+    if kind.mixed_images:
+        assert "batch.label" not in source and "train_labels" not in source
