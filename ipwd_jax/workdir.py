@@ -175,6 +175,7 @@ def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
     binding = _numbers(json.loads(config.to_json_best_effort()))
     binding.pop("seed")
     changed = _changed(binding, json.loads(default().to_json()))
+    changed["loss"] = binding["loss"]  # it lacks the terms that are off, whatever their default
     text = json.dumps([changed, dict(checksums)], sort_keys=True)
     return f"{zlib.crc32(text.encode()):08x}"[:6]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import rows, settings, squares, stopped_after
 
-from ipwd_jax import data, plan, train
+from ipwd_jax import data, plan, train, workdir
 from ipwd_jax.checkpoint import load_network, newest, saved_arrays
 from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
@@ -210,3 +210,20 @@ def test_plan_estimates_the_time_and_writes_nothing(term, tmp_path, monkeypatch)
     teacher = "0:03 for the epochs of the teacher, " if term else ""
     assert time.startswith(f"time     about {teacher}0:06 for those of the student")
     assert not list(tmp_path.iterdir())
+
+
+def test_identity_tells_all_settings_apart():
+    """Settings that have their defaults are left out, but not that a term is switched off."""
+    configs = [
+        settings(),
+        settings(loss__ce=1.0),
+        settings(loss__ce=0.0),
+        settings(weighting__name="uniform"),
+        settings(optimizer__name="adamw"),
+        settings(optimizer__name="adamw", optimizer__b2=0.95),
+        settings(terms__kd__temperature=2.0),
+        settings(first_stage__epochs=1, first_stage__loss__ft=1.0),
+        settings(first_stage__epochs=1, first_stage__loss__ce=1.0),
+    ]
+    assert len({workdir.identity(config, {}) for config in configs}) == len(configs)
+    assert workdir.identity(settings(seed=3, name="other"), {}) == workdir.identity(settings(), {})
