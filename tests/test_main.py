@@ -129,6 +129,7 @@ def test_cifar_config_has_the_settings_of_the_paper():
     assert (config.teacher.name, config.model.name) == ("resnet32x4", "resnet8x4")
     assert (config.epochs, config.batch_size) == (240, 64)
     assert config.optimizer.to_dict() == {
+        "name": "sgd", "b1": None, "b2": None, "eps": None,
         "learning_rate": 0.05, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4,
         "schedule": "step", "milestones": (150, 180, 210), "decay": 0.1,
     }  # fmt: skip
