@@ -17,7 +17,7 @@ OPTIMIZERS = (
     "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "yogi",
 )  # fmt: skip
 # The settings that an optimiser has only if its function in optax has an argument of this name.
-_ARGUMENTS = ("momentum", "nesterov", "b1", "b2", "eps")
+ARGUMENTS = ("momentum", "nesterov", "b1", "b2", "eps")
 
 
 def schedule(optimizer: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
@@ -83,7 +83,7 @@ def arguments(name: str) -> tuple[str, ...]:
     if name == "sgd":
         return ("momentum", "nesterov")
     takes = inspect.signature(getattr(optax, name)).parameters
-    return tuple(argument for argument in _ARGUMENTS if argument in takes)
+    return tuple(argument for argument in ARGUMENTS if argument in takes)
 
 
 def only(

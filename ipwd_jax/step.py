@@ -313,7 +313,8 @@ def loss_and_updates(
         if (of_labels := term.label_loss(student, batch)) is not None:
             losses[name] = of_labels + losses[name]
     loss = sum(spec.loss_weights[name] * value for name, value in losses.items())
-    correct = (student.logits.argmax(axis=1) == batch.label).astype(jnp.float32)
+    predicted = student.logits.argmax(axis=1)
+    correct = batch.over_labels(lambda label: (predicted == label).astype(jnp.float32))
     mask = batch.mask
     averages = {
         name: Average.from_model_output(jnp.broadcast_to(value, mask.shape), mask=mask)

@@ -240,7 +240,7 @@ def _check_value(path: str, value: Any) -> None:
 def _check_optimizer(section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise `UserError` if a setting was changed that the chosen optimiser does not have."""
     name = given[f"{section}.name"]
-    for setting in ("momentum", "nesterov", "b1", "b2", "eps"):
+    for setting in optim.ARGUMENTS:
         path = f"{section}.{setting}"
         if setting not in optim.arguments(name) and given[path] != defaults[path]:
             raise UserError(

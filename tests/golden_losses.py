@@ -60,19 +60,21 @@ class Golden:
     Attributes:
         tag: prefix of the names from which the inputs are drawn.
         cases: the cases by name.
+        batch: number of samples of most cases.
+        classes: number of classes.
     """
 
     def __init__(self, name):
         file = golden_json(name)
         self.tag, self.cases = file["tag"], file["cases"]
-        self._rows, self._classes = file["batch"], file["classes"]
+        self.batch, self.classes = file["batch"], file["classes"]
 
     def labels(self, name="", rows=None):
         """Return the labels of a case, by default those that most cases share."""
         own = self.cases[name]["hyper"].get("labels") if name else None
         if isinstance(own, list):
             return jnp.asarray(own)
-        return jnp.asarray(recipe().labels(f"{self.tag}/y", rows or self._rows, self._classes))
+        return jnp.asarray(recipe().labels(f"{self.tag}/y", rows or self.batch, self.classes))
 
     def draw(self, name, key, dtype):
         """Return an input of a case."""
@@ -82,9 +84,9 @@ class Golden:
 
     def outputs(self, field, arrays):
         """Return `Outputs` whose `field` has NumPy arrays in the file's layout (channels first)."""
-        rows = len(arrays[0]) if arrays else self._rows  # some cases draw one side only
+        rows = len(arrays[0]) if arrays else self.batch  # some cases draw one side only
         empty = Outputs(
-            logits=jnp.zeros((rows, self._classes)), embedding=jnp.zeros((rows, 1)), features=(),
+            logits=jnp.zeros((rows, self.classes)), embedding=jnp.zeros((rows, 1)), features=(),
             preact=(),
         )  # fmt: skip
         if not arrays:

@@ -1,8 +1,8 @@
 """MixUp and CutMix inside the compiled step.
 
 The partner of a sample is drawn from the whole training set, so that what a sample is mixed with
-depends on nothing but (seed, epoch, index), like its crop. The sample itself always has the larger
-share, which makes no difference to the distribution of the pairs.
+depends on nothing but (seed, epoch, index), like its crop. In MixUp, the sample itself always has
+the larger share, which makes no difference to the distribution of the pairs.
 """
 
 from typing import NamedTuple
@@ -50,12 +50,13 @@ def draw(key: jax.Array, index: jax.Array, size: int, mixup: float, cutmix: floa
         share = jnp.float32(1)
         if mixup > 0:
             share = jax.random.beta(by_mixup, mixup, mixup, dtype=jnp.float32)
+            share = jnp.maximum(share, 1 - share)
         if cutmix > 0:
             of_box = jax.random.beta(by_cutmix, cutmix, cutmix, dtype=jnp.float32)
             share = jnp.where(pastes, of_box, share)
         row, column = jax.random.uniform(place, (2,), jnp.float32)
         partner = jax.random.randint(which, (), 0, size, jnp.int32)
-        return Mixing(partner, jnp.maximum(share, 1 - share), pastes, row, column)
+        return Mixing(partner, share, pastes, row, column)
 
     return jax.vmap(one)(index)
 

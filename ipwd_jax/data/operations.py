@@ -15,8 +15,6 @@ from jax import lax
 # An operation takes an image (H, W, channels) uint8 and a strength, and returns such an image.
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
-MAGNITUDES = 31
-
 
 def rand_augment(
     key: jax.Array, images: jax.Array, index: jax.Array, operations: int, magnitude: int

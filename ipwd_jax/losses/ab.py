@@ -9,6 +9,7 @@ from flax import linen as nn
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.losses.modules import ConvRegressor
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def ab_loss(
@@ -62,7 +63,7 @@ class AB(Term):
         pairs = list(zip(student.preact[1:], teacher.preact[1:], strict=False))
         fitted = []
         for i, (s, t) in enumerate(pairs):
-            s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
+            s = at_least_float32(s)
             if (s.shape[1], s.shape[3]) != (t.shape[1], t.shape[3]):
                 connector = ConvRegressor(
                     t.shape, self.axis_name, relu=False, name=f"connectors.{i}"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def abkd_loss(
@@ -40,7 +41,7 @@ def abkd_loss(
             f"0; found config.terms.abkd.alpha={alpha} and config.terms.abkd.beta={beta}"
         )
     log_q, log_p = (
-        jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)) / temperature)
+        jax.nn.log_softmax(at_least_float32(x) / temperature)
         for x in (student_logits, teacher_logits)
     )
     of_teacher = jnp.exp(both * log_p) / (beta * both)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def attention(x: jax.Array) -> jax.Array:
@@ -26,7 +27,7 @@ def at_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
         (B,) loss, in float32 or better.
     """
-    maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
+    maps = (at_least_float32(x) for x in (student, teacher))
     s, t = map(attention, pool_to_smaller(*maps))
     return jnp.square(s - t).mean(axis=1)
 

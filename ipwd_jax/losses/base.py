@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 from ipwd_jax.typing import PyTree
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     Returns:
         (B, C), in float32 or better.
     """
-    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    z = at_least_float32(logits)
     constant = z.max(axis=1, keepdims=True) == z.min(axis=1, keepdims=True)
     z = jnp.where(constant, 0, z)
     z = z - z.mean(axis=1, keepdims=True)
@@ -233,7 +234,7 @@ def pre_pool_of(outputs: Outputs) -> jax.Array:
     """
     if outputs.pre_pool is None:
         raise ValueError(_missing("pre_pool"))
-    return outputs.pre_pool.astype(jnp.promote_types(outputs.pre_pool.dtype, jnp.float32))
+    return at_least_float32(outputs.pre_pool)
 
 
 def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
@@ -244,7 +245,7 @@ def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
     """
     if outputs.classifier is None:
         raise ValueError(_missing("classifier"))
-    kernel, bias = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in outputs.classifier)
+    kernel, bias = (at_least_float32(x) for x in outputs.classifier)
     return kernel, bias
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows
 from ipwd_jax.models.base import Linear, Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def cc_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
@@ -52,7 +53,7 @@ class CC(Term):
         valid = batch.mask[:, None] > 0
 
         def embed(x: jax.Array, name: str) -> jax.Array:
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = at_least_float32(x)
             return Linear(self.feat_dim, name=name)(jnp.where(valid, x, 0))
 
         s = embed(student.embedding, "embed_s.linear")

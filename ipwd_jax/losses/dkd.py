@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, standardize_logits, warmup_factor
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def split_classes(
@@ -21,7 +22,7 @@ def split_classes(
         (B, 2) for the target and the rest, and (B, C) for the classes of the rest, where the target
         has 0; both in float32 or better.
     """
-    z = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    z = at_least_float32(logits) / temperature
     total = jax.nn.logsumexp(z, axis=1)
     rest = jax.nn.logsumexp(z, axis=1, where=~target)
     own = jnp.where(target, z, 0).sum(axis=1)

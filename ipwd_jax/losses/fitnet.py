@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.losses.modules import ConvRegressor
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def hint_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ class FitNet(Term):
                 f"maps 0 to {maps - 1} in common; choose one of these"
             )
         s, t = (
-            x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            at_least_float32(x)
             for x in (student.features[self.layer], teacher.features[self.layer])
         )
         regressor = ConvRegressor(t.shape, self.axis_name, name="regressor")

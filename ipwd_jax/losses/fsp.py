@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
@@ -18,7 +19,7 @@ def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
     Args:
         maps: maps of shape (B, H, W, C).
     """
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in maps]
+    wide = [at_least_float32(x) for x in maps]
     matrices = []
     for a, b in itertools.pairwise(wide):
         a, b = pool_to_smaller(a, b)

@@ -9,6 +9,7 @@ from jax import lax
 
 from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
 from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+from ipwd_jax.precision import at_least_float32
 
 _leaky_relu = partial(nn.leaky_relu, negative_slope=0.1)
 
@@ -149,4 +150,4 @@ class FT(Term):
 
 def _last_map(outputs: Outputs) -> jax.Array:
     x = outputs.features[-1]
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return at_least_float32(x)

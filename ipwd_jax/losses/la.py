@@ -16,6 +16,7 @@ from flax import linen as nn
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 if TYPE_CHECKING:
     from ipwd_jax.teacher import Teacher
@@ -42,9 +43,7 @@ def kd_la_loss(
     Returns:
         (B,) loss in nats, times T^2.
     """
-    student, teacher = (
-        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student_logits, teacher_logits)
-    )
+    student, teacher = (at_least_float32(x) for x in (student_logits, teacher_logits))
     if len(class_prior):
         prior = jnp.asarray(class_prior, student.dtype)
         log_prior = jnp.log(jnp.maximum(prior, jnp.finfo(prior.dtype).tiny))

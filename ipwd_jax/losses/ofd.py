@@ -10,6 +10,7 @@ from jax.scipy.stats import norm
 
 from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool
 from ipwd_jax.models.base import BatchNorm, Outputs, conv
+from ipwd_jax.precision import at_least_float32
 
 if TYPE_CHECKING:
     from ipwd_jax.teacher import Teacher
@@ -119,4 +120,4 @@ class OFD(Term):
 
 
 def _wide(maps: Sequence[jax.Array]) -> list[jax.Array]:
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in maps]
+    return [at_least_float32(x) for x in maps]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 _EPS = 1e-7
 
@@ -12,7 +13,7 @@ _EPS = 1e-7
 def neighbours(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Each row's distribution over valid rows, by cosine: (B, D) and mask (B,) -> (B, B)."""
     valid = mask > 0
-    x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
+    x = jnp.where(valid[:, None], at_least_float32(x), 0)
     unit = x / (safe_norm(x, keepdims=True) + _EPS)
     cosine = jnp.einsum("id,jd->ij", unit, unit, precision="highest")
     # Rounding must not make the kernel negative, because its logarithm is taken later.

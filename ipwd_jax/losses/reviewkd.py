@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool, sum_losses
 from ipwd_jax.models.base import BatchNorm, Conv, Outputs
+from ipwd_jax.precision import at_least_float32
 
 # Kaiming's uniform initialiser with a = 1: U(-b, b), b = sqrt(3 / fan_in).
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -163,4 +164,4 @@ class ReviewKD(Term):
 def _levels(maps: Sequence[jax.Array], outputs: Outputs) -> list[jax.Array]:
     """The maps after the stem, and the embedding as (B, 1, 1, D), in float32 or better."""
     levels = [*maps[1:], outputs.embedding[:, None, None, :]]
-    return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in levels]
+    return [at_least_float32(x) for x in levels]

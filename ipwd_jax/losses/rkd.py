@@ -6,6 +6,7 @@ from jax import lax
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 _MIN_SQUARE = 1e-12
 
@@ -42,7 +43,7 @@ def rkd_losses(
 
 def _differences(x: jax.Array, valid: jax.Array) -> jax.Array:
     """The differences from each row to each other row: (B, D) -> (B, B, D)."""
-    x = jnp.where(valid[:, None], x.astype(jnp.promote_types(x.dtype, jnp.float32)), 0)
+    x = jnp.where(valid[:, None], at_least_float32(x), 0)
     return x[None] - x[:, None]
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ipwd_jax.losses.base import Batch, Term, standardize_logits, warmup_factor
 from ipwd_jax.losses.dkd import split_classes
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def _log_softmax_among(logits: jax.Array, among: jax.Array) -> jax.Array:
@@ -48,7 +49,7 @@ def rld_loss(
         (B,) loss in nats, in float32 or better.
     """
     student, teacher = (
-        standardize_logits(x) if standardize else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        standardize_logits(x) if standardize else at_least_float32(x)
         for x in (student_logits, teacher_logits)
     )
     target, first = (

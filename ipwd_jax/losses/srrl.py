@@ -13,6 +13,7 @@ from ipwd_jax.models.base import (
     relu,
     torch_uniform_kernel,
 )
+from ipwd_jax.precision import at_least_float32
 
 
 def srrl_loss(
@@ -66,16 +67,14 @@ class SRRL(Term):
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         """The loss, (B,). Raises `ValueError` if a network lacks a tap that is read."""
-        target = _wide(teacher.embedding)
+        target = at_least_float32(teacher.embedding)
         if self.connector == "map":
             init, x = he_normal_fan_out, pre_pool_of(student)
         else:
-            init, x = torch_uniform_kernel, _wide(student.embedding)[:, None, None]
+            init, x = torch_uniform_kernel, at_least_float32(student.embedding)[:, None, None]
         x = Conv(target.shape[1], 1, kernel_init=init, name="connector.0")(x)
         norm = BatchNorm(train=True, axis_name=self.axis_name, name="connector.1")
         embedding = relu(norm(x, batch.mask)).mean((1, 2))
-        return srrl_loss(embedding, target, _wide(teacher.logits), classifier_of(teacher))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return srrl_loss(
+            embedding, target, at_least_float32(teacher.logits), classifier_of(teacher)
+        )

@@ -1,10 +1,13 @@
 """Zheng and Yang, 2024 (Transformed teacher matching): a power transform of the teacher alone."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def ttm_loss(
@@ -26,8 +29,7 @@ def ttm_loss(
         (B,) loss in nats, in float32 or better.
     """
     log_s, log_t = (
-        jax.nn.log_softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-        for x in (student_logits, teacher_logits)
+        jax.nn.log_softmax(at_least_float32(x)) for x in (student_logits, teacher_logits)
     )
     log_u = jax.nn.logsumexp(gamma * log_t, axis=1)
     log_q = gamma * log_t - log_u[:, None]
@@ -49,25 +51,16 @@ class TTM(Term):
     paper = "Zheng and Yang, 2024: Transformed teacher matching"
     teacher_taps = ("logits",)
     mixed_images = True
+    _weighted: ClassVar[bool] = False
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        return ttm_loss(student.logits, teacher.logits, self.gamma)
+        return ttm_loss(student.logits, teacher.logits, self.gamma, self._weighted)
 
 
-class WTTM(Term):
-    """`ttm_loss` with the teacher's weight of each sample, per sample.
-
-    The largest intermediate array is (B, C), the logits.
-
-    Attributes:
-        gamma: exponent of the teacher's probabilities.
-    """
+class WTTM(TTM):
+    """`TTM` with the teacher's weight of each sample."""
 
     gamma: float = 0.2
 
     paper = "Zheng and Yang, 2024: Weighted transformed teacher matching"
-    teacher_taps = ("logits",)
-    mixed_images = True
-
-    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        return ttm_loss(student.logits, teacher.logits, self.gamma, weighted=True)
+    _weighted = True

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, pool_to_smaller, sum_losses
 from ipwd_jax.models.base import Conv, Outputs, relu
+from ipwd_jax.precision import at_least_float32
 
 _MIN_VARIANCE = 1e-5
 
@@ -41,7 +42,7 @@ class Variational(nn.Module):
         Raises:
             ValueError: `variance` is not above 1e-5.
         """
-        maps = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (student, teacher))
+        maps = (at_least_float32(x) for x in (student, teacher))
         mean, target = pool_to_smaller(*maps)
         channels = target.shape[-1]
         for i in (0, 2, 4):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ipwd_jax.losses.base import Batch, Term, late_decay
 from ipwd_jax.losses.modules import ConvRegressor
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 if TYPE_CHECKING:
     from ipwd_jax.teacher import Teacher
@@ -113,10 +114,7 @@ class WKDLogits(Term):
         return self.clone(class_distances=tuple(map(tuple, found.tolist())))
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        s, t = (
-            x.logits.astype(jnp.promote_types(x.logits.dtype, jnp.float32))
-            for x in (student, teacher)
-        )
+        s, t = (at_least_float32(x.logits) for x in (student, teacher))
         cost = transport_cost(self._distances(s.shape[1], s.dtype), self.sharpen)
         distance = wasserstein(
             s, t, batch.label, cost, self.temperature, self.regularization, self.iterations
@@ -207,10 +205,7 @@ class WKDFeatures(Term):
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         """The loss, (B,). Raises `ValueError` if the maps do not fit the regressor or the grid."""
-        s, t = (
-            x.features[-1].astype(jnp.promote_types(x.features[-1].dtype, jnp.float32))
-            for x in (student, teacher)
-        )
+        s, t = (at_least_float32(x.features[-1]) for x in (student, teacher))
         regressor = ConvRegressor(t.shape, self.axis_name, name="regressor")
         found = cell_statistics(regressor(s, batch.mask), self.grid)
         loss = wkd_f_loss(found, cell_statistics(t, self.grid), self.mean_ratio)

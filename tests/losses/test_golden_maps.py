@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import golden_json, recipe
+from golden_losses import TOLERANCES, Golden, assert_gradient
+from helpers import recipe
 from losses_helpers import batch
 
 from ipwd_jax import class_distances
@@ -18,9 +19,9 @@ from ipwd_jax.losses.wkd import WKDFeatures, WKDLogits, transport_cost
 from ipwd_jax.models import Outputs
 from ipwd_jax.pytorch.names import from_torch, to_torch
 
-FILE = golden_json("losses_modern.json")
-TAG, CASES = FILE["tag"], FILE["cases"]
-PRECISIONS = pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-9), ("float32", 1e-4)])
+GOLDEN = Golden("losses_modern.json")
+TAG, CASES = GOLDEN.tag, GOLDEN.cases
+PRECISIONS = pytest.mark.parametrize(("dtype", "rtol"), TOLERANCES)
 
 
 def hyper(case, name):
@@ -28,8 +29,7 @@ def hyper(case, name):
 
 
 def drawn(case, key):
-    x = CASES[case]["inputs"][key]
-    return recipe().draw(f"{TAG}/{case}/{key}", x["shape"], x["low"], x["high"])
+    return GOLDEN.draw(case, key, "float64")
 
 
 def distances_of_wkd_l():
@@ -90,25 +90,18 @@ SPECS = {
 }
 
 
-def labels_of(case):
-    chosen = CASES[case]["hyper"].get("labels", f"{TAG}/y")
-    if isinstance(chosen, str):
-        chosen = recipe().labels(chosen, FILE["batch"], FILE["classes"])
-    return jnp.asarray(chosen)
-
-
 def classifier_of(case, who, dtype):
     """Return kernel and bias of a network's classifier; a bias that the case lacks is 0."""
     shapes = CASES[case].get(f"{who}_params", {})
     weights = recipe().weights(f"{TAG}/{case}", shapes)
-    kernel = weights.get(f"{who}_classifier.weight", np.zeros((FILE["classes"], 1))).T
+    kernel = weights.get(f"{who}_classifier.weight", np.zeros((GOLDEN.classes, 1))).T
     bias = weights.get(f"{who}_classifier.bias", np.zeros(kernel.shape[1]))
     return kernel.astype(dtype), bias.astype(dtype)
 
 
 def outputs(who, field, inputs, classifier):
     """Return a network's `Outputs` with the inputs of a case, whose maps have channels first."""
-    logits = inputs.get(f"{who}_logits", jnp.zeros((FILE["batch"], FILE["classes"])))
+    logits = inputs.get(f"{who}_logits", jnp.zeros((GOLDEN.batch, GOLDEN.classes)))
     seen = Outputs(logits, jnp.zeros((len(logits), 1)), (), (), classifier=classifier)
     for key in (f"{who}0", f"{who}_map"):
         if key in inputs:
@@ -133,13 +126,6 @@ def variables_of(case, spec, seen, dtype):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), found), names
 
 
-def assert_gradient(actual, expected, rtol):
-    actual = np.asarray(actual)
-    np.testing.assert_allclose(np.linalg.norm(actual), expected["norm"], rtol=rtol)
-    atol = rtol * expected["norm"]
-    np.testing.assert_allclose(actual.ravel()[:4], expected["first"], rtol=rtol, atol=atol)
-
-
 def assert_norms(grads, expected, rtol):
     # A bias before BatchNorm has a gradient of zero, up to rounding.
     atol = rtol * max(expected.values(), default=0.0)
@@ -153,7 +139,7 @@ def test_value_and_gradient(name, dtype, rtol):
     case, spec = CASES[name], SPECS[name]
     with jax.enable_x64(dtype == "float64"):
         inputs = {key: drawn(name, key).astype(dtype) for key in case["inputs"]}
-        rows = batch(FILE["batch"], epoch=0).replace(label=labels_of(name))
+        rows = batch(GOLDEN.batch, epoch=0).replace(label=GOLDEN.labels(name))
         of_student, of_teacher = (classifier_of(name, who, dtype) for who in ("student", "teacher"))
 
         def seen(inputs, classifier):
@@ -166,7 +152,7 @@ def test_value_and_gradient(name, dtype, rtol):
             given = {**variables, "params": params}
             mutable = ["batch_stats"]
             values, _ = spec.term.apply(given, *seen(inputs, classifier), mutable=mutable)
-            assert values.shape == (FILE["batch"],)
+            assert values.shape == (GOLDEN.batch,)
             return values.mean()
 
         compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
@@ -187,10 +173,12 @@ def test_regions_of_sdd(name):
     with jax.enable_x64(True):
         teacher = jnp.moveaxis(drawn(name, "teacher_map"), 1, -1)
         logits = region_logits(teacher, classifier_of(name, "teacher", "float64"), (1, 2, 4))
-        weights = region_weights(logits, labels_of(name))
+        weights = region_weights(logits, GOLDEN.labels(name))
         assert logits.shape[1] == CASES[name]["regions"]
         assert (weights == 2).sum() == CASES[name]["doubled"]
-        assert (logits[:, 0].argmax(axis=1) == labels_of(name)).sum() == CASES[name]["global_right"]
+        assert (logits[:, 0].argmax(axis=1) == GOLDEN.labels(name)).sum() == CASES[name][
+            "global_right"
+        ]
 
 
 @PRECISIONS
