@@ -29,6 +29,13 @@ from ipwd_jax.teacher import Teacher
 from ipwd_jax.view_cache import ViewCache
 
 CLASSES, PADDING = 100, 4
+# The losses, and the weighting, of the arms with a teacher.
+METHODS = {
+    "kd": ({"ce": 0.1, "kd": 0.9}, "uniform"),
+    "ipwd": ({"ce": 0.1, "kd": 0.9, "cls": 1.0}, "ipwd"),
+    "crd": ({"ce": 1.0, "crd": 0.8}, "uniform"),
+    "reviewkd": ({"ce": 1.0, "reviewkd": 5.0}, "uniform"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +182,7 @@ class OurArm:
         precision: str = "float32",
         teacher: str = "network",
         steps_per_call: int = 1,
+        method: str = "kd",
     ) -> None:
         """Set everything up; the first call of `compiled` compiles it.
 
@@ -186,9 +194,12 @@ class OurArm:
                 convolutions; "cached", before the first step. "" stands for no teacher and a loss
                 of cross-entropy alone.
             steps_per_call: number of steps of one compiled call.
+            method: one of `METHODS`; without a teacher, it has no effect.
         """
         self.problem, self.steps_per_call, self.done = problem, steps_per_call, 0
-        self.experiment = experiment = _experiment(problem, precision, teacher, steps_per_call)
+        self.experiment = experiment = _experiment(
+            problem, _config(problem, precision, teacher, steps_per_call, method), teacher
+        )
         now, ours = experiment.initial_state(seed=0), problem.variables["student"]
         now = now.replace(
             params={**now.params, "student": ours["params"]},
@@ -230,21 +241,23 @@ class OurArm:
         return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _experiment(problem: Problem, precision: str, kind: str, steps_per_call: int) -> Experiment:
+def _experiment(problem: Problem, config: ConfigDict, kind: str) -> Experiment:
     """Return the experiment that an arm trains, with a teacher that is asked in this way."""
-    config, dataset = _config(problem, precision, kind, steps_per_call), problem.dataset()
+    dataset = problem.dataset()
     teacher = None
     if kind:
         teacher = teacher_lib.from_variables(config, problem.variables["teacher"], dataset)
     if kind == "cached":
-        cache = parallel.replicate(_cache(teacher, problem, precision))
+        cache = parallel.replicate(_cache(teacher, problem, config.precision))
         teacher = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
     experiment = assemble(config, dataset, teacher)
     # A problem's views are those of epochs without the short last batch.
     return dataclasses.replace(experiment, steps_per_epoch=problem.steps_per_epoch)
 
 
-def _config(problem: Problem, precision: str, kind: str, steps_per_call: int) -> ConfigDict:
+def _config(
+    problem: Problem, precision: str, kind: str, steps_per_call: int, method: str
+) -> ConfigDict:
     config = config_lib.default()
     config.precision, config.data.crop_padding = precision, problem.padding
     config.batch_size, config.steps_per_call = problem.index.shape[1], steps_per_call
@@ -252,7 +265,9 @@ def _config(problem: Problem, precision: str, kind: str, steps_per_call: int) ->
     config.model.name, config.teacher.name = problem.student, problem.teacher if kind else ""
     config.teacher.fold = kind == "folded"
     config.teacher.look_ahead = steps_per_call if kind == "ahead" else 0
-    config.loss.update({"ce": 0.1, "kd": 0.9} if kind else {"ce": 1.0})
+    if kind:
+        losses, config.weighting.name = METHODS[method]
+        config.loss.update(losses)
     return config
 
 

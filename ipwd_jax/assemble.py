@@ -164,7 +164,15 @@ class Experiment:
             answer=self.teacher.answer if self.teacher else None,
             optimizer=this.optimizer,
             trainable=this.trainable,
+            flat=self.flat(this),
         )
+
+    def flat(self, stage: Stage) -> bool:
+        """Whether vectors are faster than leaves and give the same result; see `StepSpec.flat`."""
+        config = self.config.first_stage if stage.pretrains else self.config
+        alike = optim.elementwise(config.optimizer.name)
+        everything = all(jax.tree.leaves(stage.trainable))
+        return jax.default_backend() != "cpu" and alike and everything
 
     def train_step(self, stage: int) -> Callable:
         """Compile the step of a stage for as many seeds as it is called with.

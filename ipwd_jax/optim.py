@@ -16,6 +16,8 @@ OPTIMIZERS = (
     "sgd", "adabelief", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "lamb",
     "lars", "lion", "nadam", "nadamw", "novograd", "radam", "rmsprop", "yogi",
 )  # fmt: skip
+# Those that compute the norm of each array of parameters.
+_BY_ARRAY = ("lamb", "lars", "novograd")
 # The settings that an optimiser has only if its function in optax has an argument of this name.
 ARGUMENTS = ("momentum", "nesterov", "b1", "b2", "eps")
 
@@ -84,6 +86,11 @@ def arguments(name: str) -> tuple[str, ...]:
         return ("momentum", "nesterov")
     takes = inspect.signature(getattr(optax, name)).parameters
     return tuple(argument for argument in ARGUMENTS if argument in takes)
+
+
+def elementwise(name: str) -> bool:
+    """Return whether an optimiser changes every number independently of all others."""
+    return name not in _BY_ARRAY
 
 
 def only(

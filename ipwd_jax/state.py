@@ -32,8 +32,8 @@ class TrainState:
         batch_stats: `{"student": …, "heads": …, "terms": {term: …}}`.
         memory: `{"terms": {term: …}, "weighting": …}`, what is stored about training samples.
         opt_state: state of the optax optimiser.
-        metrics: the average of each metric over the epoch so far, by name.
-        nonfinite: for each name in `metrics`, the index of the first step of the stage at which the
+        metrics: `{name: Average}`, the average of each metric over the epoch so far.
+        nonfinite: `{name: scalar int32}`, the index of the first step of the stage at which the
             metric was not finite, or -1.
         key: typed PRNG key from which the order, the crops and flips, and the random draws of the
             terms are derived in every epoch; it never changes.
@@ -44,8 +44,8 @@ class TrainState:
     batch_stats: PyTree
     memory: PyTree
     opt_state: optax.OptState
-    metrics: dict[str, Average]
-    nonfinite: dict[str, jax.Array]
+    metrics: PyTree
+    nonfinite: PyTree
     key: jax.Array
 
     def network(self) -> dict[str, PyTree]:

@@ -25,6 +25,7 @@ from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Batch, Term
 from ipwd_jax.models.base import Outputs, frozen_norms
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.packing import Packing
 from ipwd_jax.parallel import AXIS
 from ipwd_jax.state import TrainState, augment_key, terms_key
 from ipwd_jax.typing import Answer, PyTree
@@ -64,6 +65,9 @@ class StepSpec:
         optimizer: optimiser of the whole `TrainState.params`, frozen parts included.
         trainable: bools in the structure of `TrainState.params`. A BatchNorm layer that trains none
             of its parameters normalises by its running statistics and leaves them unchanged.
+        flat: whether a call of several steps keeps the parameters, and what the optimiser knows
+            about each of them, in vectors. It then updates all parameters at once; the optimiser
+            must therefore treat every number alike.
     """
 
     augmentation: views.Augmentation
@@ -80,6 +84,7 @@ class StepSpec:
     answer: Answer | None
     optimizer: optax.GradientTransformation
     trainable: PyTree
+    flat: bool
 
     @property
     def rotated(self) -> bool:
@@ -116,10 +121,12 @@ def train_step(
         streamed: (K, B, H, W, channels) uint8, the images if they are streamed, else None.
     """
 
+    packing = Packing(jax.eval_shape(lambda: state), spec.flat and len(index) > 1)
+
     def one(state: TrainState, rows: PyTree) -> tuple[TrainState, None]:
         batch, images = load_batch(spec, state, data, *rows)
         answers = ask_teacher(spec, teacher_inputs, images, batch)
-        return update(spec, state, batch, images, answers), None
+        return update(spec, packing, state, batch, images, answers), None
 
     def ahead(state: TrainState) -> tuple[Callable, PyTree]:
         """Ask the teacher about all rows of the call at once, and split its answers into steps."""
@@ -137,19 +144,22 @@ def train_step(
             rows, images, of_rows = step
             this = dataclasses.replace(batch, **rows)
             answers = dataclasses.replace(of_rows, classifier=classifier)
-            return update(spec, state, this, images, answers), None
+            return update(spec, packing, state, this, images, answers), None
 
         return answered, cut
 
     with precision.of_products(spec.precision):
-        if len(index) == 1:
-            return one(state, jax.tree.map(lambda x: x[0], (index, mask, streamed)))[0]
-        looks_ahead = spec.look_ahead and spec.teacher_taps
+        looks_ahead = spec.look_ahead and spec.teacher_taps and len(index) > 1
         body, rows = ahead(state) if looks_ahead else (one, (index, mask, streamed))
-        # On a CPU, the gradient of a convolution with respect to its kernel is many times slower
-        # inside a loop.
-        unroll = len(index) if jax.default_backend() == "cpu" else 1
-        return lax.scan(body, state, rows, unroll=unroll)[0]
+        packed = packing.pack(state)
+        if len(index) == 1:
+            packed, _ = body(packed, jax.tree.map(lambda x: x[0], rows))
+        else:
+            # On a CPU, the gradient of a convolution with respect to its kernel is many times
+            # slower inside a loop.
+            unroll = len(index) if jax.default_backend() == "cpu" else 1
+            packed, _ = lax.scan(body, packed, rows, unroll=unroll)
+        return packing.unpack(packed)
 
 
 def load_batch(
@@ -326,22 +336,29 @@ def loss_and_updates(
 
 
 def update(
-    spec: StepSpec, state: TrainState, batch: Batch, images: jax.Array, answers: Outputs | None
+    spec: StepSpec,
+    packing: Packing,
+    state: TrainState,
+    batch: Batch,
+    images: jax.Array,
+    answers: Outputs | None,
 ) -> TrainState:
-    """Return the state after one step of the optimiser."""
+    """Return the state after one step of the optimiser; both states are packed."""
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
         return loss_and_updates(spec, state, params, batch, images, answers)
 
-    grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(state.params)
+    params = packing.unpack_params(state.params)
+    grads, (batch_stats, memory, averages) = jax.grad(loss_fn, has_aux=True)(params)
     # Each device has differentiated its share of the mean loss; the sum of these is the gradient.
-    grads, averages = lax.psum((grads, averages), AXIS)
+    grads, averages = lax.psum((packing.pack_params(grads), packing.pack_metrics(averages)), AXIS)
     if not spec.sync_batch_norm:
         # Each device's running statistics are weighted by its share of the valid rows.
         share = batch.mask.sum() / lax.psum(batch.mask.sum(), AXIS)
         batch_stats = lax.psum(jax.tree.map(lambda x: share * x, batch_stats), AXIS)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     new_epoch = state.step % spec.steps_per_epoch == 0
+    first, bad = state.nonfinite, ~jnp.isfinite(averages.total)
     return dataclasses.replace(
         state,
         step=state.step + 1,
@@ -349,16 +366,10 @@ def update(
         batch_stats=batch_stats,
         memory=memory,
         opt_state=opt_state,
-        metrics={
-            name: jax.tree.map(
-                lambda old, new: jnp.where(new_epoch, new, old + new), state.metrics[name], average
-            )
-            for name, average in averages.items()
-        },
-        nonfinite={
-            name: jnp.where((first < 0) & ~jnp.isfinite(averages[name].total), state.step, first)
-            for name, first in state.nonfinite.items()
-        },
+        metrics=jax.tree.map(
+            lambda old, new: jnp.where(new_epoch, new, old + new), state.metrics, averages
+        ),
+        nonfinite=jnp.where((first < 0) & bad, state.step, first),
     )
 
 

@@ -22,6 +22,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.fold import apply_folded, fold
+from ipwd_jax.packing import output_first, output_last
 from ipwd_jax.state import network_shapes
 from ipwd_jax.typing import Answer, PyTree
 
@@ -255,20 +256,29 @@ def _make_ask(
 ) -> tuple[Callable[..., Outputs], PyTree]:
     """Return the function that asks the network within a compiled program, and its inputs."""
 
-    def by_network(variables: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
-        low, images = precision.cast(config.precision, (variables, images))
+    folds, on_cpu = config.teacher.fold, jax.default_backend() == "cpu"
+
+    def prepare(variables: PyTree) -> PyTree:
+        """Do once what depends on nothing but the variables."""
+        inputs = fold(network, variables, image_shape) if folds else variables
+        inputs = precision.cast(config.precision, inputs)
+        if folds and config.precision == "bfloat16":  # they are added to maps of this type
+            affine = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs["affine"])
+            inputs = {**inputs, "affine": affine}
+        return inputs if on_cpu else output_first(inputs)
+
+    def ask(inputs: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
+        inputs = inputs if on_cpu else output_last(inputs)
+        images = precision.cast(config.precision, images)
+        if folds:
+            return apply_folded(network, inputs, images)
         if not config.teacher.train_mode:
-            return cast(Outputs, network.apply(low, images))
+            return cast(Outputs, network.apply(inputs, images))
         rows = None if mask is None else jnp.repeat(mask, len(images) // len(mask))
         # No collection is mutable, so the running statistics do not change.
-        return cast(Outputs, network.apply(low, images, train=True, mask=rows))
+        return cast(Outputs, network.apply(inputs, images, train=True, mask=rows))
 
-    def by_folded(folded: PyTree, images: jax.Array, mask: jax.Array | None = None) -> Outputs:
-        return apply_folded(network, *precision.cast(config.precision, (folded, images)))
-
-    if not config.teacher.fold:
-        return by_network, variables
-    return by_folded, parallel.replicate(fold(network, variables, image_shape))
+    return ask, parallel.replicate(prepare(variables))
 
 
 def _evenly(split: Split, most: int) -> np.ndarray:

@@ -173,7 +173,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
         (B,) loss in nats, of the dtype of `logits`.
     """
     log_p = jax.nn.log_softmax(logits)
-    loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+    # The gradient of a selection is elementwise; that of an indexing operation is a scatter.
+    is_own = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    loss = -jnp.sum(log_p, axis=1, where=is_own)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(axis=1)
     return loss

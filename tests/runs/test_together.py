@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from helpers import settings
 
+import ipwd_jax
 from ipwd_jax import report, train
+from ipwd_jax.assemble import Experiment
 from ipwd_jax.errors import UserError
 from ipwd_jax.teacher import compare
 
@@ -64,6 +66,31 @@ def test_a_loop_on_the_device_gives_the_same(alone, squares, folder, monkeypatch
     monkeypatch.setattr(jax.lax, "scan", lambda *a, unroll=1, **k: scan(*a, **k))
     actual = run("scanned", squares, folder, steps_per_call=3)
     np.testing.assert_allclose(actual, alone[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"optimizer__name": "adamw"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss__crd": 0.1, "loss__sskd": 0.1, "terms__crd__negatives": 6},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["sgd", "adamw", "terms"],
+)
+def test_parameters_in_one_vector_give_the_same(changes, alone, squares, folder, monkeypatch):
+    """As on a GPU; the checkpoints have the parameters by name all the same."""
+    name = "_".join(["vector", *map(str, changes.values())])
+    expected = run(f"{name}_leaves", squares, folder, **changes) if changes else alone[0]
+    monkeypatch.setattr(Experiment, "flat", lambda self, stage: True)
+    actual = run(name, squares, folder, steps_per_call=3, **changes)
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    found, usual = (
+        ipwd_jax.load_student(folder / run).variables["params"] for run in (name, "alone_0")
+    )
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, usual)
 
 
 @pytest.mark.slow
