@@ -8,7 +8,7 @@ program that would run, with its fusions, layouts, calls of cuDNN and memory pla
 is chosen by timing kernels on the device. A case is TERM:TEACHER:STEPS, optionally followed by
 :SEEDS and :PRECISION; the teachers are those of `our_arm.py`. Prints one JSON line per case:
 
-- `kernels`: kernels per step. Those of a call that are outside its loop are divided by its steps.
+- `kernels`: kernels per step: those of a whole call, divided by its steps.
 - `megabytes` and `gigaflops` per step: what the kernels read and write, and the multiplications and
   additions of their convolutions and matrix products.
 - `modelled_ms`: the sum over the kernels of the largest of 2 us, bytes / 3.35 TB/s and operations
@@ -108,11 +108,11 @@ def h100() -> list[Any]:
     return list(found.devices)
 
 
-def kernels(hlo: str) -> dict[str, list[Kernel]]:
-    """Return the kernels by the computation that launches them: the entry, and bodies of loops."""
+def kernels(hlo: str) -> Iterator[tuple[Kernel, int]]:
+    """Yield the kernels of a program, each with the number of times that it is launched."""
     launched: dict[str, list[Kernel]] = {}
-    shapes: dict[str, str] = {}
-    name, bodies = "", {"ENTRY"}
+    times, shapes, name = {"ENTRY": 1}, {}, ""
+    loops: dict[str, tuple[str, int]] = {}  # body -> the computation around it, and its iterations
     for line in hlo.splitlines():
         if found := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{$", line):
             name, shapes = "ENTRY" if found[1] else found[2], {}
@@ -121,11 +121,17 @@ def kernels(hlo: str) -> dict[str, list[Kernel]]:
             own, result, operation, rest = found.groups()
             shapes[own] = result
             if operation == "while":
-                bodies.add(re.search(r"body=%?([\w.\-]+)", line)[1])
+                count = re.search(r"known_trip_count\D+(\d+)", line)
+                body = re.search(r"body=%?([\w.\-]+)", line)[1]
+                loops[body] = name, int(count[1]) if count else 1
             if operation not in _FREE and not operation.endswith("-done"):
                 operands = [shapes.get(x, "") for x in re.findall(r"%([\w.\-]+)", rest)]
                 launched[name].append(_kernel(own, result, operands, line))
-    return {name: found for name, found in launched.items() if name in bodies and found}
+    for body, (around, count) in reversed(loops.items()):  # a body precedes what is around it
+        times[body] = times.get(around, 1) * count
+    for body, found in launched.items():
+        for kernel in found if body in times else ():
+            yield kernel, times[body]
 
 
 def _kernel(own: str, result: str, operands: list[str], line: str) -> Kernel:
@@ -166,15 +172,6 @@ def _convolution_flops(result: str, operands: list[str], line: str) -> float:
     return 2.0 * math.prod(out) * math.prod(right) / right[labels[2].index("o")]
 
 
-def per_step(found: dict[str, list[Kernel]], steps: int) -> Iterator[tuple[Kernel, float]]:
-    """Yield every kernel with the number of times that a step launches it."""
-    # Of a call of many steps, the loop over them is the largest body.
-    loop = max(found, key=lambda name: len(found[name]))
-    for name, of_body in found.items():
-        for kernel in of_body:
-            yield kernel, 1.0 if name == loop else 1 / steps
-
-
 def compile_case(case: str, problem: Problem, devices: list[Any]) -> tuple[dict[str, Any], str]:
     """Return the line of a case, and its optimised program.
 
@@ -198,7 +195,7 @@ def compile_case(case: str, problem: Problem, devices: list[Any]) -> tuple[dict[
     finally:
         parallel.devices, jax.default_backend = real, backend
     text = program.as_text()
-    found = list(per_step(kernels(text), steps))
+    found = [(kernel, times / steps) for kernel, times in kernels(text)]
     kinds: collections.Counter = collections.Counter()
     for kernel, times in found:
         kinds[kernel.kind] += times

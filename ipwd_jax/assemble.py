@@ -35,7 +35,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, parallel, state, step
+from ipwd_jax import losses, models, optim, packing, parallel, state, step
 from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
@@ -164,15 +164,14 @@ class Experiment:
             answer=self.teacher.answer if self.teacher else None,
             optimizer=this.optimizer,
             trainable=this.trainable,
-            flat=self.flat(this),
+            flat=self._flat(this),
         )
 
-    def flat(self, stage: Stage) -> bool:
+    def _flat(self, stage: Stage) -> bool:
         """Whether vectors are faster than leaves and give the same result; see `StepSpec.flat`."""
         config = self.config.first_stage if stage.pretrains else self.config
         alike = optim.elementwise(config.optimizer.name)
-        everything = all(jax.tree.leaves(stage.trainable))
-        return jax.default_backend() != "cpu" and alike and everything
+        return packing.vectors_pay() and alike and all(jax.tree.leaves(stage.trainable))
 
     def train_step(self, stage: int) -> Callable:
         """Compile the step of a stage for as many seeds as it is called with.

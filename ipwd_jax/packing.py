@@ -20,6 +20,11 @@ from ipwd_jax.state import TrainState
 from ipwd_jax.typing import PyTree
 
 
+def vectors_pay() -> bool:
+    """Return whether this device processes one long vector faster than many arrays."""
+    return jax.default_backend() != "cpu"
+
+
 def output_first(tree: PyTree) -> PyTree:
     """Move the last axis of each kernel to the front, which is the order in which cuDNN reads them.
 

@@ -8,8 +8,7 @@ import pytest
 from helpers import settings
 
 import ipwd_jax
-from ipwd_jax import report, train
-from ipwd_jax.assemble import Experiment
+from ipwd_jax import packing, report, train
 from ipwd_jax.errors import UserError
 from ipwd_jax.teacher import compare
 
@@ -84,7 +83,7 @@ def test_parameters_in_one_vector_give_the_same(changes, alone, squares, folder,
     """As on a GPU; the checkpoints have the parameters by name all the same."""
     name = "_".join(["vector", *map(str, changes.values())])
     expected = run(f"{name}_leaves", squares, folder, **changes) if changes else alone[0]
-    monkeypatch.setattr(Experiment, "flat", lambda self, stage: True)
+    monkeypatch.setattr(packing, "vectors_pay", lambda: True)
     actual = run(name, squares, folder, steps_per_call=3, **changes)
     np.testing.assert_allclose(actual, expected, atol=2e-5)
     found, usual = (
