@@ -43,7 +43,11 @@ def draw_negatives(
     """
     by_class = jnp.argsort(train_labels)
     ordered = train_labels[by_class]
-    first, end = (jnp.searchsorted(ordered, labels, side) for side in ("left", "right"))
+    # On a GPU, many comparisons at once are faster than a few that wait for each other.
+    method = "scan" if jax.default_backend() == "cpu" else "compare_all"
+    first, end = (
+        jnp.searchsorted(ordered, labels, side, method=method) for side in ("left", "right")
+    )
 
     def draw(i: jax.Array, first: jax.Array, own: jax.Array) -> jax.Array:
         others = train_labels.size - own
@@ -80,8 +84,9 @@ def permute(key: jax.Array, x: jax.Array, size: jax.Array) -> jax.Array:
         mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
         return jnp.where(mixed >> 31 > 0, y, x), None
 
-    # With jaxlib 0.12, a single expression of all rounds does not compile within minutes.
-    return lax.scan(swap, x, (pivots, salts), unroll=4)[0]
+    # On a CPU, jaxlib 0.12 does not compile a single expression of all rounds within minutes.
+    unroll = 4 if jax.default_backend() == "cpu" else _ROUNDS
+    return lax.scan(swap, x, (pivots, salts), unroll=unroll)[0]
 
 
 def contrast_loss(scores: jax.Array, train_size: int) -> jax.Array:
