@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax import models, parallel
+from ipwd_jax import models, parallel, xla
 from ipwd_jax.assemble import Experiment
 from ipwd_jax.data.resident import resident
 from ipwd_jax.state import network_shapes
@@ -65,6 +65,8 @@ def describe(
         )
     lines["device"] = f"{parallel.device_count()} x {jax.devices()[0].device_kind}, "
     lines["device"] += config.precision
+    if profile := xla.active():
+        lines["device"] += f", XLA profile {profile}"
     if jax.default_backend() == "cpu" and _NVIDIA.exists():
         lines["device"] += (
             "; this JAX cannot use the NVIDIA GPU of this machine: pip install -U 'jax[cuda12]'"

@@ -31,7 +31,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ipwd_jax import signals, train
+from ipwd_jax import signals, train, xla
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.api import load_module
 from ipwd_jax.errors import Interrupted, InUse, UserError
@@ -354,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
+    xla.apply()
     with signals.exit_statuses(), signals.acknowledged():
         planned = plan(load_runs(given.config), given.out)[given.index :: given.count]
         if given.dry_run:

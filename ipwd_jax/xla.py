@@ -1,10 +1,11 @@
-"""Named profiles of compiler settings. A profile is applied only on request.
+"""Named profiles of compiler settings.
 
-The settings must be made before the first array exists, as this command does:
-`python -m ipwd_jax.main --xla_profile=cpu-eigen`. Measurements of the profiles are in
-benchmarks/RESULTS.md. A profile changes the results of a run by rounding only, and every run
-records its flags. One useful setting cannot be part of a profile, because a process reads it when
-it starts: on Linux, `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` avoids most page faults of a step.
+The settings must be made before the first array exists, as the commands do: by default they apply
+`DEFAULT`, which concerns CPUs alone, and `--xla_profile` names another profile. Python code calls
+`apply` first thing. Measurements of the profiles are in benchmarks/RESULTS.md. A profile changes
+the results of a run by rounding only, and every run records its flags. One useful setting cannot be
+part of a profile, because a process reads it when it starts: on Linux,
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` avoids most page faults of a step.
 """
 
 import os
@@ -47,30 +48,36 @@ PROFILES = {
 }
 
 
-def apply(profile: str, compilation_cache: str | os.PathLike = "") -> None:
+# The profile of a run that asks for none; a GPU ignores its flags.
+DEFAULT = "cpu-eigen"
+
+
+def apply(profile: str = "", compilation_cache: str | os.PathLike = "") -> None:
     """Set the flags of a profile and the folder in which compiled programs are cached.
 
     Args:
-        profile: one of `PROFILES`; empty means no flags.
+        profile: one of `PROFILES`; "none" means no flags. Empty means those of `DEFAULT`, except
+            for flags that XLA_FLAGS already sets.
         compilation_cache: folder of the cache; if empty, every process compiles its programs anew.
 
     Raises:
         UserError: there is no such profile, XLA_FLAGS sets one of its flags to a different value,
             or the folder cannot be created.
     """
-    if profile and profile not in PROFILES:
-        raise unknown_name("XLA profile", profile, PROFILES)
+    if profile and profile not in (*PROFILES, "none"):
+        raise unknown_name("XLA profile", profile, (*PROFILES, "none"))
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0]: flag for flag in given}
-    flags = PROFILES[profile].flags if profile else ()
-    for flag in flags:
+    flags = () if profile == "none" else PROFILES[profile or DEFAULT].flags
+    for flag in flags if profile else ():
         there = names.get(flag.partition("=")[0], flag)
         if there != flag:
             raise UserError(
                 f"XLA_FLAGS has {there}, but the profile {profile} has {flag}; drop one of them"
             )
-    if flags:
-        os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys([*given, *flags]))
+    new = [flag for flag in flags if flag.partition("=")[0] not in names]
+    if new:
+        os.environ["XLA_FLAGS"] = " ".join([*given, *new])
     if compilation_cache:
         try:
             pathlib.Path(compilation_cache).mkdir(parents=True, exist_ok=True)
@@ -79,3 +86,14 @@ def apply(profile: str, compilation_cache: str | os.PathLike = "") -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def active() -> str:
+    """Return the names of the profiles whose flags are set, with commas between them."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    on_cpu = jax.default_backend() == "cpu"
+    return ", ".join(
+        name
+        for name, profile in PROFILES.items()
+        if name.startswith("cpu-") == on_cpu and set(profile.flags) <= set(given)
+    )

@@ -1,19 +1,28 @@
-"""Compiler settings are applied if they are asked for, and not otherwise."""
+"""Compiler settings: the default on a CPU, and those that are asked for."""
 
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from ipwd_jax import xla
 from ipwd_jax.errors import UserError
 
 
-def test_nothing_is_set_unasked(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    xla.apply("")
-    assert "XLA_FLAGS" not in os.environ
+def test_a_cpu_gets_the_fastest_convolutions_unless_told_otherwise(monkeypatch):
+    jax.default_backend()  # reads XLA_FLAGS before this test changes them
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    xla.apply("none")
+    assert os.environ["XLA_FLAGS"] == "--xla_a=1" and xla.active() == ""
+    xla.apply()
+    (flag,) = xla.PROFILES["cpu-eigen"].flags
+    assert os.environ["XLA_FLAGS"] == f"--xla_a=1 {flag}" and xla.active() == "cpu-eigen"
+    own = flag.replace("reduce", "none")
+    monkeypatch.setenv("XLA_FLAGS", own)
+    xla.apply()
+    assert os.environ["XLA_FLAGS"] == own and xla.active() == ""
 
 
 def test_flags_join_those_that_are_there(monkeypatch):
