@@ -16,7 +16,8 @@ from ipwd_jax.errors import UserError
 SCHEDULES = ("step", "cosine")
 # Settings of `config.data` that do not apply to a teacher that is trained for a student.
 STUDENTS_ALONE = ("rand_augment", "rand_magnitude", "mixup", "cutmix")
-# all: every view of every image; drawn: those that the run draws; auto: the smaller of them.
+# all: every view of every image; drawn: those that the run draws; auto: the smaller of them, or
+# none if the run would ask for hardly more answers.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
 
 

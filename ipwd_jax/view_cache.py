@@ -39,6 +39,8 @@ from ipwd_jax.typing import PyTree
 
 _FORMAT = 1
 _FLUSH_SECONDS = 60.0
+_LONG_SECONDS = 10.0
+_WORTH = 0.9  # of the answers that a run asks for; a cache that needs more of them is not built
 _DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
 
 
@@ -116,8 +118,8 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
         required: whether the run cannot do without the cache.
 
     Returns:
-        The cache, on all devices. None, with a printed line, if there is not enough space for it
-        and it is not required.
+        The cache, on all devices. None, with a printed line, if it is not required and there is not
+        enough space for it, or the run itself would ask for hardly more answers.
 
     Raises:
         UserError: the cache is required, but there is not enough space for it.
@@ -127,6 +129,15 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     folder = teacher.workdir / "views"
     files, used = _files_and_views(experiment, folder)
     index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
+    asked = answers_asked(experiment)
+    if not (required or files.complete() or len(index) <= _WORTH * asked):
+        print(
+            f"The teacher is asked in the steps: a cache would need {len(index):,} answers, and "
+            f"the run asks for {asked:,}. For several students of this teacher, "
+            "--config.teacher.view_cache=drawn computes them once",
+            flush=True,
+        )
+        return None
     ask = _ask_of(experiment)
     data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
     columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
@@ -147,9 +158,37 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
             if table is None:
                 _remove_old_tables(folder)
                 asker = _asker(ask, teacher.inputs, data, batch)
+                _say_what_it_takes(asker, index, view, batch, asked)
                 table = files.build(columns, (index, view), asker, batch)
     cache = _view_cache(table, used, len(experiment.dataset.class_names))
     return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
+
+
+def answers_asked(experiment: Experiment) -> int:
+    """Return how many answers the teacher gives during a run if none are cached."""
+    config = experiment.config
+    orders = 1 if config.share_order else max(1, len(config.seeds))
+    stages = enumerate(experiment.stages)
+    epochs = sum(s.epochs for i, s in stages if experiment.step_spec(i).teacher_taps)
+    return orders * epochs * len(experiment.dataset.train.labels)
+
+
+def _say_what_it_takes(
+    asker: Callable, index: np.ndarray, view: np.ndarray, batch: int, asked: int
+) -> None:
+    """Print an estimate of the time to build a table and of that which it saves, if it is long."""
+    rows = slice(0, batch)
+    asker(index[rows], view[rows])  # compiles the program
+    started = time.monotonic()
+    asker(index[rows], view[rows])
+    each = (time.monotonic() - started) / batch
+    if len(index) * each > _LONG_SECONDS:
+        print(
+            f"Computing {len(index):,} answers of the teacher takes about "
+            f"{duration(len(index) * each)}. This run, and every other on the same views, then "
+            f"need not ask for {asked:,} answers, which would take about {duration(asked * each)}",
+            flush=True,
+        )
 
 
 def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Files", np.ndarray]:

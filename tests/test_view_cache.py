@@ -1,12 +1,15 @@
 """The cache of the teacher's answers does not change the training, and bad files are not used."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from helpers import settings, teacher_folder
 
+from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import train, view_cache
+from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 
 
@@ -49,6 +52,27 @@ def test_only_drawn_views_are_asked_for(online, squares, folder):
     assert used.shape == (40, 18) and used.sum(axis=1).max() <= 2
     tables = [np.load(path) for path in views(folder).glob("*.npy")]
     assert any(len(table) == used.sum() for table in tables)
+
+
+def test_a_cache_is_built_by_itself_only_where_the_run_asks_for_more(
+    online, squares, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(view_cache, "_LONG_SECONDS", 0.0)
+
+    def built(**changes):
+        config = settings(teacher__view_cache="auto", **changes)
+        teacher = teacher_lib.load(config, teacher_folder(folder, "tiny_net"), squares)
+        teacher = dataclasses.replace(teacher, workdir=tmp_path)  # where no answers are kept yet
+        cache = view_cache.load_or_build(assemble(config, squares, teacher), required=False)
+        return cache is not None, capsys.readouterr().out
+
+    few, said = built(seed=5)
+    assert not few and "and the run asks for 80. For several students" in said
+    many, said = built(seed=5, seeds=(5, 6), epochs=12)  # 24 views are drawn of 18 that there are
+    assert many and "Computing 720 answers of the teacher takes about 0:00" in said
+    assert "need not ask for 960 answers" in said
+    there, said = built(seed=7)
+    assert there and "Reading the teacher's answers from" in said
 
 
 def sums(index, view):
