@@ -47,6 +47,7 @@ _RANGES = {
     "seeds": _SEED,
     "data.threads": _NOT_NEGATIVE,
     "data.image_size": _NOT_NEGATIVE,
+    "data.long_tail": _NOT_NEGATIVE,
     "data.crop_padding": _NOT_NEGATIVE,
     "data.std": _POSITIVE,
     "data.rand_augment": _NOT_NEGATIVE,

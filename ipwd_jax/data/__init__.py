@@ -4,13 +4,21 @@ If it reads settings of `config.data` that not all sources read, its name is add
 in `USED_BY`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax.data import arrays, cifar, folder, streaming, tfds
-from ipwd_jax.data.base import TEST_FRACTION, Dataset, Split, fingerprint, from_arrays
+from ipwd_jax.data.base import (
+    TEST_FRACTION,
+    Dataset,
+    Split,
+    fingerprint,
+    from_arrays,
+    long_tailed,
+)
 from ipwd_jax.errors import UserError, unknown_name
 
 __all__ = [
@@ -64,8 +72,8 @@ def load(config: ConfigDict) -> Dataset:
         config: `config.data` of a run.
 
     Raises:
-        UserError: there is no such source; its data is missing, damaged or unsuitable; or the
-            source does not use one of the settings.
+        UserError: there is no such source; its data is missing, damaged or unsuitable; the source
+            does not use one of the settings; or `long_tail` does not suit the data.
     """
     kind, _, argument = config.name.partition(":")
     found = [
@@ -84,8 +92,12 @@ def load(config: ConfigDict) -> Dataset:
                 f"use{' without config.data.streaming' if streams else ''}; leave it out"
             )
     if config.streaming:
-        return streaming.load(config)
-    return found[0](config, argument) if argument else found[0](config)
+        dataset = streaming.load(config)
+    else:
+        dataset = found[0](config, argument) if argument else found[0](config)
+    if not config.long_tail:
+        return dataset
+    return dataclasses.replace(dataset, train=long_tailed(dataset.train, config.long_tail))
 
 
 def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:

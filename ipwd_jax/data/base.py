@@ -260,6 +260,33 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
     )
 
 
+def long_tailed(split: Split, ratio: float) -> Split:
+    """Return a split whose classes shrink exponentially from the first to the last.
+
+    Of C classes, the class c keeps its first `n * ratio^(-c / (C - 1))` samples, rounded down. Here
+    n is the size of the largest class. This is the profile of Cui et al., 2019, and Cao et al.,
+    2019, who call `1 / ratio` the imbalance factor, and draw the samples.
+
+    Args:
+        split: the split to thin out.
+        ratio: size of the first class over that of the last one, at least 1.
+
+    Raises:
+        UserError: the ratio is less than 1, or so large that the last class would be empty.
+    """
+    sizes = np.bincount(split.labels)
+    if not 1 <= ratio <= sizes.max():
+        raise UserError(
+            "config.data.long_tail must be 0 or the ratio of the largest to the smallest class, "
+            f"in 1..{sizes.max()} for this data; found {ratio:g}"
+        )
+    keep = np.zeros(len(split.labels), bool)
+    for label in range(len(sizes)):
+        wanted = int(sizes.max() * ratio ** (-label / max(1, len(sizes) - 1)))
+        keep[np.flatnonzero(split.labels == label)[:wanted]] = True
+    return split.take(np.flatnonzero(keep).astype(np.int32))
+
+
 def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation of the pixels in 0..1, per channel.
 

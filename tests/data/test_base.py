@@ -5,7 +5,7 @@ import pytest
 from data_helpers import arrays
 
 from ipwd_jax import data
-from ipwd_jax.data.base import hold_out
+from ipwd_jax.data.base import hold_out, long_tailed
 from ipwd_jax.errors import UserError
 
 
@@ -30,6 +30,22 @@ def test_hold_out_takes_its_share_of_every_class(fraction):
     wanted = [round(10 * fraction), round(20 * fraction), 1, 0]
     assert np.bincount(held.labels, minlength=4).tolist() == wanted
     assert sorted([*stay.images, *held.images]) == list(range(33))
+
+
+def test_the_long_tail_is_that_of_the_literature():
+    labels = np.tile(np.arange(100, dtype=np.int32), 500)
+    tail = long_tailed(data.Split(np.arange(50_000), labels), 100)
+    sizes = np.bincount(tail.labels)
+    assert len(tail.labels) == 10_847  # CIFAR-100-LT with an imbalance factor of 0.01
+    assert sizes[0] == 500 and sizes[-1] == 5 and (np.diff(sizes) <= 0).all()
+    np.testing.assert_array_equal(tail.images[tail.labels == 99], 99 + 100 * np.arange(5))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 501])
+def test_a_long_tail_needs_a_sensible_ratio(ratio):
+    split = data.Split(np.arange(1_000), np.repeat(np.arange(2, dtype=np.int32), 500))
+    with pytest.raises(UserError, match=rf"in 1\.\.500 for this data; found {ratio:g}"):
+        long_tailed(split, ratio)
 
 
 @pytest.mark.parametrize(

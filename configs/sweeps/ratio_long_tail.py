@@ -1,0 +1,30 @@
+"""The runs of ratio_small.py on CIFAR-100 with a long tail, where the teacher is more imbalanced.
+
+    python -m ipwd_jax.sweep --config=configs/sweeps/ratio_long_tail.py --out=runs/long_tail
+
+The first class has 100 times as many training images as the last one, and 10,847 are left of
+50,000. Four times as many epochs make up for this in part.
+"""
+
+from pathlib import Path
+
+from ipwd_jax.api import load_module
+
+SMALL = load_module(Path(__file__).with_name("ratio_small.py"))
+
+
+def get_runs(constants="2"):
+    """All arms with the first seed, then with the second, and then with the third.
+
+    Args:
+        constants: the constant weights, with commas between them.
+    """
+    runs = SMALL.get_runs(constants)
+    for run in runs:
+        config = run["config"]
+        config.name = f"tail_{config.name}"
+        config.data.long_tail = 100.0
+        for side in (config, config.teacher):
+            side.epochs *= 4
+            side.optimizer.milestones = tuple(4 * m for m in side.optimizer.milestones)
+    return runs
