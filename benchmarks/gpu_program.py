@@ -218,8 +218,12 @@ def main(options: argparse.Namespace) -> None:
     """Compile every case of every pair and print one line for each."""
     devices = h100()
     for pair in options.pairs.split(":"):
-        problem = make_problem(tuple(pair.split(",")), 8, options.batch)
         for case in options.cases.split(","):
+            # CRD needs as many images as negatives; otherwise few, because a gather counts as if
+            # it read all of them.
+            size = 50_000 if case.startswith("crd") else 512
+            steps = max(8, int(case.split(":")[2]))
+            problem = make_problem(tuple(pair.split(",")), steps, options.batch, size)
             line, text = compile_case(case, problem, devices)
             print(json.dumps(line), flush=True)
             if options.dump:
