@@ -40,6 +40,7 @@ from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
+from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState
@@ -311,31 +312,10 @@ def _terms(
         "epochs": stage.epochs,
     }
     terms = losses.create(stage.loss, config.terms, of_run)
-    for name, term in terms.items():
-        _check_augmentation(config, name, term)
+    check_images(config, terms, dataset)
+    for term in terms.values():
         term.check(dataset)
     return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
-
-
-def _check_augmentation(config: ConfigDict, name: str, term: Term) -> None:
-    """Raise `UserError` if a term is not defined for images that are mixed or distorted."""
-    if term.rotations and config.data.rand_augment:
-        raise UserError(
-            f"the loss term {name} sees four rotations of each image, which "
-            "config.data.rand_augment would distort differently; leave one of them out"
-        )
-    if not (config.data.mixup or config.data.cutmix):
-        return
-    weighting = losses.weighting.create(config.weighting)
-    for what, mixed in (
-        (f"the loss term {name}", term.mixed_images),
-        (f"config.weighting.name={config.weighting.name}", weighting.mixed_images),
-    ):
-        if not mixed:
-            raise UserError(
-                f"{what} is not defined for images that config.data.mixup or config.data.cutmix "
-                "has mixed; leave these settings out, or choose other loss terms and weightings"
-            )
 
 
 def _initial_state(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch, Term, as_seen
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.typing import PyTree
@@ -192,9 +192,7 @@ def _init_term(
     key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
     """Return the variables of a term."""
-    seen = [student, teacher]
-    if term.rotations:
-        seen = [x and x.map_rows(lambda rows: jnp.repeat(rows, 4, axis=0)) for x in seen]
+    seen = [as_seen(term, outputs) for outputs in (student, teacher)]
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)

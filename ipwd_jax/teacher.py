@@ -227,7 +227,10 @@ def from_variables(
     ask, inputs = _make_ask(config, network, variables, dataset.train.images.shape[1:])
 
     def answer(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
-        return ask(inputs, images, batch.mask)
+        outputs = ask(inputs, images, batch.mask)
+        if batch.strong_image is None:
+            return outputs
+        return outputs.with_strong(ask(inputs, batch.strong_image, batch.mask))
 
     unknown = np.empty((0, len(dataset.class_names)), np.float32)
     crc = checksum(variables)

@@ -369,5 +369,4 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         workdir_lib.choose(workdir, "teacher.view_cache", "cached" if cache else "off")
     if cache is None:
         return experiment
-    cached = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
-    return dataclasses.replace(experiment, teacher=cached)
+    return dataclasses.replace(experiment, teacher=view_cache.instead_of(teacher, cache))

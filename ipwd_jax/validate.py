@@ -83,6 +83,7 @@ _RANGES = {
     "terms.*_temperature": _POSITIVE,
     "terms.*.momentum": _SHARE,
     "terms.*_share": _SHARE,
+    "terms.*_threshold": _SHARE,
     "terms.*_weight": _NOT_NEGATIVE,
     "terms.*_dim": _AT_LEAST_1,
     "terms.*_channels": _AT_LEAST_1,

@@ -53,6 +53,9 @@ class Term(nn.Module):
             for a separate network.
         rotations: whether the term sees every image in four rotations, as 4 B rows, with the four
             rows of an image next to each other.
+        strong_view: whether the term also sees a strong view of every image (`data.views.strong`),
+            for which both networks are run a second time; their outputs are `Outputs.strong`. The
+            cross-entropy `ce` is then that of both views together.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
         mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
@@ -64,6 +67,7 @@ class Term(nn.Module):
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     per_sample: ClassVar[bool] = True
     rotations: ClassVar[bool] = False
+    strong_view: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
     mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -129,6 +133,8 @@ class Batch:
         partner_label: (B,) int32, the label of the sample that each one is mixed with; None if
             images are not mixed.
         share: (B,) float32, the share of the sample itself in its mixed image; None likewise.
+        strong_image: (B, H, W, channels), strong views of the images; None if no term asks for
+            them.
     """
 
     image: jax.Array
@@ -141,6 +147,7 @@ class Batch:
     key: jax.Array
     partner_label: jax.Array | None = None
     share: jax.Array | None = None
+    strong_image: jax.Array | None = None
 
     def over_labels(self, of: Callable[[jax.Array], PyTree]) -> PyTree:
         """`of(label)`, or its mean over the two labels of a mixed image, weighted by their shares.
@@ -156,6 +163,18 @@ class Batch:
             of(self.label),
             of(self.partner_label),
         )
+
+
+def as_seen(term: Term, outputs: Outputs | None) -> Outputs | None:
+    """A network's outputs in the form in which the step gives them to a term.
+
+    Args:
+        term: the term, which may ask for rotations or for strong views.
+        outputs: outputs for B images, of which only the shapes and types are meant to matter.
+    """
+    if outputs is not None and term.rotations:
+        outputs = outputs.map_rows(lambda rows: jnp.repeat(rows, 4, axis=0))
+    return outputs.with_strong(outputs) if outputs is not None and term.strong_view else outputs
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -235,6 +254,17 @@ def pre_pool_of(outputs: Outputs) -> jax.Array:
     if outputs.pre_pool is None:
         raise ValueError(_missing("pre_pool"))
     return at_least_float32(outputs.pre_pool)
+
+
+def logits_of_views(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    """Logits (B, C) of the weak and of the strong view, in float32 or better.
+
+    Raises:
+        ValueError: there is no strong view, for which a term must ask (`Term.strong_view`).
+    """
+    if outputs.strong is None:
+        raise ValueError("a loss term reads `Outputs.strong` without declaring `strong_view`")
+    return at_least_float32(outputs.logits), at_least_float32(outputs.strong.logits)
 
 
 def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
