@@ -34,7 +34,7 @@ def settings(kind: str, network: str) -> ConfigDict:
         config.loss.update({"ce": 0.1, "kd": 0.9, "cls": 1.0})
         config.weighting.update({"name": "ipwd", "batch_normalize": True, "average": 0.5})
     elif kind == "maps":  # terms of maps and classifiers, some of which normalise over all rows
-        names = ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
+        names = ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f", "mlkd", "crld")
         config.loss.update(dict.fromkeys(names, 0.1))
     else:  # terms that compare or remember rows of different devices, or normalise over them
         names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet", "dist", "uskd", "ctkd")

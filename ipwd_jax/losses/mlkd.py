@@ -55,7 +55,9 @@ def mlkd_loss(
         Scalar loss.
     """
     valid = mask > 0
-    weak, strong = ([jnp.where(valid[:, None], x[i], 0) for x in (student, teacher)] for i in (0, 1))
+    weak, strong = (
+        [jnp.where(valid[:, None], x[i], 0) for x in (student, teacher)] for i in (0, 1)
+    )
     of_teacher = jnp.where(valid[:, None], jax.nn.softmax(weak[1]), 0)
     samples = lower_half(of_teacher.max(axis=1), valid)
     classes = lower_half(of_teacher.sum(axis=0), jnp.ones(of_teacher.shape[1], bool))

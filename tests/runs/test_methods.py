@@ -180,7 +180,7 @@ def test_dry_run_on_networks_of_different_families(method, small_images, tmp_pat
 # What is refused
 
 
-@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd", "dist", "uskd"])
+@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd", "dist", "uskd", "mlkd"])
 def test_a_weighting_of_a_relational_term_is_refused(term):
     config = method_config("ipwd")
     config.loss[term] = 1.0
