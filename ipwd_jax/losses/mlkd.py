@@ -1,5 +1,7 @@
 """Jin et al., 2023 (Multi-level logit distillation): predictions, classes and samples of views."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -63,8 +65,8 @@ def mlkd_loss(
     classes = lower_half(of_teacher.sum(axis=0), jnp.ones(of_teacher.shape[1], bool))
     count = valid.sum(dtype=of_teacher.dtype)
 
-    def kd(view: list[jax.Array], temperatures: tuple[float, ...]) -> jax.Array:
-        losses = sum(kd_loss(*view, T, standardize=standardize) for T in temperatures)
+    def kd(view: Sequence[jax.Array], temperatures: tuple[float, ...]) -> jax.Array:
+        losses = sum(kd_loss(view[0], view[1], T, standardize=standardize) for T in temperatures)
         return jnp.where(valid, losses, 0)
 
     def mean(rows: jax.Array, low: jax.Array, size: jax.Array | int) -> jax.Array:
