@@ -44,6 +44,7 @@ from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState
+from ipwd_jax.student import inherited, network_of
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
 
@@ -87,7 +88,8 @@ class Experiment:
         dataset: data set on which the student is trained and evaluated.
         teacher: the teacher, or None if there is none.
         network: the student.
-        pretrained: those of the student's variables that are not drawn, by their paths.
+        pretrained: those of the student's variables that are not drawn, by their paths; also those
+            that it has from the teacher.
         heads: the student's extra heads.
         stages: the stages in order; the last one is the main stage.
         steps_per_epoch: number of steps in an epoch; the last of them can have fewer samples.
@@ -262,12 +264,16 @@ def assemble(
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
-    network = models.create(config.model.name, classes, axis_name)
+    network = network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
     terms = [_terms(config, part, dataset, teacher) for part in parts]
     sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
-    heads = Heads(classes, sources, network.clone() if "network" in sources.values() else None)
+    separate = models.create(config.model.name, classes, axis_name)
+    heads = Heads(classes, sources, separate if "network" in sources.values() else None)
     params = _shapes_of_params(config, dataset, network, heads, terms)
+    if teacher:
+        for of_stage in terms:
+            pretrained = {**(pretrained or {}), **inherited(of_stage, teacher)} or None
     steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
     stages, first_step = [], 0
     for part, of_stage in zip(parts, terms, strict=True):
@@ -366,6 +372,7 @@ def _trainable(
         for name, source in heads.sources.items()
         if (name, source) not in used
     ]
+    frozen += [f"student/{module}" for module in getattr(network, "frozen_modules", ())]
     frozen += [f"terms/{name}" for name in params["terms"] if name not in terms]
     if not stage.pretrains:
         frozen += [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]

@@ -129,8 +129,8 @@ def init_state(
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
 
     batch = _batch_of_zeros(image_shape, train_size, key)
-    student = _outputs_of_zeros(network, batch.image)
-    teacher_outputs = _outputs_of_zeros(teacher, batch.image) if teacher else None
+    student = outputs_of_zeros(network, batch.image)
+    teacher_outputs = outputs_of_zeros(teacher, batch.image) if teacher else None
     of_heads = heads.init(heads_key, student.embedding, batch.image, False)
     student = dataclasses.replace(
         student, extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
@@ -182,7 +182,8 @@ def _batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Arra
     )
 
 
-def _outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
+def outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
+    """Return the outputs of a network for images (B, H, W, channels), with zeros in all arrays."""
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda: network.init_with_output(key, image)[0])
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -98,6 +98,7 @@ _RANGES = {
     "terms.*.resolution": _AT_LEAST_1,
     "terms.*.scales": _AT_LEAST_1,
     "terms.*.grid": _AT_LEAST_1,
+    "terms.*.factor": _AT_LEAST_1,
     "terms.*.iterations": _AT_LEAST_1,
     "terms.*.regularization": _POSITIVE,
     "terms.*.decay_from": _NOT_NEGATIVE,

@@ -41,6 +41,7 @@ from ipwd_jax.losses.reviewkd import ReviewKD
 from ipwd_jax.losses.rkd import RKD
 from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.sdd import SDD
+from ipwd_jax.losses.simkd import SimKD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.sskd import SSKD
@@ -88,6 +89,7 @@ TERMS: dict[str, type[Term]] = {
     "sdd": SDD,
     "wkd_l": WKDLogits,
     "wkd_f": WKDFeatures,
+    "simkd": SimKD,
     "mlkd": MLKD,
     "crld": CRLD,
 }

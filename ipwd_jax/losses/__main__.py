@@ -62,9 +62,14 @@ def variable_shapes(
         student = dataclasses.replace(
             student, extra_logits=dict.fromkeys(term.heads, student.logits)
         )
+        head = term.head(teacher, None) if teacher and term.replaces_head else None
+        of_head: PyTree = {}
+        if head is not None:
+            student, of_head = head.init_with_output(key, student, False)
         seen = (as_seen(term, outputs) for outputs in (student, teacher))
         variables = term.init(key, *seen, batch)
-        params = {**variables.get("params", {}), **of_heads.get("params", {})}
+        of_all = (variables, of_heads, of_head)
+        params = {name: x for part in of_all for name, x in part.get("params", {}).items()}
         return {**variables, "params": params}
 
     return jax.eval_shape(init, jax.random.key(0), student_outputs, teacher_outputs)

@@ -56,6 +56,9 @@ class Term(nn.Module):
         strong_view: whether the term also sees a strong view of every image (`data.views.strong`),
             for which both networks are run a second time; their outputs are `Outputs.strong`. The
             cross-entropy `ce` is then that of both views together.
+        replaces_head: whether the predictions of a run with the term are those of the head that the
+            method `head` makes. The outputs of the student, which the term sees, are then those of
+            that head.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
         mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
@@ -68,6 +71,7 @@ class Term(nn.Module):
     per_sample: ClassVar[bool] = True
     rotations: ClassVar[bool] = False
     strong_view: ClassVar[bool] = False
+    replaces_head: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
     mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -85,6 +89,27 @@ class Term(nn.Module):
     def of_teacher(self, teacher: "Teacher") -> "Term":
         """The term with what it needs to know about a trained teacher; by default unchanged."""
         return self
+
+    @nn.nowrap
+    def head(self, teacher: Outputs, axis_name: str | None) -> nn.Module | None:
+        """The head of the student, as `models.with_head` describes it, if `replaces_head` is set.
+
+        Args:
+            teacher: outputs of the teacher, of which only the shapes matter.
+            axis_name: mapped axis over which batch statistics are synchronised.
+
+        Raises:
+            ValueError: there is no such head for this teacher.
+        """
+        return None
+
+    @nn.nowrap
+    def inherited(self, teacher: "Teacher") -> Mapping[tuple[str, ...], np.ndarray]:
+        """The parameters of the head that are a trained teacher's, by their paths; none by default.
+
+        They must belong to the `frozen_modules` of the head.
+        """
+        return {}
 
     @nn.nowrap
     def label_loss(self, student: Outputs, batch: "Batch") -> jax.Array | None:

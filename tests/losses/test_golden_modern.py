@@ -85,10 +85,10 @@ SPECS = {
 # Cases that are compared in test_golden_maps.py, and those of losses that the package lacks.
 OF_MAPS = {
     *("wkd_l", "wkd_cost", "wkd_f", "wkd_f_global", "sdd_kd", "sdd_dkd", "sdd_nkd"),
-    *("srrl", "srrl_map", "cat_kd", "cat_kd_norm"),
+    *("srrl", "srrl_map", "cat_kd", "cat_kd_norm", "simkd", "simkd_pool", "simkd_small"),
 }
 WITHOUT_A_TERM = {
-    *("deepkd_topk", "simkd", "simkd_pool", "simkd_small"),
+    "deepkd_topk",
 }
 
 
