@@ -57,7 +57,7 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
     [
         *(
             pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
-            for m in ("crd", "dist", "ctkd_dkd", "wkd")
+            for m in ("crd", "dist", "ctkd_dkd", "wkd", "simkd")
         ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
     ],
