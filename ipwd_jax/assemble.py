@@ -44,7 +44,7 @@ from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState
-from ipwd_jax.student import inherited, network_of
+from ipwd_jax.student import network_of
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
 
@@ -272,8 +272,10 @@ def assemble(
     heads = Heads(classes, sources, separate if "network" in sources.values() else None)
     params = _shapes_of_params(config, dataset, network, heads, terms)
     if teacher:
-        for of_stage in terms:
-            pretrained = {**(pretrained or {}), **inherited(of_stage, teacher)} or None
+        for term in (term for of_stage in terms for term in of_stage.values()):
+            of_head = term.inherited(teacher).items()
+            known = {("params", "head", *path): value for path, value in of_head}
+            pretrained = {**(pretrained or {}), **known} or None
     steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
     stages, first_step = [], 0
     for part, of_stage in zip(parts, terms, strict=True):

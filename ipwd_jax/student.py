@@ -1,18 +1,13 @@
 """The network that a run trains: `config.model.name`, or this network with the head of a term."""
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax import losses, models
 from ipwd_jax.errors import UserError
-from ipwd_jax.losses.base import Term
 from ipwd_jax.models.with_head import WithHead
 from ipwd_jax.state import outputs_of_zeros
-from ipwd_jax.teacher import Teacher
 
 
 def term_with_head(config: ConfigDict) -> str:
@@ -63,12 +58,3 @@ def network_of(
         raise UserError(str(error)) from error
     assert head is not None
     return WithHead(network, head)
-
-
-def inherited(terms: Mapping[str, Term], teacher: Teacher) -> dict[tuple[str, ...], np.ndarray]:
-    """Return those of the network's variables that are the teacher's, by their paths."""
-    return {
-        ("params", "head", *path): value
-        for term in terms.values()
-        for path, value in term.inherited(teacher).items()
-    }
