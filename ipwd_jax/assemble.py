@@ -35,7 +35,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, parallel, state, step
+from ipwd_jax import losses, models, optim, parallel, state, step, student
 from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
@@ -44,7 +44,6 @@ from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState
-from ipwd_jax.student import network_of
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
 
@@ -133,6 +132,10 @@ class Experiment:
         """Return the state of the run of `seed` before its first step, without optimiser state."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
+        if not self.config.model.classifier_bias:
+            key = state.classifier_key(jax.random.key(seed))
+            classifier = student.without_bias(self.network, initial.network(), key)
+            initial = state.with_network(initial, classifier)
         if self.pretrained is not None:
             initial = state.with_network(initial, self.pretrained)
         return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
@@ -264,7 +267,7 @@ def assemble(
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
-    network = network_of(config, classes, dataset.train.images.shape[1:], axis_name)
+    network = student.network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
     terms = [_terms(config, part, dataset, teacher) for part in parts]
     sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
@@ -280,7 +283,7 @@ def assemble(
     stages, first_step = [], 0
     for part, of_stage in zip(parts, terms, strict=True):
         rate = optim.schedule(part.optimizer, steps_per_epoch, part.epochs)
-        trainable = _trainable(part, of_stage, params, network, heads)
+        trainable = _trainable(config, part, of_stage, params, network, heads)
         stage = Stage(
             name=part.name,
             epochs=part.epochs,
@@ -358,6 +361,7 @@ def _shapes_of_params(
 
 
 def _trainable(
+    config: ConfigDict,
     stage: ConfigDict,
     terms: Mapping[str, Term],
     params: PyTree,
@@ -369,12 +373,12 @@ def _trainable(
     A stage does not train parameters that only other stages use.
     """
     used = {source for term in terms.values() for source in term.heads.items()}
-    frozen = [
+    frozen = student.never_trained(config, network)
+    frozen += [
         f"heads/{'network' if source == 'network' else name}"
         for name, source in heads.sources.items()
         if (name, source) not in used
     ]
-    frozen += [f"student/{module}" for module in getattr(network, "frozen_modules", ())]
     frozen += [f"terms/{name}" for name in params["terms"] if name not in terms]
     if not stage.pretrains:
         frozen += [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]

@@ -92,6 +92,11 @@ def terms_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 3)
 
 
+def classifier_key(key: jax.Array) -> jax.Array:
+    """Return the key from which a classifier without a bias is drawn."""
+    return jax.random.fold_in(key, 4)
+
+
 def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
     """Return the shapes and dtypes of a network's variables for images (H, W, channels)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -199,7 +204,9 @@ def _init_term(
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
 
 
-def with_network(state: TrainState, variables: Mapping[tuple[str, ...], np.ndarray]) -> TrainState:
+def with_network(
+    state: TrainState, variables: Mapping[tuple[str, ...], np.ndarray | jax.Array]
+) -> TrainState:
     """Return the state with some of the student's variables replaced.
 
     Args:

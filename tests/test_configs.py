@@ -149,6 +149,8 @@ def test_methods_after_2022_keep_the_recipe_of_the_tables(method, student):
     if method.startswith("mlkd"):  # these are compared below
         config.epochs = plain.epochs
         config.optimizer.learning_rate = plain.optimizer.learning_rate
+    assert config.model.classifier_bias == (not method.startswith("cat_kd"))
+    config.model.classifier_bias = True
     for setting in ("epochs", "batch_size", "optimizer", "teacher", "data", "model"):
         assert config[setting] == plain[setting], setting
 

@@ -70,6 +70,7 @@ def _of_pair(table, pair):
 
 
 def _cat_kd(config, pair):
+    config.model.classifier_bias = False
     weight, resolution, normalize = _of_pair(CAT_KD, pair)
     config.loss.cat_kd = weight
     config.terms.cat_kd.update({"resolution": resolution, "normalize": normalize})
