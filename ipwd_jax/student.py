@@ -95,7 +95,9 @@ def network_of(
     term = losses.create({name: 1.0}, config.terms, {})[name]
     teacher = models.create(config.teacher.name, classes)
     try:
-        head = term.head(outputs_of_zeros(teacher, jnp.zeros((1, *image_shape))), axis_name)
+        head = term.replacement_head(
+            outputs_of_zeros(teacher, jnp.zeros((1, *image_shape))), axis_name
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     assert head is not None

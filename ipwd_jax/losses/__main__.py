@@ -62,7 +62,7 @@ def variable_shapes(
         student = dataclasses.replace(
             student, extra_logits=dict.fromkeys(term.heads, student.logits)
         )
-        head = term.head(teacher, None) if teacher and term.replaces_head else None
+        head = term.replacement_head(teacher, None) if teacher and term.replaces_head else None
         of_head: PyTree = {}
         if head is not None:
             student, of_head = head.init_with_output(key, student, False)

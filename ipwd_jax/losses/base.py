@@ -57,8 +57,8 @@ class Term(nn.Module):
             for which both networks are run a second time; their outputs are `Outputs.strong`. The
             cross-entropy `ce` is then that of both views together.
         replaces_head: whether the predictions of a run with the term are those of the head that the
-            method `head` makes. The outputs of the student, which the term sees, are then those of
-            that head.
+            method `replacement_head` makes. The outputs of the student, which the term sees, are
+            then those of that head.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
         mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
@@ -91,7 +91,7 @@ class Term(nn.Module):
         return self
 
     @nn.nowrap
-    def head(self, teacher: Outputs, axis_name: str | None) -> nn.Module | None:
+    def replacement_head(self, teacher: Outputs, axis_name: str | None) -> nn.Module | None:
         """The head of the student, as `models.with_head` describes it, if `replaces_head` is set.
 
         Args:

@@ -106,7 +106,7 @@ class SimKD(Term):
     replaces_head = True
 
     @nn.nowrap
-    def head(self, teacher: Outputs, axis_name: str | None) -> nn.Module:
+    def replacement_head(self, teacher: Outputs, axis_name: str | None) -> nn.Module:
         """The projector and the teacher's classifier; `ValueError` if they cannot be made."""
         _, height, width, channels = pre_pool_of(teacher).shape
         if not 1 <= self.factor <= channels:

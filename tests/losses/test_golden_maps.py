@@ -178,7 +178,7 @@ def test_simkd_and_its_prediction(name, dtype, rtol):
         inputs = {key: drawn(name, key).astype(dtype) for key in case["inputs"]}
         of_teacher = classifier_of(name, "teacher", dtype)
         teacher = outputs("teacher", "pre_pool", inputs, of_teacher)
-        head, rows = term.head(teacher, None), batch(GOLDEN.batch)
+        head, rows = term.replacement_head(teacher, None), batch(GOLDEN.batch)
 
         def seen(inputs):
             return outputs("student", "features", inputs, None)

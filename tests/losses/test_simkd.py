@@ -32,7 +32,7 @@ def pair(rows, size, make, teacher_make=None):
 
 
 def head_of(axis_name=None):
-    return TERM.head(outputs(2, 2, 6, np.zeros), axis_name)
+    return TERM.replacement_head(outputs(2, 2, 6, np.zeros), axis_name)
 
 
 @functools.cache
