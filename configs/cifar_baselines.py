@@ -83,7 +83,8 @@ def _methods(losses, weighed):
 PAPER_METHODS = _methods(LOSSES, WEIGHED)
 # Files with LOSSES and WEIGHED as above, and SETTINGS, which are those of their methods.
 _RECIPES = [
-    load_module(Path(__file__).parent / "recipes" / f"{name}.py") for name in ("logits", "maps")
+    load_module(Path(__file__).parent / "recipes" / f"{name}.py")
+    for name in ("logits", "maps", "views")
 ]
 MODERN_METHODS = tuple(m for file in _RECIPES for m in _methods(file.LOSSES, file.WEIGHED))
 METHODS = PAPER_METHODS + MODERN_METHODS

@@ -6,7 +6,7 @@
 The key of the class in `TERMS` is its name everywhere: `config.loss.logit_gap` is its weight,
 `config.terms.logit_gap` has its fields, `train_logit_gap` is its column in metrics.csv, and
 `config.weighting.terms` can name it. `ipwd_jax/losses/base.py` describes what else a term can have:
-trained parts, memories, extra heads, rotated images and a first stage.
+trained parts, memories, extra heads, rotated images, strong views and a first stage.
 """
 
 import jax

@@ -35,11 +35,12 @@ import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, packing, parallel, state, step
+from ipwd_jax import losses, models, optim, packing, parallel, state, step, student
 from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
+from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.state import TrainState
@@ -86,7 +87,8 @@ class Experiment:
         dataset: data set on which the student is trained and evaluated.
         teacher: the teacher, or None if there is none.
         network: the student.
-        pretrained: those of the student's variables that are not drawn, by their paths.
+        pretrained: those of the student's variables that are not drawn, by their paths; also those
+            that it has from the teacher.
         heads: the student's extra heads.
         stages: the stages in order; the last one is the main stage.
         steps_per_epoch: number of steps in an epoch; the last of them can have fewer samples.
@@ -130,6 +132,10 @@ class Experiment:
         """Return the state of the run of `seed` before its first step, without optimiser state."""
         terms = {name: term for stage in self.stages for name, term in stage.terms.items()}
         initial = _initial_state(self.config, self.dataset, self.network, self.heads, terms, seed)
+        if not self.config.model.classifier_bias:
+            key = state.classifier_key(jax.random.key(seed))
+            classifier = student.without_bias(self.network, initial.network(), key)
+            initial = state.with_network(initial, classifier)
         if self.pretrained is not None:
             initial = state.with_network(initial, self.pretrained)
         return dataclasses.replace(initial, key=jax.random.key(self.order_seed(seed)))
@@ -268,17 +274,23 @@ def assemble(
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
-    network = models.create(config.model.name, classes, axis_name)
+    network = student.network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
     terms = [_terms(config, part, dataset, teacher) for part in parts]
     sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
-    heads = Heads(classes, sources, network.clone() if "network" in sources.values() else None)
+    separate = models.create(config.model.name, classes, axis_name)
+    heads = Heads(classes, sources, separate if "network" in sources.values() else None)
     params = _shapes_of_params(config, dataset, network, heads, terms)
+    if teacher:
+        for term in (term for of_stage in terms for term in of_stage.values()):
+            of_head = term.inherited(teacher).items()
+            known = {("params", "head", *path): value for path, value in of_head}
+            pretrained = {**(pretrained or {}), **known} or None
     steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
     stages, first_step = [], 0
     for part, of_stage in zip(parts, terms, strict=True):
         rate = optim.schedule(part.optimizer, steps_per_epoch, part.epochs)
-        trainable = _trainable(part, of_stage, params, network, heads)
+        trainable = _trainable(config, part, of_stage, params, network, heads)
         stage = Stage(
             name=part.name,
             epochs=part.epochs,
@@ -318,31 +330,10 @@ def _terms(
         "epochs": stage.epochs,
     }
     terms = losses.create(stage.loss, config.terms, of_run)
-    for name, term in terms.items():
-        _check_augmentation(config, name, term)
+    check_images(config, terms, dataset)
+    for term in terms.values():
         term.check(dataset)
     return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
-
-
-def _check_augmentation(config: ConfigDict, name: str, term: Term) -> None:
-    """Raise `UserError` if a term is not defined for images that are mixed or distorted."""
-    if term.rotations and config.data.rand_augment:
-        raise UserError(
-            f"the loss term {name} sees four rotations of each image, which "
-            "config.data.rand_augment would distort differently; leave one of them out"
-        )
-    if not (config.data.mixup or config.data.cutmix):
-        return
-    weighting = losses.weighting.create(config.weighting)
-    for what, mixed in (
-        (f"the loss term {name}", term.mixed_images),
-        (f"config.weighting.name={config.weighting.name}", weighting.mixed_images),
-    ):
-        if not mixed:
-            raise UserError(
-                f"{what} is not defined for images that config.data.mixup or config.data.cutmix "
-                "has mixed; leave these settings out, or choose other loss terms and weightings"
-            )
 
 
 def _initial_state(
@@ -377,6 +368,7 @@ def _shapes_of_params(
 
 
 def _trainable(
+    config: ConfigDict,
     stage: ConfigDict,
     terms: Mapping[str, Term],
     params: PyTree,
@@ -388,7 +380,8 @@ def _trainable(
     A stage does not train parameters that only other stages use.
     """
     used = {source for term in terms.values() for source in term.heads.items()}
-    frozen = [
+    frozen = student.never_trained(config, network)
+    frozen += [
         f"heads/{'network' if source == 'network' else name}"
         for name, source in heads.sources.items()
         if (name, source) not in used

@@ -39,6 +39,7 @@ def default() -> ConfigDict:
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
     config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
     # where the data has other classes in number, the classifier starts afresh
+    config.model.classifier_bias = True  # False: no bias, and a kernel as CAT-KD's authors draw it
     config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
 
     config.teacher = _teacher()

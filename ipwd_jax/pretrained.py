@@ -12,6 +12,7 @@ from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch.convert import load_variables
 from ipwd_jax.state import network_shapes
+from ipwd_jax.student import term_with_head
 
 
 def load(config: ConfigDict, dataset: Dataset) -> dict[tuple[str, ...], np.ndarray] | None:
@@ -25,7 +26,8 @@ def load(config: ConfigDict, dataset: Dataset) -> dict[tuple[str, ...], np.ndarr
         dataset: data set of the run.
 
     Returns:
-        The variables of `config.model.name`, float32, by their paths in its collections.
+        The variables of `config.model.name`, float32, by their paths in the collections of the
+        network that the run trains.
 
     Raises:
         UserError: there is neither a run nor a file, it cannot be read, or it holds another network
@@ -48,4 +50,5 @@ def load(config: ConfigDict, dataset: Dataset) -> dict[tuple[str, ...], np.ndarr
         )
     if wrong:
         print(f"{path} is for another number of classes; its classifier is not used", flush=True)
-    return {key: found[key] for key in wanted if key not in wrong}
+    inside = ("backbone",) if term_with_head(config) else ()
+    return {(key[0], *inside, *key[1:]): found[key] for key in wanted if key not in wrong}

@@ -23,13 +23,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from ipwd_jax import models, precision
+from ipwd_jax import precision
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.data import augment
 from ipwd_jax.data.decode import decode_eval
 from ipwd_jax.data.folder import to_rgb
 from ipwd_jax.errors import UserError
 from ipwd_jax.state import network_shapes
+from ipwd_jax.student import network_of
 from ipwd_jax.typing import PyTree
 
 ImageLike = np.ndarray | str | pathlib.Path | Image.Image
@@ -243,7 +244,7 @@ class Run:
                 "create an ipwd_jax.runs.Classifier"
             )
         shape = tuple(self.data["image_shape"])
-        network = models.create(self.config.model.name, len(self.data["class_names"]))
+        network = network_of(self.config, len(self.data["class_names"]), shape)
         variables, _ = load_network(self.workdir, which, network_shapes(network, shape))
         return Classifier(
             network,

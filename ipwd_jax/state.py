@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch, Term, as_seen
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.typing import PyTree
@@ -92,6 +92,11 @@ def terms_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 3)
 
 
+def classifier_key(key: jax.Array) -> jax.Array:
+    """Return the key from which a classifier without a bias is drawn."""
+    return jax.random.fold_in(key, 4)
+
+
 def network_shapes(network: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
     """Return the shapes and dtypes of a network's variables for images (H, W, channels)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -129,8 +134,8 @@ def init_state(
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
 
     batch = _batch_of_zeros(image_shape, train_size, key)
-    student = _outputs_of_zeros(network, batch.image)
-    teacher_outputs = _outputs_of_zeros(teacher, batch.image) if teacher else None
+    student = outputs_of_zeros(network, batch.image)
+    teacher_outputs = outputs_of_zeros(teacher, batch.image) if teacher else None
     of_heads = heads.init(heads_key, student.embedding, batch.image, False)
     student = dataclasses.replace(
         student, extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
@@ -182,7 +187,8 @@ def _batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Arra
     )
 
 
-def _outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
+def outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
+    """Return the outputs of a network for images (B, H, W, channels), with zeros in all arrays."""
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda: network.init_with_output(key, image)[0])
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -192,15 +198,15 @@ def _init_term(
     key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
     """Return the variables of a term."""
-    seen = [student, teacher]
-    if term.rotations:
-        seen = [x and x.map_rows(lambda rows: jnp.repeat(rows, 4, axis=0)) for x in seen]
+    seen = [as_seen(term, outputs) for outputs in (student, teacher)]
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
 
 
-def with_network(state: TrainState, variables: Mapping[tuple[str, ...], np.ndarray]) -> TrainState:
+def with_network(
+    state: TrainState, variables: Mapping[tuple[str, ...], np.ndarray | jax.Array]
+) -> TrainState:
     """Return the state with some of the student's variables replaced.
 
     Args:

@@ -31,7 +31,7 @@ from ipwd_jax.state import TrainState, augment_key, terms_key
 from ipwd_jax.typing import Answer, PyTree
 
 # Fields of a `Batch` that have one row per sample.
-_ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share")
+_ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share", "strong_image")
 # Fields of the teacher's `Outputs` that are dropped if nothing reads them, and their empty values.
 _OPTIONAL_TAPS: Mapping[str, PyTree] = {
     "features": (),
@@ -90,6 +90,11 @@ class StepSpec:
     def rotated(self) -> bool:
         """Whether the networks see every image in four rotations."""
         return any(term.rotations for term in self.terms.values())
+
+    @property
+    def strong_view(self) -> bool:
+        """Whether the networks also see a strong view of every image."""
+        return any(term.strong_view for term in self.terms.values())
 
     @property
     def teacher_taps(self) -> frozenset[str]:
@@ -175,9 +180,9 @@ def load_batch(
     These are the images of the batch, or (4 B, ...) if the networks see them in four rotations.
     """
     epoch = state.step // spec.steps_per_epoch
-    images, view, mixed = views.load(
-        spec.augmentation, augment_key(state.key), epoch, data, index, streamed, spec.rotated
-    )
+    how, key = spec.augmentation, augment_key(state.key)
+    images, view, mixed = views.load(how, key, epoch, data, index, streamed, spec.rotated)
+    strong_image = views.strong(how, key, epoch, data, index) if spec.strong_view else None
     batch = Batch(
         image=_upright(images) if spec.rotated else images,
         label=data.labels[index],
@@ -187,6 +192,7 @@ def load_batch(
         epoch=epoch,
         train_labels=data.labels,
         key=jax.random.fold_in(terms_key(state.key), epoch),
+        strong_image=strong_image,
         **mixed,
     )
     return batch, images
@@ -200,13 +206,16 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
     answers = spec.answer(inputs, images, batch)
     # Maps that nothing reads are dropped here, so that they are never computed.
     unread = {tap: no for tap, no in _OPTIONAL_TAPS.items() if tap not in spec.teacher_taps}
-    return precision.at_least_float32(dataclasses.replace(answers, **unread))
+    read = dataclasses.replace(answers, **unread)
+    if answers.strong is not None:
+        read = read.with_strong(dataclasses.replace(answers.strong, **unread))
+    return precision.at_least_float32(read)
 
 
 def forward(
     spec: StepSpec, params: PyTree, batch_stats: PyTree, batch: Batch, images: jax.Array
 ) -> tuple[Outputs, dict[str, jax.Array], PyTree]:
-    """Run the student and its heads in training mode.
+    """Run the student and its heads in training mode; the heads see no strong view.
 
     Returns:
         The outputs of the student, the logits of its heads by name, and the new running statistics
@@ -214,18 +223,25 @@ def forward(
     """
     mask = jnp.repeat(batch.mask, 4) if spec.rotated else batch.mask
     cast = lambda tree: precision.cast(spec.precision, tree)  # noqa: E731
-    student, updated = spec.network.apply(
-        {
-            "params": cast(params["student"]),
-            "batch_stats": batch_stats["student"],
-            "frozen": frozen_norms(spec.trainable["student"]),
-        },
-        cast(images),
-        train=True,
-        mask=mask,
-        mutable=["batch_stats"],
-    )
-    student = precision.at_least_float32(student)
+
+    def run(images: jax.Array, batch_stats: PyTree) -> tuple[Outputs, PyTree]:
+        outputs, updated = spec.network.apply(
+            {
+                "params": cast(params["student"]),
+                "batch_stats": batch_stats,
+                "frozen": frozen_norms(spec.trainable["student"]),
+            },
+            cast(images),
+            train=True,
+            mask=mask,
+            mutable=["batch_stats"],
+        )
+        return precision.at_least_float32(outputs), updated.get("batch_stats", {})
+
+    student, of_student = run(images, batch_stats["student"])
+    if batch.strong_image is not None:
+        strong, of_student = run(batch.strong_image, of_student)
+        student = student.with_strong(strong)
     of_heads, image = params["heads"], batch.image
     if spec.heads.network is not None:  # it has the student's precision; linear heads do not
         of_heads = {**of_heads, "network": cast(of_heads["network"])}
@@ -242,10 +258,7 @@ def forward(
         batch.mask,
         mutable=["batch_stats"],
     )
-    stats = {
-        "student": updated.get("batch_stats", {}),
-        "heads": updated_heads.get("batch_stats", {}),
-    }
+    stats = {"student": of_student, "heads": updated_heads.get("batch_stats", {})}
     return student, precision.at_least_float32(extra), stats
 
 

@@ -93,6 +93,22 @@ class Teacher:
         paths = self.network.preact_norms()
         return tuple((leaf(path, "scale"), leaf(path, "bias")) for path in paths)
 
+    def classifier(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return kernel (D, C) and bias (C,) of the network's classifier, float32.
+
+        Raises:
+            UserError: the network does not return them.
+        """
+        image = jnp.zeros((1, *self.dataset.train.images.shape[1:]))
+        outputs = cast(Outputs, jax.jit(self.network.apply)(self.variables, image))
+        if outputs.classifier is None:
+            raise UserError(
+                "a loss term reads the teacher's classifier, which "
+                f"{type(self.network).__name__} does not return; choose another teacher or term"
+            )
+        kernel, bias = (np.asarray(x) for x in outputs.classifier)
+        return kernel, bias
+
     def class_distances(self, kind: str) -> np.ndarray:
         """Return distances between the classes, (C, C) float32; see `ipwd_jax.class_distances`.
 
@@ -104,14 +120,7 @@ class Teacher:
             UserError: the network does not return its classifier, or the maps cannot be compared.
         """
         if kind == "classifier":
-            image = jnp.zeros((1, *self.dataset.train.images.shape[1:]))
-            outputs = cast(Outputs, jax.jit(self.network.apply)(self.variables, image))
-            if outputs.classifier is None:
-                raise UserError(
-                    f"{type(self.network).__name__} does not return the weights of its classifier; "
-                    "take distances between the classes from another source"
-                )
-            return class_distances.of_classifier(np.asarray(outputs.classifier[0]))
+            return class_distances.of_classifier(self.classifier()[0])
 
         def of_maps() -> np.ndarray:
             return class_distances.of_maps(self.network.apply, self.variables, self.dataset, 500)
@@ -228,7 +237,10 @@ def from_variables(
     ask, inputs = _make_ask(config, network, variables, dataset.train.images.shape[1:])
 
     def answer(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
-        return ask(inputs, images, batch.mask)
+        outputs = ask(inputs, images, batch.mask)
+        if batch.strong_image is None:
+            return outputs
+        return outputs.with_strong(ask(inputs, batch.strong_image, batch.mask))
 
     unknown = np.empty((0, len(dataset.class_names)), np.float32)
     crc = checksum(variables)

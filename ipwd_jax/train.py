@@ -15,7 +15,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, models, parallel, plan, signals, view_cache, writers
+from ipwd_jax import evaluate, parallel, plan, signals, view_cache, writers
 from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
@@ -31,6 +31,7 @@ from ipwd_jax.progress import Progress, duration
 from ipwd_jax.recorder import OnEpoch, Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
+from ipwd_jax.student import network_of
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.validate import check_fit, validate
 
@@ -227,8 +228,9 @@ def evaluate_run(
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> dict[str, Any]:
-    network = models.create(config.model.name, len(dataset.class_names))
-    template = network_shapes(network, dataset.train.images.shape[1:])
+    image_shape = dataset.train.images.shape[1:]
+    network = network_of(config, len(dataset.class_names), image_shape)
+    template = network_shapes(network, image_shape)
     predict = evaluate.make_predict(network.apply)
     data = parallel.replicate(resident(dataset, dataset.test))
     result: dict[str, Any] = {
@@ -369,5 +371,4 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         workdir_lib.choose(workdir, "teacher.view_cache", "cached" if cache else "off")
     if cache is None:
         return experiment
-    cached = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)
-    return dataclasses.replace(experiment, teacher=cached)
+    return dataclasses.replace(experiment, teacher=view_cache.instead_of(teacher, cache))

@@ -35,6 +35,7 @@ from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.progress import Progress, duration
 from ipwd_jax.state import augment_key
+from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
 
 _FORMAT = 1
@@ -66,7 +67,7 @@ class ViewCache:
 
 
 def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
-    """Look up the answers to the views of a batch, without maps; it replaces `Teacher.answer`."""
+    """Look up the answers to the views of a batch, without maps."""
     if cache.row is None:
         rows = batch.index * cache.views + batch.view
     else:
@@ -75,6 +76,22 @@ def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
     # If there is no embedding, no term reads it.
     logits = cache.logits[rows]
     return Outputs(logits, embedding, (), (), classifier=cache.classifier)  # type: ignore[arg-type]
+
+
+def instead_of(teacher: Teacher, cache: ViewCache) -> Teacher:
+    """Return a teacher that looks its answers up; it is still asked in the step for strong views.
+
+    These are too many to be cached.
+    """
+
+    def look_up(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
+        cache, of_network = inputs
+        outputs = answer(cache, images, batch)
+        if batch.strong_image is None:
+            return outputs
+        return outputs.with_strong(teacher.ask(of_network, batch.strong_image, batch.mask))
+
+    return dataclasses.replace(teacher, answer=look_up, inputs=(cache, teacher.inputs))
 
 
 def reason_against(experiment: Experiment) -> str:

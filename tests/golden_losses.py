@@ -95,6 +95,9 @@ class Golden:
             *maps, embedding = arrays
             embedding = embedding.reshape(len(embedding), -1)
             return self.outputs("features", maps).replace(embedding=embedding)
+        if field == "views":  # the logits of the strong view and of the weak one
+            strong, weak = (empty.replace(logits=logits) for logits in arrays)
+            return weak.with_strong(strong)
         if field == "logits_and_pooled_map":  # the map before the last one
             logits, pooled = arrays
             pooled = jnp.broadcast_to(pooled[..., None, None], (*pooled.shape, 2, 2))

@@ -1,6 +1,6 @@
 """Take ten steps on random images, on each number of devices; `test_parallel.py` runs this program.
 
-Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational|maps NETWORK
+Usage: ten_steps.py OUT_DIR '[1, 2, 4, 8]' ipwd|relational|maps|views NETWORK
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ def settings(kind: str, network: str) -> ConfigDict:
     elif kind == "maps":  # terms of maps and classifiers, some of which normalise over all rows
         names = ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
         config.loss.update(dict.fromkeys(names, 0.1))
+    elif kind == "views":  # terms that compare two views of each image
+        config.loss.update({"mlkd": 0.1, "crld": 0.1})
     else:  # terms that compare or remember rows of different devices, or normalise over them
         names = ("crd", "sp", "cc", "rkd", "pkt", "sskd", "pskd", "fitnet", "dist", "uskd", "ctkd")
         config.loss.update(dict.fromkeys(names, 0.1))

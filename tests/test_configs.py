@@ -146,8 +146,34 @@ def test_standardised_logits_have_the_settings_of_the_logs(method, pair, weight,
 def test_methods_after_2022_keep_the_recipe_of_the_tables(method, student):
     config, plain = (BASELINES.get_config(f"{m},resnet32x4,{student}") for m in (method, "kd"))
     validate.validate(config)
+    if method.startswith("mlkd"):  # these are compared below
+        config.epochs = plain.epochs
+        config.optimizer.learning_rate = plain.optimizer.learning_rate
+    assert config.model.classifier_bias == (not method.startswith("cat_kd"))
+    config.model.classifier_bias = True
     for setting in ("epochs", "batch_size", "optimizer", "teacher", "data", "model"):
         assert config[setting] == plain[setting], setting
+
+
+@pytest.mark.parametrize(
+    ("method", "pair", "weight", "rate", "epochs"),
+    [
+        ("mlkd", "resnet32x4,resnet8x4", 0.9, 0.025, 240),
+        ("mlkd", "vgg13,MobileNetV2", 0.9, 0.01, 480),
+        ("mlkd", "resnet32x4,ShuffleV2", 0.9, 0.01, 960),
+        ("mlkd_ls", "wrn_40_2,wrn_16_2", 9, 0.025, 480),
+        ("mlkd_ls", "vgg13,vgg8", 6, 0.01, 480),
+        ("mlkd_ls", "resnet32x4,ShuffleV2", 6, 0.01, 960),
+    ],
+)
+def test_mlkd_has_the_weights_rates_and_epochs_of_its_authors(method, pair, weight, rate, epochs):
+    config = BASELINES.get_config(f"{method},{pair}")
+    validate.validate(config)
+    active = {name: weight for name, weight in config.loss.items() if weight}
+    assert active == {"ce": 0.1, "mlkd": weight}
+    assert (config.optimizer.learning_rate, config.epochs) == (rate, epochs)
+    assert config.terms.mlkd.standardize == (method == "mlkd_ls")
+    assert config.terms.mlkd.temperature == (2 if method == "mlkd_ls" else 4)
 
 
 @pytest.mark.parametrize(

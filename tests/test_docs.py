@@ -33,6 +33,7 @@ for path in sorted((ROOT / "configs").glob("*.py")):
 _METHODS = {"teacher": "teacher", "student alone": "ce", "KD": "kd", "IPWD*": "ipwd_star"}
 _METHODS |= {"IPWD-dagger": "ipwd_dagger", "ReviewKD + IPWD": "reviewkd_ipwd", "WTTM": "wttm"}
 _METHODS |= {"KD + LS": "kd_ls", "DKD + LS": "dkd_ls", "CTKD + LS": "ctkd_ls"}
+_METHODS |= {"MLKD + LS": "mlkd_ls"}
 _METHODS |= {"SD-KD": "sdd_kd", "SD-NKD": "sdd_nkd", "WKD-L": "wkd_l", "WKD-F": "wkd_f"}
 
 of_all_pages = pytest.mark.parametrize("page", PAGES)

@@ -41,6 +41,7 @@ ALLOWED = {
         "uniform": "likewise",
     },
     "models/base.py": {"uniform": "a distribution of JAX's initialisers"},
+    "data/operations.py": {"uniform": "a distribution of jax.random"},
     "data/mixing.py": {"uniform": "a distribution of jax.random"},
 }
 # Paths of settings within strings: `loss.NAME`, `weighting.name=NAME`, `--{where}.NAME=1`.

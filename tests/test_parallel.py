@@ -14,16 +14,19 @@ DEVICES = {
     ("ipwd", "float64", "tiny_net"): (1, 8),
     ("relational", "float64", "tiny_net"): (1, 8),
     ("maps", "float64", "tiny_net"): (1, 8),
+    ("views", "float64", "tiny_net"): (1, 8),
     ("ipwd", "float32", "resnet8"): (1, 2, 4, 8),
     ("ipwd", "float64", "resnet8"): (1, 8),
     ("relational", "float64", "resnet8"): (1, 8),
 }
 
+SLOW = [case for case in DEVICES if case[2] == "resnet8" or case[0] == "views"]
+
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case[2] == "resnet8"))
+        pytest.param(case, id="-".join(case), marks=[pytest.mark.slow] * (case in SLOW))
         for case in DEVICES
     ],
 )

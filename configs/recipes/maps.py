@@ -5,13 +5,15 @@
 
 The settings are those of the authors' public code, SRRL's those of SimKD's, and the epochs, batches
 and learning rates are those of configs/cifar_baselines.py. `sdd` applies DKD to regions, `sdd_kd`
-KD and `sdd_nkd` NKD. `wkd` is WKD-L and WKD-F together.
+KD and `sdd_nkd` NKD. `wkd` is WKD-L and WKD-F together. No label trains the student in `simkd`, nor
+in `simkd_ipwd`, whose label-only head is detached.
 """
 
 import functools
 
 # Weights of the loss terms.
 LOSSES = {
+    "simkd": {"ce": 0.0, "simkd": 1.0},
     "srrl": {"ce": 1.0, "kd": 1.0, "srrl": 1.0},
     "cat_kd": {"ce": 1.0, "cat_kd": 15.0},
     "sdd": {"ce": 1.0, "sdd": 1.0},
@@ -22,7 +24,7 @@ LOSSES = {
     "wkd": {"ce": 1.0, "wkd_l": 1.0, "wkd_f": 0.08},
 }
 # Terms that can be weighted, as TERM_ipwd and TERM_constant.
-WEIGHED = ("srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
+WEIGHED = ("simkd", "srrl", "cat_kd", "sdd", "wkd_l", "wkd_f")
 
 # CAT-KD's weight, side of the grid and normalisation. For the other pairs they are not known; these
 # use those of the first line.
@@ -68,6 +70,7 @@ def _of_pair(table, pair):
 
 
 def _cat_kd(config, pair):
+    config.model.classifier_bias = False
     weight, resolution, normalize = _of_pair(CAT_KD, pair)
     config.loss.cat_kd = weight
     config.terms.cat_kd.update({"resolution": resolution, "normalize": normalize})
@@ -95,7 +98,13 @@ def _wkd(config, pair):
     _wkd_f(config, of_maps)
 
 
+def _simkd(config, pair):
+    if config.loss.cls:
+        config.terms.cls.source = "detached"
+
+
 SETTINGS = {
+    "simkd": _simkd,
     "cat_kd": _cat_kd,
     "sdd": _sdd,
     "sdd_kd": functools.partial(_sdd, base="kd"),

@@ -4,7 +4,7 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/modern.py:wrn_40_2,wrn_16_2 --dry_run
 
 What follows the colon is the pair, TEACHER,STUDENT. A missing CIFAR-100 is downloaded. Three seeds
-of each run train for 240 epochs one after the other.
+of each run train one after the other, for 240 epochs or, with MLKD, for those of its recipe.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""RandAugment: random distortions of images inside the compiled step.
+"""Random distortions of images inside the compiled step: RandAugment, and those of strong views.
 
 The operations are those of torchvision's `RandAugment` on images of Pillow, pixel by pixel, except
 that `autocontrast` is computed exactly where Pillow's rounding can lose 1 of 255.
@@ -6,7 +6,7 @@ Cubuk et al., 2020, RandAugment: Practical automated data augmentation with a re
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,21 +37,64 @@ def rand_augment(
     """
     height, width = images.shape[1:3]
     branches = [operation for operation, _, _ in OPERATIONS]
-    strengths = [strength(magnitude, height, width) for _, strength, _ in OPERATIONS]
+    strengths = [of_magnitude(magnitude, height, width) for _, of_magnitude, _ in OPERATIONS]
     values = jnp.array(strengths, jnp.float32)
     signed = jnp.array([has_sign for _, _, has_sign in OPERATIONS])
 
+    def strength(key: jax.Array, chosen: jax.Array) -> jax.Array:
+        flips = signed[chosen] & jax.random.bernoulli(key)
+        return jnp.where(flips, -values[chosen], values[chosen])
+
+    return jax.vmap(
+        lambda image, i: _distort(jax.random.fold_in(key, i), image, operations, branches, strength)
+    )(images, index)
+
+
+def strong_augment(key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
+    """Distort each image by two randomly drawn operations, and cut a square out of it.
+
+    The operations are drawn uniformly from `STRONG_OPERATIONS`, with replacement, and their
+    strengths uniformly from the ranges there. These are the strong views of Jin et al., 2023
+    (Multi-level logit distillation). The square has a side of up to half the image's width and a
+    centre anywhere in the image, and what lies inside the image becomes grey.
+
+    Args:
+        key: as in `rand_augment`.
+        images: as in `rand_augment`.
+        index: as in `rand_augment`.
+
+    Returns:
+        (B, H, W, channels) uint8.
+    """
+    branches = [operation for operation, _, _ in STRONG_OPERATIONS]
+    low, high = (
+        jnp.array([ends[i] for _, *ends in STRONG_OPERATIONS], jnp.float32) for i in (0, 1)
+    )
+
+    def strength(key: jax.Array, chosen: jax.Array) -> jax.Array:
+        return jax.random.uniform(key, (), jnp.float32, low[chosen], high[chosen])
+
     def distort(image: jax.Array, i: jax.Array) -> jax.Array:
-        for number in range(operations):
-            own = jax.random.fold_in(jax.random.fold_in(key, i), number)
-            which, sign = jax.random.split(own)
-            chosen = jax.random.randint(which, (), 0, len(OPERATIONS))
-            flips = signed[chosen] & jax.random.bernoulli(sign)
-            value = jnp.where(flips, -values[chosen], values[chosen])
-            image = lax.switch(chosen, branches, image, value)
-        return image
+        distortions, square = jax.random.split(jax.random.fold_in(key, i))
+        image = _distort(distortions, image, 2, branches, strength)
+        return cut_out(image, *jax.random.uniform(square, (3,), jnp.float32))
 
     return jax.vmap(distort)(images, index)
+
+
+def _distort(
+    key: jax.Array,
+    image: jax.Array,
+    operations: int,
+    branches: Sequence[Operation],
+    strength: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Apply drawn operations to an image; `strength(key, chosen)` is that of `branches[chosen]`."""
+    for number in range(operations):
+        which, how = jax.random.split(jax.random.fold_in(key, number))
+        chosen = jax.random.randint(which, (), 0, len(branches))
+        image = lax.switch(chosen, branches, image, strength(how, chosen))
+    return image
 
 
 def identity(image: jax.Array, _: jax.Array) -> jax.Array:
@@ -168,6 +211,26 @@ def equalize(image: jax.Array, _: jax.Array) -> jax.Array:
     return jax.vmap(channel, in_axes=2, out_axes=2)(image)
 
 
+def cut_out(image: jax.Array, size: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    """Fill a square with grey, as far as it lies inside the image.
+
+    Args:
+        image: (H, W, channels) uint8.
+        size: side of the square, in [0, 1] of half the width of the image.
+        row: its centre, in [0, 1] of the height.
+        column: the same, of the width.
+    """
+    height, width, channels = image.shape
+    half = size * width / 4
+    rows, columns = (
+        jnp.abs(jnp.arange(pixels) + 0.5 - centre * pixels) < half
+        for pixels, centre in ((height, row), (width, column))
+    )
+    color = jnp.array([[[125, 123, 114]]], jnp.uint8)
+    color = _grey(color) if channels == 1 else color
+    return jnp.where(rows[:, None, None] & columns[None, :, None], color, image)
+
+
 def _grey(image: jax.Array) -> jax.Array:
     """Return the luma of an image by ITU-R 601, (H, W, 1) uint8, rounded as Pillow does."""
     if image.shape[2] == 1:
@@ -199,4 +262,23 @@ OPERATIONS: tuple[tuple[Operation, Callable[[int, int, int], float], bool], ...]
     (solarize, lambda m, h, w: 255 - 255 * m / 30, False),
     (autocontrast, lambda m, h, w: 0.0, False),
     (equalize, lambda m, h, w: 0.0, False),
+)
+
+# Each operation of a strong view, and the range of its strength. Translations are in shares of the
+# image's size, and move it by whole pixels.
+STRONG_OPERATIONS: tuple[tuple[Operation, float, float], ...] = (
+    (identity, 0.0, 0.0),
+    (shear_x, -0.3, 0.3),
+    (shear_y, -0.3, 0.3),
+    (lambda image, share: translate_x(image, jnp.round(share * image.shape[1])), -0.3, 0.3),
+    (lambda image, share: translate_y(image, jnp.round(share * image.shape[0])), -0.3, 0.3),
+    (rotate, -30.0, 30.0),
+    (brightness, -0.95, -0.05),
+    (color, -0.95, -0.05),
+    (contrast, -0.95, -0.05),
+    (sharpness, -0.95, -0.05),
+    (posterize, 4.0, 8.0),
+    (solarize, 0.0, 256.0),
+    (autocontrast, 0.0, 0.0),
+    (equalize, 0.0, 0.0),
 )

@@ -13,7 +13,7 @@ from ipwd_jax.data import augment, mixing, operations
 from ipwd_jax.data.resident import Resident
 
 # Numbers that are folded into the key; no epoch has such a number.
-_DISTORTIONS, _MIXING = 2**31, 2**31 + 1
+_DISTORTIONS, _MIXING, _STRONG = 2**31, 2**31 + 1, 2**31 + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,21 @@ def load(
     _, partners = _crop(how, key, epoch, index, data.images_at(drawn.partner))
     images, share = mixing.apply(images, _finish(how, key, epoch, index, partners, data), drawn)
     return Views(images, view, {"partner_label": data.labels[drawn.partner], "share": share})
+
+
+def strong(
+    how: Augmentation, key: jax.Array, epoch: jax.Array, data: Resident, index: jax.Array
+) -> jax.Array:
+    """Return a strong view of each image of a batch, (B, H, W, channels), normalised.
+
+    It has a crop and a flip of its own, and the distortions of `operations.strong_augment`. The
+    arguments are those of `load`; the images must not be streamed.
+    """
+    key = jax.random.fold_in(key, _STRONG)
+    _, images = _crop(how, key, epoch, index, data.images_at(index))
+    key = jax.random.fold_in(jax.random.fold_in(key, epoch), _DISTORTIONS)
+    images = operations.strong_augment(key, images, index)
+    return augment.normalize(images, data.mean, data.std)
 
 
 def _crop(

@@ -22,6 +22,7 @@ from ipwd_jax.losses.cat_kd import CATKD
 from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import ClsHead, CrossEntropy
 from ipwd_jax.losses.crd import CRD
+from ipwd_jax.losses.crld import CRLD
 from ipwd_jax.losses.ctkd import CTKD
 from ipwd_jax.losses.dist import DIST
 from ipwd_jax.losses.dkd import DKD
@@ -30,6 +31,7 @@ from ipwd_jax.losses.fsp import FSP
 from ipwd_jax.losses.ft import FT
 from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.la import KDLA
+from ipwd_jax.losses.mlkd import MLKD
 from ipwd_jax.losses.nkd import NKD, USKD
 from ipwd_jax.losses.nst import NST
 from ipwd_jax.losses.ofd import OFD
@@ -39,6 +41,7 @@ from ipwd_jax.losses.reviewkd import ReviewKD
 from ipwd_jax.losses.rkd import RKD
 from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.sdd import SDD
+from ipwd_jax.losses.simkd import SimKD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.sskd import SSKD
@@ -86,6 +89,9 @@ TERMS: dict[str, type[Term]] = {
     "sdd": SDD,
     "wkd_l": WKDLogits,
     "wkd_f": WKDFeatures,
+    "simkd": SimKD,
+    "mlkd": MLKD,
+    "crld": CRLD,
 }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ipwd_jax import losses, models
 from ipwd_jax.errors import UserError
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch, Term, as_seen
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.typing import PyTree
@@ -62,11 +62,14 @@ def variable_shapes(
         student = dataclasses.replace(
             student, extra_logits=dict.fromkeys(term.heads, student.logits)
         )
-        if term.rotations:
-            student = student.map_rows(_four_times)
-            teacher = teacher and teacher.map_rows(_four_times)
-        variables = term.init(key, student, teacher, batch)
-        params = {**variables.get("params", {}), **of_heads.get("params", {})}
+        head = term.replacement_head(teacher, None) if teacher and term.replaces_head else None
+        of_head: PyTree = {}
+        if head is not None:
+            student, of_head = head.init_with_output(key, student, False)
+        seen = (as_seen(term, outputs) for outputs in (student, teacher))
+        variables = term.init(key, *seen, batch)
+        of_all = (variables, of_heads, of_head)
+        params = {name: x for part in of_all for name, x in part.get("params", {}).items()}
         return {**variables, "params": params}
 
     return jax.eval_shape(init, jax.random.key(0), student_outputs, teacher_outputs)
@@ -114,10 +117,6 @@ def main(names: Sequence[str]) -> None:
     for name, kind in losses.WEIGHTINGS.items():
         fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         print(f"{name:10}{' '.join(kind.teacher_taps) or '-':29}{fields}".rstrip())
-
-
-def _four_times(rows: jax.Array) -> jax.Array:
-    return jnp.repeat(rows, 4, axis=0)
 
 
 def _blank_batch(rows: int, train_size: int) -> Batch:

@@ -53,6 +53,12 @@ class Term(nn.Module):
             for a separate network.
         rotations: whether the term sees every image in four rotations, as 4 B rows, with the four
             rows of an image next to each other.
+        strong_view: whether the term also sees a strong view of every image (`data.views.strong`),
+            for which both networks are run a second time; their outputs are `Outputs.strong`. The
+            cross-entropy `ce` is then that of both views together.
+        replaces_head: whether the predictions of a run with the term are those of the head that the
+            method `replacement_head` makes. The outputs of the student, which the term sees, are
+            then those of that head.
         first_stage_params: parts of `params` that are trained only in a first stage, by the method
             `pretrain`, which takes the same arguments as the call.
         mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
@@ -64,6 +70,8 @@ class Term(nn.Module):
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     per_sample: ClassVar[bool] = True
     rotations: ClassVar[bool] = False
+    strong_view: ClassVar[bool] = False
+    replaces_head: ClassVar[bool] = False
     first_stage_params: ClassVar[tuple[str, ...]] = ()
     mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -81,6 +89,27 @@ class Term(nn.Module):
     def of_teacher(self, teacher: "Teacher") -> "Term":
         """The term with what it needs to know about a trained teacher; by default unchanged."""
         return self
+
+    @nn.nowrap
+    def replacement_head(self, teacher: Outputs, axis_name: str | None) -> nn.Module | None:
+        """The head of the student, as `models.with_head` describes it, if `replaces_head` is set.
+
+        Args:
+            teacher: outputs of the teacher, of which only the shapes matter.
+            axis_name: mapped axis over which batch statistics are synchronised.
+
+        Raises:
+            ValueError: there is no such head for this teacher.
+        """
+        return None
+
+    @nn.nowrap
+    def inherited(self, teacher: "Teacher") -> Mapping[tuple[str, ...], np.ndarray]:
+        """The parameters of the head that are a trained teacher's, by their paths; none by default.
+
+        They must belong to the `frozen_modules` of the head.
+        """
+        return {}
 
     @nn.nowrap
     def label_loss(self, student: Outputs, batch: "Batch") -> jax.Array | None:
@@ -129,6 +158,8 @@ class Batch:
         partner_label: (B,) int32, the label of the sample that each one is mixed with; None if
             images are not mixed.
         share: (B,) float32, the share of the sample itself in its mixed image; None likewise.
+        strong_image: (B, H, W, channels), strong views of the images; None if no term asks for
+            them.
     """
 
     image: jax.Array
@@ -141,6 +172,7 @@ class Batch:
     key: jax.Array
     partner_label: jax.Array | None = None
     share: jax.Array | None = None
+    strong_image: jax.Array | None = None
 
     def over_labels(self, of: Callable[[jax.Array], PyTree]) -> PyTree:
         """`of(label)`, or its mean over the two labels of a mixed image, weighted by their shares.
@@ -156,6 +188,18 @@ class Batch:
             of(self.label),
             of(self.partner_label),
         )
+
+
+def as_seen(term: Term, outputs: Outputs | None) -> Outputs | None:
+    """A network's outputs in the form in which the step gives them to a term.
+
+    Args:
+        term: the term, which may ask for rotations or for strong views.
+        outputs: outputs for B images, of which only the shapes and types are meant to matter.
+    """
+    if outputs is not None and term.rotations:
+        outputs = outputs.map_rows(lambda rows: jnp.repeat(rows, 4, axis=0))
+    return outputs.with_strong(outputs) if outputs is not None and term.strong_view else outputs
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -237,6 +281,17 @@ def pre_pool_of(outputs: Outputs) -> jax.Array:
     if outputs.pre_pool is None:
         raise ValueError(_missing("pre_pool"))
     return at_least_float32(outputs.pre_pool)
+
+
+def logits_of_views(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    """Logits (B, C) of the weak and of the strong view, in float32 or better.
+
+    Raises:
+        ValueError: there is no strong view, for which a term must ask (`Term.strong_view`).
+    """
+    if outputs.strong is None:
+        raise ValueError("a loss term reads `Outputs.strong` without declaring `strong_view`")
+    return at_least_float32(outputs.logits), at_least_float32(outputs.strong.logits)
 
 
 def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:

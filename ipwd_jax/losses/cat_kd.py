@@ -53,8 +53,8 @@ class CATKD(Term):
     """`cat_kd_loss` of the maps before the pooling, each with its own classifier, per sample.
 
     The gradient reaches the student's map and the kernel of its classifier. In the authors' runs,
-    the student has no classifier bias, so that its class activation maps determine its logits; here
-    it keeps the bias. The largest intermediate array is (B, r^2, C).
+    the student has no classifier bias, so that its class activation maps determine its logits; see
+    `config.model.classifier_bias`. The largest intermediate array is (B, r^2, C).
 
     Attributes:
         resolution: r, the side of the grid to which the maps are pooled; 2 or 4 on CIFAR-100.

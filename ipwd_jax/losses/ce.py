@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import jax
 
-from ipwd_jax.losses.base import Batch, Term, cross_entropy
+from ipwd_jax.losses.base import Batch, Term, cross_entropy, sum_losses
 from ipwd_jax.models.base import Outputs
 
 
 class CrossEntropy(Term):
-    """`CE(logits, label)`, per sample.
+    """`CE(logits, label)`, per sample; if another term asks for a strong view, the sum of both.
 
     Attributes:
         label_smoothing: probability mass spread evenly over the classes (0.1 in Szegedy et al.,
@@ -22,8 +22,12 @@ class CrossEntropy(Term):
     mixed_images = True
 
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:
-        logits, smoothing = student.logits, self.label_smoothing
-        return batch.over_labels(lambda label: cross_entropy(logits, label, smoothing))
+        views = [student] if student.strong is None else [student, student.strong]
+        return batch.over_labels(
+            lambda label: sum_losses(
+                cross_entropy(view.logits, label, self.label_smoothing) for view in views
+            )
+        )
 
 
 class ClsHead(Term):

@@ -3,8 +3,10 @@
 A network is called as `net(x, train=False, mask=None)`, where x is a float array (B, H, W,
 channels), and returns `Outputs`. Its module has the fields `classes` and `axis_name`, and two class
 attributes: `smallest_image`, the smallest image side in pixels that it can process, and
-`head_modules`, the names of its modules behind the last map. To add a family of networks, write a
-file beside this one and add a line to `NETWORKS`.
+`head_modules`, the names of its modules behind the last map, the classifier last. If it has a third
+one, `draws_classifier_as_convolution`, a classifier without a bias begins with a kernel like those
+of the convolutions. To add a family of networks, write a file beside this one and add a line to
+`NETWORKS`.
 """
 
 from collections.abc import Callable

@@ -36,6 +36,8 @@ class Outputs:
             does not return it. It need not be the last of `features`.
         classifier: kernel (D, classes) and bias (classes,) of the linear layer that computes the
             logits from the embedding; None if the network does not return them.
+        strong: the outputs for strong views of the same images, without `classifier`; None if no
+            loss term asks for these views.
     """
 
     logits: jax.Array
@@ -45,6 +47,11 @@ class Outputs:
     extra_logits: dict[str, jax.Array] = struct.field(default_factory=dict)
     pre_pool: jax.Array | None = None
     classifier: tuple[jax.Array, jax.Array] | None = None
+    strong: "Outputs | None" = None
+
+    def with_strong(self, strong: "Outputs") -> "Outputs":
+        """Add the outputs for strong views of the same images."""
+        return dataclasses.replace(self, strong=dataclasses.replace(strong, classifier=None))
 
     def map_rows(self, function: Callable[[jax.Array], jax.Array]) -> "Outputs":
         """Apply `function` to every array that has one row per image, so not to `classifier`."""

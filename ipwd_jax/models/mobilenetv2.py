@@ -66,6 +66,7 @@ class MobileNetV2(nn.Module):
 
     smallest_image: ClassVar[int] = 16  # four halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("conv2.0", "conv2.1", "classifier.0")
+    draws_classifier_as_convolution: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:

@@ -50,6 +50,7 @@ class ResNet(nn.Module):
 
     smallest_image: ClassVar[int] = 4  # two halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("fc",)
+    draws_classifier_as_convolution: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> Outputs:

@@ -93,6 +93,7 @@ class LargeResNet(nn.Module):
 
     smallest_image: ClassVar[int] = 8  # three halvings leave a deepest map of one pixel
     head_modules: ClassVar[tuple[str, ...]] = ("linear",)
+    draws_classifier_as_convolution: ClassVar[bool] = True
     shortcut: ClassVar[str] = "shortcut"
 
     @nn.compact

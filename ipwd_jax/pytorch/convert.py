@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from ipwd_jax import checkpoint, models, writers
 from ipwd_jax import config as config_lib
@@ -18,6 +19,7 @@ from ipwd_jax.pytorch.names import from_torch, to_torch, torch_shapes
 from ipwd_jax.pytorch.networks import Fit, guess, renamed, template_of
 from ipwd_jax.pytorch.state_dicts import COUNTER, unwrap
 from ipwd_jax.state import not_finite
+from ipwd_jax.student import term_with_head
 from ipwd_jax.typing import PyTree
 
 
@@ -139,8 +141,9 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
 def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
     path = workdir / "config.json"
     try:
-        name = json.loads(path.read_text())["config"]["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = ConfigDict(json.loads(path.read_text())["config"])
+        name, term = config.model.name, term_with_head(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         detail = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path} cannot be read ({detail}); check that {workdir} is the work directory of a run"
@@ -152,6 +155,12 @@ def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
             f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
             "config files adds it, name that file with --config=FILE"
         ) from error
+    if term:
+        raise UserError(
+            f"{workdir} was trained with the loss term {term}, so its predictions are made by "
+            f"{name} with another head, for which there is no PyTorch layout. Export it to "
+            ".stablehlo or .onnx instead, or name another run."
+        )
     saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
     shapes = torch_shapes({name: saved[name] for name in ("params", "batch_stats")})
     return guess(shapes, name)

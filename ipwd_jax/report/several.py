@@ -175,8 +175,8 @@ def _published(
     listed = "; ".join(f"{method}: {source}" for method, source in sources.items())
     text = [
         "In brackets: our mean at the last epoch minus the published number. Published numbers are "
-        "of 240 epochs and of teachers of other runs, and those of the best epoch are too high for "
-        f"a comparison with a last epoch. Sources: {listed}."
+        "of 240 epochs or more and of teachers of other runs, and those of the best epoch are too "
+        f"high for a comparison with a last epoch. Sources: {listed}."
     ]
     table = Table(f"Published top-1 accuracy (%) on {data}", ["method", *map(str, pairs)], rows)
     return Section(f"{key}-published", f"Published numbers on {data}", text, tables=[table])

@@ -86,6 +86,39 @@ def test_a_sample_is_distorted_alike_in_any_batch():
     assert not np.array_equal(whole, distort(jax.random.key(1), images, index, 2, 15))
 
 
+def test_strengths_of_strong_views():
+    """The operations of Jin et al., 2023, with the ranges of their strengths."""
+    found = {
+        f.__name__: tuple(ends) for f, *ends in operations.STRONG_OPERATIONS if f.__name__[0] != "<"
+    }
+    expected = {"shear_x": (-0.3, 0.3), "shear_y": (-0.3, 0.3), "rotate": (-30, 30)}
+    expected |= {"posterize": (4, 8), "solarize": (0, 256)}
+    # A factor of 0.05 to 0.95 is a change by -0.95 to -0.05.
+    weaker = ("brightness", "color", "contrast", "sharpness")
+    expected |= dict.fromkeys(weaker, (-0.95, -0.05))
+    assert found == expected | dict.fromkeys(["identity", "autocontrast", "equalize"], (0, 0))
+    assert [f.__name__ for f, _, _ in operations.OPERATIONS if f.__name__ not in found] == [
+        "translate_x", "translate_y",
+    ]  # fmt: skip
+    image = jnp.asarray(IMAGES["noise"])
+    (move_x, *ends_x), (move_y, *ends_y) = operations.STRONG_OPERATIONS[3:5]
+    assert ends_x == ends_y == [-0.3, 0.3]
+    np.testing.assert_array_equal(move_x(image, 0.3)[:, 4:], image[:, :-4])  # 4.5 pixels
+    np.testing.assert_array_equal(move_y(image, -0.3)[:-4], image[4:])  # 3.6 pixels
+
+
+def test_cut_out():
+    image = jnp.asarray(IMAGES["noise"])  # of 12x15 pixels
+    found = np.asarray(operations.cut_out(image, 0.8, 0.5, 0.1))  # side 6, centre (6, 1.5)
+    expected = np.array(image)
+    expected[3:9, :4] = 125, 123, 114
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(operations.cut_out(image, 0.0, 0.5, 0.5), image)
+    np.testing.assert_array_equal(
+        operations.cut_out(image[..., :1], 1.0, 0.5, 0.5)[3:9, 4:11], np.full((6, 7, 1), 123)
+    )
+
+
 def test_all_operations_are_drawn():
     """Of 400 copies of one image, each of the 14 operations has changed about as many."""
     image = jnp.asarray(IMAGES["noise"])

@@ -14,6 +14,7 @@ from losses_helpers import batch
 from ipwd_jax import class_distances
 from ipwd_jax.losses.cat_kd import CATKD
 from ipwd_jax.losses.sdd import SDD, region_logits, region_weights
+from ipwd_jax.losses.simkd import SimKD
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.wkd import WKDFeatures, WKDLogits, transport_cost
 from ipwd_jax.models import Outputs
@@ -165,6 +166,46 @@ def test_value_and_gradient(name, dtype, rtol):
         of_classifier = {f"student_classifier.{key}": x for key, x in of_classifier.items()}
         assert_norms(of_classifier, case.get("student_param_grad_norms", {}), rtol)
         of_params = {names[key]: x for key, x in to_torch({"params": grads[2]}).items()}
+        assert_norms(of_params, case["param_grad_norms"], rtol)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", ["simkd", "simkd_pool", "simkd_small"])
+def test_simkd_and_its_prediction(name, dtype, rtol):
+    """The parameters are those of the head, which makes the map that the term compares."""
+    case, term = CASES[name], SimKD(hyper(name, "factor"))
+    with jax.enable_x64(dtype == "float64"):
+        inputs = {key: drawn(name, key).astype(dtype) for key in case["inputs"]}
+        of_teacher = classifier_of(name, "teacher", dtype)
+        teacher = outputs("teacher", "pre_pool", inputs, of_teacher)
+        head, rows = term.replacement_head(teacher, None), batch(GOLDEN.batch)
+
+        def seen(inputs):
+            return outputs("student", "features", inputs, None)
+
+        template = jax.eval_shape(lambda key: head.init(key, seen(inputs), True), jax.random.key(0))
+        zeros = to_torch(jax.tree.map(lambda x: np.zeros(x.shape), template))
+        names = {name: name.replace("projector.", "transfer.") for name in zeros}
+        tensors = recipe().weights(f"{TAG}/{name}", case["params"])
+        kernel, bias = of_teacher
+        tensors |= {"classifier.weight": kernel.T, "classifier.bias": bias}
+        assert set(names.values()) == set(tensors)
+        variables = from_torch({name: tensors[golden] for name, golden in names.items()}, template)
+        variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
+
+        def loss(inputs, params):
+            given = {**variables, "params": params}
+            student, _ = head.apply(given, seen(inputs), True, rows.mask, mutable=["batch_stats"])
+            return term.apply({}, student, teacher, rows).mean(), student.logits
+
+        compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (value, logits), grads = compute(inputs, variables["params"])
+        assert value.dtype == dtype
+        np.testing.assert_allclose(value, case["loss"], rtol=rtol)
+        if "prediction" in case:
+            assert_gradient(logits, case["prediction"], rtol)
+        assert_gradient(grads[0]["student0"], case["grads"]["student0"], rtol)
+        of_params = {names[key]: x for key, x in to_torch({"params": grads[1]}).items()}
         assert_norms(of_params, case["param_grad_norms"], rtol)
 
 

@@ -7,10 +7,12 @@ from golden_losses import TOLERANCES, Golden, Spec
 
 from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.base import standardize_logits
+from ipwd_jax.losses.crld import CRLD
 from ipwd_jax.losses.ctkd import CTKD, reversal
 from ipwd_jax.losses.dist import DIST
 from ipwd_jax.losses.dkd import DKD
 from ipwd_jax.losses.kd import KD
+from ipwd_jax.losses.mlkd import MLKD
 from ipwd_jax.losses.nkd import NKD, USKD
 from ipwd_jax.losses.rld import RLD
 from ipwd_jax.losses.ttm import TTM, WTTM
@@ -43,6 +45,20 @@ def of_ctkd(name, **changes):
     )
 
 
+def of_mlkd(name, part=None):
+    """Return the `Spec` of MLKD, or of one of its three parts."""
+    hyper, parts = CASES[name]["hyper"], ("kd_weight", "class_weight", "sample_weight")
+    weights = {x: hyper["kd_weight"] * (part in (None, x)) for x in parts}
+    assert hyper["temperatures"][1:] == [3.0, 5.0, 2.0, 6.0]
+    standardize = hyper.get("standardize", False)
+    return Spec(MLKD(hyper["T"], **weights, standardize=standardize), "views", "views")
+
+
+def of_crld(hyper):
+    weights = hyper["T"], hyper["wv_weight"], hyper["cv_weight"]
+    return Spec(CRLD(*weights, hyper["tau_w"], hyper["tau_s"]), "views", "views")
+
+
 SPECS = {
     "lskd_kd": of_logits("lskd_kd", KD),
     "lskd_dkd": of_logits("lskd_dkd", DKD, epoch=19),  # after the warm-up
@@ -59,15 +75,20 @@ SPECS = {
     "abkd": of_logits("abkd", ABKD),
     "uskd": Spec(USKD(**{k: CASES["uskd"]["hyper"][k] for k in ("alpha", "beta", "mu")}),
                  "logits_and_pooled_map"),
+    "mlkd": of_mlkd("mlkd"),
+    "mlkd_kd": of_mlkd("mlkd_kd", "kd_weight"),
+    "mlkd_cc": of_mlkd("mlkd_cc", "class_weight"),
+    "mlkd_bc": of_mlkd("mlkd_bc", "sample_weight"),
+    "lskd_mlkd": of_mlkd("lskd_mlkd"),
+    "crld": of_crld(CASES["crld"]["hyper"]),
 }  # fmt: skip
 # Cases that are compared in test_golden_maps.py, and those of losses that the package lacks.
 OF_MAPS = {
     *("wkd_l", "wkd_cost", "wkd_f", "wkd_f_global", "sdd_kd", "sdd_dkd", "sdd_nkd"),
-    *("srrl", "srrl_map", "cat_kd", "cat_kd_norm"),
+    *("srrl", "srrl_map", "cat_kd", "cat_kd_norm", "simkd", "simkd_pool", "simkd_small"),
 }
 WITHOUT_A_TERM = {
-    *("mlkd", "mlkd_kd", "mlkd_cc", "mlkd_bc", "lskd_mlkd", "crld", "deepkd_topk"),
-    *("simkd", "simkd_pool", "simkd_small"),
+    "deepkd_topk",
 }
 
 

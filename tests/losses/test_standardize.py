@@ -7,9 +7,11 @@ import pytest
 from losses_helpers import STUDENT, TEACHER, batch, init, random_outputs, value
 
 from ipwd_jax import losses
-from ipwd_jax.losses.base import standardize_logits
+from ipwd_jax.losses.base import as_seen, standardize_logits
 
-TERMS = ("kd", "dkd", "rld", "ctkd")
+# Term -> further settings; the relations of MLKD see the logits as they are.
+TERMS = {"kd": {}, "dkd": {}, "rld": {}, "ctkd": {}}
+TERMS |= {"mlkd": {"class_weight": 0.0, "sample_weight": 0.0}}
 
 
 def test_mean_and_unbiased_deviation():
@@ -30,13 +32,14 @@ def test_equal_logits_have_no_gradient(logit):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_scale_and_shift_of_either_network_do_not_matter(name):
-    term = losses.TERMS[name](standardize=True)
-    student, teacher = random_outputs(STUDENT, 3, 1), random_outputs(TEACHER, 3, 2)
+    term = losses.TERMS[name](standardize=True, **TERMS[name])
+    seen = random_outputs(STUDENT, 3, 1), random_outputs(TEACHER, 3, 2)
+    moved = [x.replace(logits=4 * x.logits - 2) for x in seen]
+    student, teacher, *moved = (as_seen(term, x) for x in (*seen, *moved))
     variables = init(term, student, teacher)
-    moved = [x.replace(logits=4 * x.logits - 2) for x in (student, teacher)]
     expected = value(term, variables, student, teacher, batch(3))
     np.testing.assert_allclose(value(term, variables, *moved, batch(3)), expected, rtol=1e-3)
-    plain = losses.TERMS[name]()
+    plain = losses.TERMS[name](**TERMS[name])
     assert np.abs(value(plain, variables, student, teacher, batch(3)) - expected).max() > 1e-3
 
 

@@ -57,7 +57,7 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
     [
         *(
             pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
-            for m in ("crd", "dist", "ctkd_dkd", "wkd")
+            for m in ("crd", "dist", "ctkd_dkd", "wkd", "simkd")
         ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
     ],
@@ -180,7 +180,7 @@ def test_dry_run_on_networks_of_different_families(method, small_images, tmp_pat
 # What is refused
 
 
-@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd", "dist", "uskd"])
+@pytest.mark.parametrize("term", ["sp", "cc", "rkd", "pkt", "crd", "sskd", "dist", "uskd", "mlkd"])
 def test_a_weighting_of_a_relational_term_is_refused(term):
     config = method_config("ipwd")
     config.loss[term] = 1.0
