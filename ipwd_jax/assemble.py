@@ -121,6 +121,11 @@ class Experiment:
         """Whether the networks see every image in four rotations in any stage."""
         return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
 
+    @property
+    def strong_view(self) -> bool:
+        """Whether the networks also see a strong view of every image in any stage."""
+        return any(self.step_spec(stage).strong_view for stage in range(len(self.stages)))
+
     def order_seed(self, seed: int) -> int:
         """Return the seed that decides the order and the views of the samples.
 

@@ -371,4 +371,5 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         workdir_lib.choose(workdir, "teacher.view_cache", "cached" if cache else "off")
     if cache is None:
         return experiment
-    return dataclasses.replace(experiment, teacher=view_cache.instead_of(teacher, cache))
+    cached = view_cache.instead_of(teacher, cache, experiment.strong_view)
+    return dataclasses.replace(experiment, teacher=cached)

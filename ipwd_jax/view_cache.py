@@ -78,10 +78,11 @@ def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
     return Outputs(logits, embedding, (), (), classifier=cache.classifier)  # type: ignore[arg-type]
 
 
-def instead_of(teacher: Teacher, cache: ViewCache) -> Teacher:
-    """Return a teacher that looks its answers up; it is still asked in the step for strong views.
+def instead_of(teacher: Teacher, cache: ViewCache, strong_view: bool) -> Teacher:
+    """Return a teacher that looks its answers up.
 
-    These are too many to be cached.
+    If terms have a strong view, it is still asked about that in the step, because strong views are
+    too many to be cached.
     """
 
     def look_up(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
@@ -91,6 +92,8 @@ def instead_of(teacher: Teacher, cache: ViewCache) -> Teacher:
             return outputs
         return outputs.with_strong(teacher.ask(of_network, batch.strong_image, batch.mask))
 
+    if not strong_view:
+        return dataclasses.replace(teacher, answer=answer, inputs=cache)
     return dataclasses.replace(teacher, answer=look_up, inputs=(cache, teacher.inputs))
 
 
