@@ -20,7 +20,7 @@ DEVICES = {
     ("relational", "float64", "resnet8"): (1, 8),
 }
 
-SLOW = [case for case in DEVICES if case[2] == "resnet8" or case[0] == "views"]
+SLOW = [case for case in DEVICES if case[2] == "resnet8" or case[0] in ("maps", "views")]
 
 
 @pytest.fixture(

@@ -56,7 +56,11 @@ METHODS = [*BASELINES.METHODS, *(f"self_{name}" for name in SELF.METHODS)]
     "config",
     [
         *(
-            pytest.param(method_config(m, "tiny_net", "tiny_net"), id=f"{m}-tiny_net")
+            pytest.param(
+                method_config(m, "tiny_net", "tiny_net"),
+                id=f"{m}-tiny_net",
+                marks=[pytest.mark.slow] * (m not in ("crd", "simkd")),
+            )
             for m in ("crd", "dist", "ctkd_dkd", "wkd", "simkd")
         ),
         *(pytest.param(method_config(m), id=m, marks=pytest.mark.slow) for m in METHODS),
