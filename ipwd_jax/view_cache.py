@@ -131,7 +131,9 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
     columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
     needed = len(index) * columns * 4
-    if shortage := _shortage(folder, needed, on_disk=not files.complete()):
+    if shortage := parallel.from_first(
+        lambda: _shortage(folder, needed, on_disk=not files.complete())
+    ):
         if not required:
             print(f"Training without a cache of the teacher's answers: {shortage}", flush=True)
             return None
@@ -139,8 +141,13 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
             f"the cache of the teacher's answers does not fit: {shortage}. Free some space, or set "
             "--config.teacher.view_cache=off"
         )
-    table = files.load() if files.complete() else None
-    if table is None:
+    table: np.ndarray | None = None
+
+    def find_or_build() -> None:
+        nonlocal table
+        table = files.load() if files.complete() else None
+        if table is not None:
+            return
         batch = 500 if jax.default_backend() == "cpu" else 2048
         with workdir.locked(folder, wait=True):  # only one of several students builds the table
             table = files.load() if files.complete() else None
@@ -148,6 +155,12 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
                 _remove_old_tables(folder)
                 asker = _asker(ask, teacher.inputs, data, batch)
                 table = files.build(columns, (index, view), asker, batch)
+
+    parallel.from_first(find_or_build)
+    if table is None:  # the first process has it
+        table = files.load() if files.complete() else None
+        if table is None:
+            raise UserError(f"{files.table} cannot be read, but the first process wrote it there")
     cache = _view_cache(table, used, len(experiment.dataset.class_names))
     return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
 
@@ -232,8 +245,11 @@ def _classifier(experiment: Experiment) -> tuple[jax.Array, jax.Array] | None:
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:
-    """Return `asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
-    devices = parallel.device_count()
+    """Return `asker(index, view) -> (rows, columns)` for up to `batch` rows.
+
+    The rows are distributed over the devices of this process.
+    """
+    devices = len(parallel.local_devices())
     each = -(-batch // devices)
     compiled = parallel.compile_views(ask)
 

@@ -1,0 +1,279 @@
+"""Several processes that train together give the results of one process with as many devices."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from helpers import module_of, settings
+from PIL import Image
+
+from ipwd_jax import parallel, train
+from ipwd_jax.assemble import assemble
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+CONFIG = TESTS / "distributed_config.py"
+LONG = ("--config.epochs=2000", "--config.checkpoint.every_seconds=1.0")
+
+
+class Run:
+    """A run on the command line, of one process or of several on this machine."""
+
+    def __init__(self, kind, workdir, processes=1, devices=1, options=(), **environment):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "ipwd_jax.main", f"--config={CONFIG}:{kind}"]
+        command += [f"--workdir={workdir}", *options]
+        if processes > 1:
+            command += ["--distributed", f"--coordinator=localhost:{port}"]
+            command += [f"--num_processes={processes}"]
+        # Without NPROC, the collectives of virtual devices can deadlock with few cores.
+        environment = {"NPROC": "8", "JAX_NUM_CPU_DEVICES": str(devices), **environment}
+        environment["PYTHONPATH"] = str(TESTS)
+        self.workdir = workdir
+        self.processes = [
+            subprocess.Popen(
+                [*command, *([f"--process_id={i}"] if processes > 1 else [])],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(processes)
+        ]
+
+    def ends(self, *statuses, timeout=300):
+        """Check the statuses of the processes, and return what each has printed."""
+        said = []
+        for process, status in zip(self.processes, statuses, strict=True):
+            out, err = process.communicate(timeout=timeout)
+            assert process.returncode == status, (out, err)
+            said.append((re.sub(r"\[Gloo\].*\n", "", out), err))  # printed by JAX on CPUs
+        return said
+
+    def after_checkpoints(self, count):
+        """Wait until the run has written so many checkpoints."""
+        deadline = time.monotonic() + 120
+        while len(saved(self.workdir)) < count:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.processes), self.ends(0, 0)
+            time.sleep(0.05)
+
+
+def saved(workdir):
+    return sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())
+
+
+def arrays(workdir):
+    """Return all arrays of the newest checkpoint, by their paths."""
+    folder, found = workdir / "checkpoints" / str(saved(workdir)[-1]), {}
+    for item in ("last", "best", "state"):
+        reader = ocp.PyTreeCheckpointer()
+        tree = reader.metadata(folder / item).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = reader.restore(folder / item, restore_args=as_numpy)
+        for path, array in jax.tree_util.tree_leaves_with_path(restored):
+            found[item + jax.tree_util.keystr(path)] = array
+    return found
+
+
+def assert_equal(workdir, other, tolerance=2e-5):
+    found, expected = arrays(workdir), arrays(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = max(np.abs(value).max(initial=0), 1e-3)
+        np.testing.assert_allclose(found[name] / scale, value / scale, atol=tolerance, err_msg=name)
+
+
+def test_two_processes_are_like_two_devices(tmp_path):
+    both = Run("plain", tmp_path / "both", processes=2)
+    one = Run("plain", tmp_path / "one", devices=2)
+    (first, warned), second = both.ends(0, 0)
+    ((alone, _),) = one.ends(0)
+    assert_equal(both.workdir, one.workdir)
+    assert second == ("", "") and not warned
+    assert first.replace("both", "one").splitlines()[:6] == alone.splitlines()[:6]
+    files = {path.name for path in both.workdir.iterdir()}
+    assert files == {path.name for path in one.workdir.iterdir()}
+    assert len(list((both.workdir / "tensorboard").iterdir())) == 1
+    # One process goes on, and two that go on find that nothing is left to do.
+    config = module_of(CONFIG).get_config("plain")
+    config.epochs = 3
+    train.run(config, both.workdir, extend=True)
+    assert saved(both.workdir) == [20, 30]
+    train.run(config, tmp_path / "whole")
+    assert_equal(both.workdir, tmp_path / "whole", tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [("--distributed",), ("--num_processes=2",), ("--distributed", "--process_id=0")]
+)
+def test_processes_that_nobody_describes(options, tmp_path):
+    ((_, said),) = Run("plain", tmp_path / "run", options=options).ends(2)
+    words = "need --distributed" if "--distributed" not in options else "could not be connected"
+    assert words in said and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_process_feeds_its_own_devices(tmp_path):
+    """Of the streamed images, a process reads those of its own devices only."""
+    images(tmp_path)
+    with mock.patch.dict(os.environ, IMAGES=str(tmp_path)):
+        config = module_of(CONFIG).get_config("streamed")
+    config.teacher.name, config.loss.kd, config.loss.rkd = "", 0.0, 0.0
+    dataset = train.load_data(config.data)
+    experiment, read = assemble(config, dataset, None), []
+    records = dataset.train.images.records
+    of_files = records.read
+    object.__setattr__(records, "read", lambda i: (read.append(i), of_files(i))[1])
+    with mock.patch.object(parallel, "device_count", lambda: 4):
+        with mock.patch.object(parallel, "own", lambda: slice(None)):
+            whole = list(experiment.batches(0, 0))
+        read.clear()
+        with mock.patch.object(parallel, "own", lambda: slice(1, 3)):
+            part = list(experiment.batches(0, 0))
+    for of_all, of_some in zip(whole, part, strict=True):
+        for array, mine in zip(of_all, of_some, strict=True):
+            np.testing.assert_array_equal(mine, array[:, 1:3])
+    assert set(read) == {int(i) for index, *_ in part for i in index.ravel()}
+    assert len(read) == sum(index.size for index, *_ in part)
+
+
+def images(root):
+    """Write 40 training and 12 test images of two classes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 180, (12 + i % 3, 14, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["seeds", "pskd", "kd", "ipwd", "crd", "streamed"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_all_kinds_of_runs(kind, processes, tmp_path):
+    images(tmp_path / "images")
+    environment = {"IMAGES": str(tmp_path / "images")}
+    many = Run(kind, tmp_path / "many" / "run", processes, 4 // processes, **environment)
+    said = many.ends(*[0] * processes)
+    assert said[1:] == [("", "")] * (processes - 1)
+    one = Run(kind, tmp_path / "one" / "run", devices=4, **environment)
+    one.ends(0)
+    runs = sorted(
+        path.parent.relative_to(tmp_path / "one") for path in tmp_path.glob("one/*/c*.json")
+    )
+    assert len(runs) == 1 if kind == "pskd" else 2
+    for run in runs:  # a teacher, too
+        assert_equal(tmp_path / "many" / run, tmp_path / "one" / run)
+        many_files, one_files = (
+            {p.relative_to(tmp_path / side) for p in (tmp_path / side / run).rglob("*.*")
+             if not {"checkpoints", "tensorboard"} & set(p.parts)}
+            for side in ("many", "one")
+        )  # fmt: skip
+        assert many_files == one_files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_others_stop_when_one_is_killed(killed, tmp_path):
+    run = Run("pskd", tmp_path / "run", 2, options=LONG)
+    run.after_checkpoints(2)
+    run.processes[killed].kill()
+    began = time.monotonic()
+    out, err = run.processes[1 - killed].communicate(timeout=100)
+    assert run.processes[1 - killed].returncode not in (0, None)
+    assert time.monotonic() - began < 90
+    assert "has failed. If this is because another one" in err or "another task died" in err
+    again = Run("pskd", tmp_path / "run", 2, options=LONG)
+    known = saved(tmp_path / "run")
+    again.after_checkpoints(2)
+    while saved(tmp_path / "run") == known:
+        time.sleep(0.1)
+    again.processes[0].send_signal(signal.SIGTERM)
+    (first, _), _ = again.ends(143, 143)
+    assert f"Resuming at step {known[-1]}" in first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_a_signal_stops_all_and_the_run_resumes(signum, before, after, tmp_path):
+    options = ("--config.epochs=60", "--config.checkpoint.every_seconds=0.5")
+    run = Run("pskd", tmp_path / "run", before, 2 // before, options=options)
+    run.after_checkpoints(1)
+    run.processes[-1].send_signal(signum)
+    said = run.ends(*[128 + signum] * before)
+    stopped_at = saved(tmp_path / "run")[-1]
+    assert 0 < stopped_at < 600
+    assert f"{signum.name}; the same command resumes" in said[0][1]
+    assert said[1:] == [("", "")] * (before - 1)
+    again = Run("pskd", tmp_path / "run", after, 2 // after, options=options)
+    whole = Run("pskd", tmp_path / "whole", 1, 2, options=options)
+    assert f"Resuming at step {stopped_at}" in again.ends(*[0] * after)[0][0]
+    whole.ends(0)
+    assert_equal(tmp_path / "run", tmp_path / "whole", tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_mistakes_and_damage(tmp_path):
+    # A mistake that all processes find.
+    run = Run("plain", tmp_path / "run", 2, options=["--config.loss.at=1.0"])
+    assert all(err.startswith("error: ") for _, err in run.ends(2, 2))
+    # A folder that another run uses, which the first process alone finds.
+    busy = Run("plain", tmp_path / "run", options=LONG)
+    busy.after_checkpoints(2)
+    for (_, err), start in zip(
+        Run("plain", tmp_path / "run", 2, options=LONG).ends(2, 2),
+        ("error: another process is using", "error: process 1: another process is using"),
+        strict=True,
+    ):
+        assert err.startswith(start)
+    busy.processes[0].send_signal(signal.SIGTERM)
+    busy.ends(143)
+    # Data that one process alone lacks.
+    images(tmp_path / "images")
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, tmp_path / "images")
+        run = Run("streamed", tmp_path / "streamed", 2, IMAGES=str(tmp_path / "images"))
+    assert all(process.wait(timeout=100) for process in run.processes)
+    # A damaged checkpoint is set aside by the first process.
+    older, newest = saved(tmp_path / "run")
+    largest = max((tmp_path / f"run/checkpoints/{newest}/state").rglob("d/*"), key=os.path.getsize)
+    os.truncate(largest, os.path.getsize(largest) // 2)
+    options = [f"--config.epochs={newest // 10 + 2}", LONG[1]]
+    run = Run("plain", tmp_path / "run", 2, options=LONG)
+    run.after_checkpoints(2)
+    run.processes[1].send_signal(signal.SIGTERM)
+    (first, warned), second = run.ends(143, 143)
+    assert f"Resuming at step {older}" in first and second == ("", "")
+    assert (tmp_path / f"run/checkpoints/damaged-{newest}").is_dir() and "warning" in warned
+
+
+@pytest.mark.slow
+def test_evaluation_and_plans(tmp_path):
+    run = Run("plain", tmp_path / "run", 2)
+    run.ends(0, 0)
+    planned = Run("plain", tmp_path / "other", 2, options=["--dry_run"]).ends(0, 0)
+    assert "time     about" in planned[0][0] and planned[1] == ("", "")
+    assert not (tmp_path / "other").exists()
+    (evaluated, _), second = Run("plain", tmp_path / "run", 2, options=["--mode=eval"]).ends(0, 0)
+    assert second == ("", "") and (tmp_path / "run" / "eval.json").exists()
+    line = next(line for line in evaluated.splitlines() if line.startswith("top1"))
+    assert line.split()[1] == f"{train._result(tmp_path / 'run')['last']['top1']:.3f}"
