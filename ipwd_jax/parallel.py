@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ _T = TypeVar("_T")
 _HEARTBEAT_SECONDS = 60  # after which a process that says nothing counts as dead
 _LEAVE_SECONDS = 10  # for which a process that fails waits whether the others fail, too
 _WAIT_SECONDS = 7 * 24 * 3600  # for which the others wait for what the first process does
-_meetings = itertools.count()
+_answers = itertools.count()
 _alone = False  # whether the first process does what the others wait for
 
 
@@ -170,8 +171,8 @@ def from_first(function: Callable[[], _T]) -> _T:
             problem, answer = error, {"problem": str(error)}
         finally:
             _alone = False
-    # The first process can take hours, for which a collective would not wait everywhere.
-    _meet(_WAIT_SECONDS)
+    # The first process can take hours, for which not every collective would wait.
+    _meet(f"answer {next(_answers)}", _WAIT_SECONDS)
     answer = json.loads(_broadcast(json.dumps(answer).encode()))
     if "problem" in answer:
         raise problem or UserError(answer["problem"])
@@ -187,12 +188,11 @@ def _broadcast(data: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes()
 
 
-def _meet(seconds: int) -> None:
-    """Wait until all processes are here; raise an error after so many seconds."""
+def _meet(place: str, seconds: int) -> None:
+    """Wait until all processes are at the same place; raise an error after so many seconds."""
     from orbax.checkpoint import multihost  # takes a second
 
-    key = f"ipwd_jax_{next(_meetings)}"
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * seconds)
+    multihost.get_barrier_sync_fn()(key=f"ipwd_jax {place}", timeout_ms=1000 * seconds)
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def distributed(
         with signals.exit_statuses(), _only_errors():
             _check_devices()
             yield
-            _meet(_WAIT_SECONDS)  # the first process may still be writing
+            _meet("end", _WAIT_SECONDS)  # the first process may still be writing
     except BaseException as error:
         _leave(error)
         raise
@@ -270,8 +270,8 @@ def _only_errors() -> Iterator[None]:
     ):
         try:
             yield
-        except Interrupted as stop:
-            sys.exit(128 + stop.signum)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            sys.exit(128 + (stop.signum if isinstance(stop, Interrupted) else signal.SIGINT))
         except UserError as error:
             raise UserError(f"process {jax.process_index()}: {error}") from error
 
@@ -287,7 +287,7 @@ def _leave(error: BaseException) -> None:
             file=sys.stderr,
         )
     try:
-        _meet(_LEAVE_SECONDS)
+        _meet("failure", _LEAVE_SECONDS)
     except Exception:  # JAX raises many types
         # To leave in good order would mean to wait for the others, which wait for this process.
         status = error.code if isinstance(error, SystemExit) else 1

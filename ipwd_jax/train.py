@@ -46,7 +46,8 @@ def run(
 ) -> dict[str, Any]:
     """Train the student that `config` describes, after its teacher if that is missing.
 
-    A run that was stopped resumes, and a finished one is not trained again.
+    A run that was stopped resumes, and a finished one is not trained again. Within the context of
+    `parallel.distributed`, all processes must call this with the same arguments.
 
     Args:
         config: of `ipwd_jax.config.default`, changed.

@@ -54,7 +54,11 @@ def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
     """
     made = not workdir.exists() and parallel.is_first()
     with contextlib.ExitStack() as stack:
-        parallel.from_first(lambda: stack.enter_context(_lock(workdir, wait)) and None)
+
+        def lock() -> None:
+            stack.enter_context(_lock(workdir, wait))
+
+        parallel.from_first(lock)
         try:
             yield
         except UserError:
