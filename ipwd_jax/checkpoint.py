@@ -182,8 +182,8 @@ class Checkpoints:
         return Snapshot(state, items["best"], position)
 
     def _set_aside(self, damaged: dict[int, Exception]) -> None:
-        parallel.from_first(lambda: self._rename(damaged))
         if damaged:
+            parallel.from_first(lambda: self._rename(damaged))
             self._manager.close()
             self._manager = self._open()
 

@@ -52,7 +52,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
     "Train together with other processes, which JAX finds in SLURM, Open MPI or Kubernetes, or "
-    "which the next three flags describe.",
+    "which --coordinator, --num_processes and --process_id describe.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT at which the first process listens for the others."

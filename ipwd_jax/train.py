@@ -397,7 +397,8 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     if not (reason or mode == "off" or (mode == "auto" and begun == {"off"})):
         cache = view_cache.load_or_build(experiment, required=mode != "auto" or bool(begun))
     for workdir in workdirs:
-        workdir_lib.choose(workdir, setting, "cached" if cache else "off")
+        choice = workdir, setting, "cached" if cache else "off"
+        parallel.from_first(functools.partial(workdir_lib.choose, *choice))
     if cache is None:
         return experiment
     cached = dataclasses.replace(teacher, answer=view_cache.answer, inputs=cache)

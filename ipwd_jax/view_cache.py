@@ -190,7 +190,8 @@ def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Fi
     mode = config.teacher.view_cache
     whole = _Files(folder, {**identity, "views": "all"})
     if mode == "auto":
-        mode = "all" if views <= epochs * len(seeds) or whole.complete() else "drawn"
+        fits = views <= epochs * len(seeds) or parallel.from_first(whole.complete)
+        mode = "all" if fits else "drawn"
     if mode == "all":
         return whole, np.ones((size, views), bool)
     drawn = {"seeds": list(seeds), "epochs": epochs}
