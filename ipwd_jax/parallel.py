@@ -239,9 +239,9 @@ def _connect(coordinator: str, processes: int | None, process: int | None) -> No
         )
     except Exception as error:  # JAX raises many types
         raise UserError(
-            f"the processes could not be connected: {first_line(error)} Use --distributed under "
-            "srun, mpirun or in a Job of Kubernetes, or add --coordinator=HOST:PORT, "
-            "--num_processes and --process_id"
+            f"the processes could not be connected: {first_line(error).rstrip('.')}. Use "
+            "--distributed under srun, mpirun or in a Job of Kubernetes, or add "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from error
 
 

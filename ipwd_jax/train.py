@@ -89,7 +89,7 @@ def run(
         _claim(runs, checksums, dataset, extend)
         teacher, teacher_workdir = None, None
         if config.teacher.name:
-            teacher_workdir = _teacher_workdir(config, workdir, dataset, checksums)
+            teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
         if not all((folder / "result.json").exists() for folder in runs):
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
         if teacher_workdir:
@@ -121,7 +121,8 @@ def planned(
     runs, teacher_workdir = of_each_seed(config, workdir), None
     if config.teacher.name:
         checksums = {"data": fingerprint(experiment.dataset)}
-        teacher_workdir = _teacher_workdir(config, workdir, experiment.dataset, checksums)
+        name = experiment.dataset.name
+        teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
@@ -164,15 +165,6 @@ def _load(config: ConfigDict) -> Dataset:
     if config.data.download and parallel.process_count() > 1:  # not by all of them at a time
         parallel.from_first(lambda: bool(load_data(config.data)))
     return load_data(config.data)
-
-
-def _teacher_workdir(
-    config: ConfigDict, workdir: pathlib.Path, dataset: Dataset, checksums: Mapping[str, str]
-) -> pathlib.Path:
-    def find() -> str:
-        return str(teacher_lib.find_workdir(config, workdir, dataset.name, checksums))
-
-    return pathlib.Path(parallel.from_first(find))
 
 
 def _check_extension(experiment: Experiment) -> None:

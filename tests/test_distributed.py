@@ -320,11 +320,14 @@ def test_launchers_and_examples(tmp_path):
     # The command of the Job, for its first pod alone, with another config and as a dry run.
     python = tmp_path / "python"
     others = f"--num_processes=1 --coordinator=localhost:{free_port()} --dry_run"
-    others += f" --config={CONFIG}:plain --config.data.download=False --config.data.dir="
+    others += f" --config={CONFIG}:plain"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@" {others}\n')
     python.chmod(0o755)
     container = kubernetes()["Job"]["spec"]["template"]["spec"]["containers"][0]
-    said = checked(container["command"], environment | {"JOB_COMPLETION_INDEX": "0"})
+    *shell, command = container["command"]
+    command = re.sub(r"--config\.data\.\S+", "", command)
+    environment = environment_of(1) | {"JOB_COMPLETION_INDEX": "0", "PATH": environment["PATH"]}
+    said = checked([*shell, command], environment)
     assert "1 x cpu" in said and "/shared/runs/ipwd" in said
 
 
