@@ -234,12 +234,13 @@ class Experiment:
 
         Yields:
             `index` int32, `mask` float32, and `streamed` uint8 or None, each of shape (steps,
-            devices, rows, ...).
+            devices, rows, ...), for the devices of this process.
         """
         train, order_seed = self.dataset.train, self.order_seed(seed)
         key = state.order_key(jax.random.key(order_seed))
         order = augment.epoch_order(key, epoch, len(train.labels))
-        index, mask = augment.epoch_batches(order, self.config.batch_size, parallel.device_count())
+        of_all = augment.epoch_batches(order, self.config.batch_size, parallel.device_count())
+        index, mask = (rows[:, parallel.own()] for rows in of_all)
         end = len(index) if end is None else end
         flat = index[begin:end].reshape(end - begin, -1)
         with contextlib.ExitStack() as stack:

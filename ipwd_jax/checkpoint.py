@@ -103,8 +103,9 @@ class Checkpoints:
             "best": snapshot.best,
             "state": _without_network(snapshot.state),
         }
+        shared = parallel.shared(items)
         args = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+            **{name: ocp.args.StandardSave(item) for name, item in shared.items()},
             meta=ocp.args.JsonSave(_meta(snapshot.position, items)),
         )
         with self._writing():
@@ -142,11 +143,14 @@ class Checkpoints:
             UserError: there are checkpoints, but none of them can be read.
         """
         damaged = {}
-        for number in reversed(self.steps()):
+        for number in reversed(parallel.from_first(self.steps)):
+            restored, problem = None, Exception("another process cannot read it")
             try:
                 restored = self._restore(number, template)
             except Exception as error:  # Orbax and TensorStore raise many types
-                damaged[number] = error
+                problem = error
+            if parallel.largest(restored is None):
+                damaged[number] = problem
                 continue
             self._set_aside(damaged)
             return restored
@@ -171,11 +175,19 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(parallel.replicated_shapes(_without_network(state))),
             ),
         )
-        for name in ("last", "best", "state"):
-            _verify(name, items[name], checksums)
-        return Snapshot(_with_network(items.state, items.last), items.best, position)
+        items = {name: parallel.unshared(items[name]) for name in ("last", "best", "state")}
+        for name, item in items.items():
+            _verify(name, item, checksums)
+        state = _with_network(items["state"], items["last"])
+        return Snapshot(state, items["best"], position)
 
     def _set_aside(self, damaged: dict[int, Exception]) -> None:
+        if damaged:
+            parallel.from_first(lambda: self._rename(damaged))
+            self._manager.close()
+            self._manager = self._open()
+
+    def _rename(self, damaged: dict[int, Exception]) -> None:
         for number, error in damaged.items():
             name = f"damaged-{number}"
             while (self.folder / name).exists():
@@ -187,9 +199,6 @@ class Checkpoints:
                 flush=True,
             )
             (self.folder / str(number)).rename(self.folder / name)
-        if damaged:
-            self._manager.close()
-            self._manager = self._open()
 
     def close(self) -> None:
         self._manager.close()
@@ -247,7 +256,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         UserError: there is no checkpoint, it cannot be read, it is of another network, or some of
             the variables are not finite.
     """
-    folder = newest(workdir)
+    folder = pathlib.Path(parallel.from_first(lambda: str(newest(workdir))))
     path = folder / which
     shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved_arrays(path))}
     wanted = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(template)}
@@ -265,6 +274,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
     try:
         shapes_and_devices = parallel.replicated_shapes(template)
         variables = ocp.StandardCheckpointer().restore(path, shapes_and_devices)
+        variables = parallel.unshared(variables)
         meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "meta")
         position, checksums = _read_meta(meta_of_run)
         _verify(which, variables, checksums)

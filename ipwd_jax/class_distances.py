@@ -109,12 +109,13 @@ def of_maps(apply: Callable, variables: PyTree, dataset: Dataset, batch_size: in
 
 
 def kept(file: pathlib.Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array in a file, which is written first if there is none."""
-    if not file.exists():
-        data = io.BytesIO()
-        np.save(data, compute())
-        writers.write_atomically(file, data.getvalue())
-    return np.load(file)
+    """Return the array in a file, which is written if there is none."""
+    if parallel.from_first(file.exists):
+        return np.load(file)
+    data, computed = io.BytesIO(), compute()
+    np.save(data, computed)
+    writers.write_atomically(file, data.getvalue())
+    return computed
 
 
 def _last_map(outputs: Outputs) -> jax.Array:

@@ -25,7 +25,8 @@ def make_predict(
     """Compile `predict(variables, data, index, images) -> logits` for unaugmented images.
 
     `index` (devices, B) int32 selects images of `data`, unless `images` (devices, B, H, W,
-    channels) uint8 are given. The logits are (devices, B, C).
+    channels) uint8 are given, both for the devices of this process. The logits (devices, B, C) are
+    those of all devices.
 
     Args:
         apply: `apply(variables, images) -> Outputs`, for example the `apply` of a network, whose
@@ -67,6 +68,7 @@ def predict_all(
     order = np.arange(size, dtype=np.int32)
     index, mask = augment.epoch_batches(order, min(batch_size, size), parallel.device_count())
     logits = []
+    index = index[:, parallel.own()]
     with contextlib.closing(_images(split, index)) as images:
         for rows, valid, given in zip(index, mask, images, strict=True):
             logits.append(np.asarray(predict(variables, data, rows, given))[valid > 0])

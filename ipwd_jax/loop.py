@@ -66,7 +66,7 @@ class Loop:
                 if position.step % experiment.steps_per_epoch == 0:
                     for run, recorder in zip(self.runs, self.recorders, strict=True):
                         recorder.end_epoch(run.end_epoch(speed))
-                    if self.stopped_by or self._save_is_due():
+                    if self._must_save():
                         self._save()
         self._save()
         for run in self.runs:
@@ -112,7 +112,7 @@ class Loop:
             run.now.state = state
             run.now.position.step += steps
         if not compiles:
-            return 0.0, sum(int(m.sum()) for m in mask)
+            return 0.0, self._images(steps)
         jax.block_until_ready(states)
         self._compiled.add(steps)
         seconds = time.monotonic() - before
@@ -122,11 +122,24 @@ class Loop:
 
     def _between_calls(self, step: int, taken: int, images: int, started: float) -> None:
         every = self.experiment.config.log_every_steps
-        if step // every > (step - taken) // every:
+        shows = step // every > (step - taken) // every
+        if shows:
             jax.block_until_ready(self.runs[0].now.state)
             self.recorders[0].show(_speed(images, started))
-        if self.stopped_by or self._save_is_due():
+        # Several processes wait for each other to decide, so they do it where they wait anyway.
+        if (shows or parallel.process_count() == 1) and self._must_save():
             self._save()
+
+    def _images(self, steps: int) -> int:
+        """Return on how many images the last steps, which are of one epoch, have trained."""
+        size, batch = len(self.experiment.dataset.train.labels), self.experiment.config.batch_size
+        last = (self.runs[0].now.position.step - 1) % self.experiment.steps_per_epoch
+        first = last + 1 - steps
+        return len(self.runs) * (min((last + 1) * batch, size) - first * batch)
+
+    def _must_save(self) -> bool:
+        """Return whether to save now, because it is time or a signal has come to any process."""
+        return bool(parallel.largest(bool(self.stopped_by) or self._save_is_due()))
 
     def _save_is_due(self) -> bool:
         every = self.experiment.config.checkpoint.every_seconds
@@ -138,10 +151,10 @@ class Loop:
             recorder.saves()
             run.save()
         self._saved_at = time.monotonic()
-        if self.stopped_by:
+        if signum := parallel.largest(self.stopped_by[0] if self.stopped_by else 0):
             for run in self.runs:
                 run.checkpoints.wait()
-            raise Interrupted(self.stopped_by[0])
+            raise Interrupted(signum)
 
 
 def _speed(images: int, started: float) -> float:

@@ -10,6 +10,7 @@ with their meaning. The same command resumes a run that was stopped. A run leave
 directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, result.json.
 """
 
+import contextlib
 import itertools
 import logging as python_logging
 import pathlib
@@ -48,6 +49,19 @@ _XLA_PROFILE = flags.DEFINE_string(
     "xla_profile",
     "",
     "Compiler settings: one of ipwd_jax.xla.PROFILES, or none. Empty: the fastest on a CPU.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Train together with other processes, which JAX finds in SLURM, Open MPI or Kubernetes, or "
+    "which --coordinator, --num_processes and --process_id describe.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT at which the first process listens for the others."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0.", lower_bound=0
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", "", "Folder that keeps compiled programs for later runs. Empty: none."
@@ -129,12 +143,22 @@ def _main(argv: list[str]) -> None:
         found = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("*.py")))
         words = f"--config=FILE is missing{f'; here: {found}' if found else ''}"
         raise app.UsageError(words, exitcode=2)
-    from ipwd_jax import report, train, xla
+    described = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    if described != ("", None, None) and not _DISTRIBUTED.value:
+        words = "--coordinator, --num_processes and --process_id need --distributed"
+        raise app.UsageError(words, exitcode=2)
+    from ipwd_jax import parallel, xla
 
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
     xla.apply(_XLA_PROFILE.value, _COMPILATION_CACHE.value)
-    config = _CONFIG.value
+    with parallel.distributed(*described) if _DISTRIBUTED.value else contextlib.nullcontext():
+        _run(_CONFIG.value)
+
+
+def _run(config: ConfigDict) -> None:
+    from ipwd_jax import report, train
+
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
     if _DRY_RUN.value:

@@ -37,7 +37,8 @@ class Recorder:
         self.run, self._on_epoch = run, on_epoch
         self._progress = progress
         folder = run.workdir / "tensorboard"
-        self._tensorboard = SummaryWriter(str(folder), purge_step=run.number() + 1)
+        purge_step, write = run.number() + 1, parallel.is_first()
+        self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, write_to_disk=write)
         self._warned = False
         self.start()
 

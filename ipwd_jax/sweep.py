@@ -31,7 +31,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ipwd_jax import signals, train, xla
+from ipwd_jax import parallel, signals, train, xla
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.api import load_module
 from ipwd_jax.errors import Interrupted, InUse, UserError
@@ -168,7 +168,13 @@ def carry_out(planned: Sequence[Planned], minutes: float = 0.0) -> list[str]:
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the run is saved.
+        UserError: several processes train together.
     """
+    if parallel.process_count() > 1:
+        raise UserError(
+            "several processes that train together cannot share a sweep; give each process runs of "
+            "its own with --index and --count, or train the runs one by one"
+        )
     states = [run.state() for run in planned]
     if states:
         print(f"{states.count(FINISHED)} of {len(states)} runs are finished already", flush=True)

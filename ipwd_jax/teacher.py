@@ -172,11 +172,15 @@ def find_workdir(
     identity = workdir_lib.identity(recipe, checksums)
     name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")
     own = workdir.parent / name.replace(":", "-")
-    if own.exists():
-        return own
-    beside = sorted(path.parent for path in workdir.parent.glob("*/result.json"))
-    found = (run for run in beside if workdir_lib.holds(run, recipe, checksums))
-    return next(found, own)
+
+    def find() -> str:
+        if own.exists():
+            return str(own)
+        beside = sorted(path.parent for path in workdir.parent.glob("*/result.json"))
+        found = (run for run in beside if workdir_lib.holds(run, recipe, checksums))
+        return str(next(found, own))
+
+    return pathlib.Path(parallel.from_first(find))
 
 
 def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher:

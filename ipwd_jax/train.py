@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -46,7 +47,8 @@ def run(
 ) -> dict[str, Any]:
     """Train the student that `config` describes, after its teacher if that is missing.
 
-    A run that was stopped resumes, and a finished one is not trained again.
+    A run that was stopped resumes, and a finished one is not trained again. Within the context of
+    `parallel.distributed`, all processes must call this with the same arguments.
 
     Args:
         config: of `ipwd_jax.config.default`, changed.
@@ -154,10 +156,16 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     teacher_lib.check_named(config, teacher_only)
     if teacher_only and not config.teacher.name:
         raise UserError("this config has no teacher; set --config.teacher.name to a network")
-    dataset = dataset or load_data(config.data)
+    dataset = dataset or _load(config)
     check_augmentation(dataset, config)
     check_fit(config, dataset)
     return assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+
+
+def _load(config: ConfigDict) -> Dataset:
+    if config.data.download and parallel.process_count() > 1:  # not by all of them at a time
+        parallel.from_first(lambda: bool(load_data(config.data)))
+    return load_data(config.data)
 
 
 def _check_extension(experiment: Experiment) -> None:
@@ -193,8 +201,11 @@ def _claim(
     dataset: Dataset,
     extend: bool = False,
 ) -> None:
-    for workdir, config in runs.items():
-        workdir_lib.claim(workdir, config, checksums, dataset.description(), extend)
+    def claim() -> None:
+        for workdir, config in runs.items():
+            workdir_lib.claim(workdir, config, checksums, dataset.description(), extend)
+
+    parallel.from_first(claim)
 
 
 def evaluate_run(
@@ -220,7 +231,7 @@ def evaluate_run(
     """
     workdir = pathlib.Path(workdir)
     validate(config)
-    dataset = dataset or load_data(config.data)
+    dataset = dataset or _load(config)
     check_fit(config, dataset)
     runs = of_each_seed(config, workdir)
     results = [_evaluate(own, folder, dataset) for folder, own in runs.items()]
@@ -263,7 +274,9 @@ def _ensure_teacher(
     trained, on the same data; of an imported one the data is not known.
     """
     config_of_teacher = config_lib.teacher_config(config)
-    with workdir_lib.locked(workdir, wait=True):
+    runs = {workdir: config_of_teacher}
+
+    def finished() -> dict[str, Any] | None:
         if config.teacher.workdir and (workdir / "result.json").exists():
             noted = json.loads((workdir / "config.json").read_text())["checksums"]
             if noted.get("data", checksums["data"]) != checksums["data"]:
@@ -271,9 +284,13 @@ def _ensure_teacher(
             return _result(workdir)
         if workdir_lib.holds(workdir, config_of_teacher, checksums):
             return _result(workdir)
-        workdir_lib.claim(workdir, config_of_teacher, checksums, dataset.description())
+        return None
+
+    with workdir_lib.locked(workdir, wait=True):
+        if result := parallel.from_first(finished):
+            return result
+        _claim(runs, checksums, dataset)
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
-        runs = {workdir: config_of_teacher}
         return _train(config_of_teacher, runs, dataset, None)[0]
 
 
@@ -290,7 +307,11 @@ def _train(
     on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, Any]]:
     """Train runs that differ in their seeds and return their results; finished ones are kept."""
-    results = {path: _result(path) for path in runs if (path / "result.json").exists()}
+
+    def finished() -> dict[str, Any]:
+        return {str(path): _result(path) for path in runs if (path / "result.json").exists()}
+
+    results = {pathlib.Path(path): result for path, result in parallel.from_first(finished).items()}
     for workdir in results:
         print(f"Finished already: {workdir}", flush=True)
     left = {workdir: own.seed for workdir, own in runs.items() if workdir not in results}
@@ -318,7 +339,7 @@ def _recorders(
     progress = Progress(experiment.total_steps, unit="step")
     stack.callback(progress.close)
     for workdir, seed in seeds.items():
-        workdir_lib.check_space(workdir, needed)
+        parallel.from_first(functools.partial(workdir_lib.check_space, workdir, needed))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep))
         run = SeedRun(experiment, seed, workdir, checkpoints, predict)
         overview = parameter_overview.get_parameter_overview(run.now.state.params)
@@ -357,7 +378,9 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     reason = view_cache.reason_against(experiment)
     if mode in ("all", "drawn") and reason:
         raise UserError(f"config.teacher.view_cache is {mode}, but {reason}; set it to auto")
-    begun = {workdir_lib.chosen(workdir, "teacher.view_cache") for workdir in workdirs} - {None}
+    setting = "teacher.view_cache"
+    chosen = parallel.from_first(lambda: [workdir_lib.chosen(path, setting) for path in workdirs])
+    begun = {*chosen} - {None}
     if mode == "auto" and len(begun) > 1:
         raise UserError(
             f"some of the seeds {tuple(config.seeds)} began with cached answers of the teacher and "
@@ -368,7 +391,8 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     if not (reason or mode == "off" or (mode == "auto" and begun == {"off"})):
         cache = view_cache.load_or_build(experiment, required=mode != "auto" or bool(begun))
     for workdir in workdirs:
-        workdir_lib.choose(workdir, "teacher.view_cache", "cached" if cache else "off")
+        choice = workdir, setting, "cached" if cache else "off"
+        parallel.from_first(functools.partial(workdir_lib.choose, *choice))
     if cache is None:
         return experiment
     cached = view_cache.instead_of(teacher, cache, experiment.strong_view)

@@ -10,14 +10,9 @@ another shape, a compiled program can add up numbers in another order.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
-import shutil
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -25,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ipwd_jax import parallel, precision, workdir, writers
+from ipwd_jax import parallel, precision, workdir
 from ipwd_jax.assemble import Experiment
 from ipwd_jax.data import augment
 from ipwd_jax.data.base import fingerprint
@@ -33,16 +28,15 @@ from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
-from ipwd_jax.progress import Progress, duration
+from ipwd_jax.progress import duration
 from ipwd_jax.state import augment_key
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
+from ipwd_jax.view_files import TableFiles, remove_old_tables, shortage
 
 _FORMAT = 1
-_FLUSH_SECONDS = 60.0
 _LONG_SECONDS = 10.0
 _WORTH = 0.9  # of the answers that a run asks for; a cache that needs more of them is not built
-_DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
 
 
 @flax.struct.dataclass
@@ -150,7 +144,7 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     files, used = _files_and_views(experiment, folder)
     index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
     asked = answers_asked(experiment)
-    if not (required or files.complete() or len(index) <= _WORTH * asked):
+    if not required and not parallel.from_first(files.complete) and len(index) > _WORTH * asked:
         print(
             f"The teacher is asked in the steps: a cache would need {len(index):,} answers, and "
             f"the run asks for {asked:,}. For several students of this teacher, "
@@ -162,26 +156,48 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
     columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
     needed = len(index) * columns * 4
-    if shortage := _shortage(folder, needed, on_disk=not files.complete()):
-        if not required:
-            print(f"Training without a cache of the teacher's answers: {shortage}", flush=True)
-            return None
+    lacking = parallel.from_first(lambda: shortage(folder, needed, on_disk=not files.complete()))
+    if lacking and not required:
+        print(f"Training without a cache of the teacher's answers: {lacking}", flush=True)
+        return None
+    if lacking:
         raise UserError(
-            f"the cache of the teacher's answers does not fit: {shortage}. Free some space, or set "
+            f"the cache of the teacher's answers does not fit: {lacking}. Free some space, or set "
             "--config.teacher.view_cache=off"
         )
-    table = files.load() if files.complete() else None
-    if table is None:
+
+    def build() -> np.ndarray:
         batch = 500 if jax.default_backend() == "cpu" else 2048
+        asker = _asker(ask, teacher.inputs, data, batch)
+        _say_what_it_takes(asker, index, view, batch, asked)
+        return files.build(columns, (index, view), asker, batch)
+
+    cache = _view_cache(_load(files, build), used, len(experiment.dataset.class_names))
+    return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
+
+
+def _load(files: TableFiles, build: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return a table, which the first process builds unless it is there."""
+    table: np.ndarray | None = None
+
+    def find_or_build() -> None:
+        nonlocal table
+        table = files.load() if files.complete() else None
+        if table is not None:
+            return
+        folder = files.table.parent
         with workdir.locked(folder, wait=True):  # only one of several students builds the table
             table = files.load() if files.complete() else None
             if table is None:
-                _remove_old_tables(folder)
-                asker = _asker(ask, teacher.inputs, data, batch)
-                _say_what_it_takes(asker, index, view, batch, asked)
-                table = files.build(columns, (index, view), asker, batch)
-    cache = _view_cache(table, used, len(experiment.dataset.class_names))
-    return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
+                remove_old_tables(folder)
+                table = build()
+
+    parallel.from_first(find_or_build)
+    if table is None:  # the first process has it
+        table = files.load() if files.complete() else None
+    if table is None:
+        raise UserError(f"{files.table} cannot be read, but the first process wrote it there")
+    return table
 
 
 def answers_asked(experiment: Experiment) -> int:
@@ -211,7 +227,7 @@ def _say_what_it_takes(
         )
 
 
-def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Files", np.ndarray]:
+def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple[TableFiles, np.ndarray]:
     """Return the files of the table for a run, and which views it has: (N, V) bool."""
     config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
     assert teacher is not None
@@ -234,13 +250,15 @@ def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple["_Fi
         "embedding": "embedding" in experiment.teacher_taps,
     }
     mode = config.teacher.view_cache
-    whole = _Files(folder, {**identity, "views": "all"})
+    whole = TableFiles(folder, {**identity, "views": "all"})
     if mode == "auto":
-        mode = "all" if views <= epochs * len(seeds) or whole.complete() else "drawn"
+        fits = views <= epochs * len(seeds) or parallel.from_first(whole.complete)
+        mode = "all" if fits else "drawn"
     if mode == "all":
         return whole, np.ones((size, views), bool)
     drawn = {"seeds": list(seeds), "epochs": epochs}
-    return _Files(folder, {**identity, "views": drawn}), drawn_views(config, seeds, epochs, size)
+    files = TableFiles(folder, {**identity, "views": drawn})
+    return files, drawn_views(config, seeds, epochs, size)
 
 
 def _ask_of(experiment: Experiment) -> Callable[..., jax.Array]:
@@ -291,8 +309,11 @@ def _classifier(experiment: Experiment) -> tuple[jax.Array, jax.Array] | None:
 
 
 def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callable:
-    """Return `asker(index, view) -> (rows, columns)` for up to `batch` rows over all devices."""
-    devices = parallel.device_count()
+    """Return `asker(index, view) -> (rows, columns)` for up to `batch` rows.
+
+    The rows are distributed over the devices of this process.
+    """
+    devices = len(parallel.local_devices())
     each = -(-batch // devices)
     compiled = parallel.compile_views(ask)
 
@@ -304,131 +325,3 @@ def _asker(ask: Callable, inputs: PyTree, data: Resident, batch: int) -> Callabl
         return np.asarray(answers).reshape(devices * each, -1)[: len(index)]
 
     return asker
-
-
-def _shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
-    """Return a description of what is lacking for `needed` bytes; empty if they fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if on_disk and needed > 0.9 * free:
-        return (
-            f"it needs {_mib(needed)}, but can use at most 90 % of the {_mib(free)} that are free "
-            f"in {folder}"
-        )
-    statistics = parallel.devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        free = statistics["bytes_limit"] - statistics["bytes_in_use"]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.6 * free:
-        return (
-            f"it needs {_mib(needed)}, but can use at most 60 % of the {_mib(free)} that are free "
-            "on the device"
-        )
-    return ""
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def _remove_old_tables(folder: pathlib.Path) -> None:
-    """Remove the least recently used tables of drawn views, to make room for one more.
-
-    A run that needs one of them again builds it again.
-    """
-    notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    drawn = [path for path in notes if json.loads(path.read_text())["identity"]["views"] != "all"]
-    for note in drawn[_DRAWN_TABLES - 1 :]:
-        table = note.with_suffix(".npy")
-        if table.exists():
-            print(
-                f"Removing {table} ({_mib(table.stat().st_size)}), which can be built again",
-                flush=True,
-            )
-        note.unlink()
-        table.unlink(missing_ok=True)
-
-
-class _Files:
-    """A table on disk: the answers in one file, and beside it a note that says what they are."""
-
-    def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any]):
-        self.identity = json.loads(json.dumps(identity))
-        name = f"{zlib.crc32(json.dumps(self.identity, sort_keys=True).encode()):08x}"
-        self.table, self.note = folder / f"{name}.npy", folder / f"{name}.json"
-        self._unfinished = folder / f".{name}.npy", folder / f".{name}.json"
-
-    def _read(self, note: pathlib.Path) -> dict[str, Any]:
-        """Return the content of a note; empty if it is missing, damaged or of another table."""
-        try:
-            said = json.loads(note.read_text())
-            return said if said["identity"] == self.identity else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-
-    def complete(self) -> bool:
-        """Return whether the table is complete, judged by its note and its size."""
-        said = self._read(self.note)
-        return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
-
-    def load(self) -> np.ndarray | None:
-        """Return the memory-mapped table; None, with a warning, if its checksum is wrong."""
-        table = np.load(self.table, mmap_mode="r")
-        if _checksum(table) == self._read(self.note)["checksum"]:
-            print(f"Reading the teacher's answers from {self.table}", flush=True)
-            self.note.touch()  # makes it the most recently used
-            return table
-        print(f"warning: {self.table} is damaged and will be built again", flush=True)
-        return None
-
-    def build(
-        self, columns: int, pairs: tuple[np.ndarray, np.ndarray], asker: Callable, batch: int
-    ) -> np.ndarray:
-        """Ask about every pair of image and view, resuming where an earlier attempt was stopped."""
-        index, view = pairs
-        table_path, note_path = self._unfinished
-        done = self._read(note_path).get("done", 0)
-        shape = (len(index), columns)
-        if done and table_path.exists():
-            table = np.lib.format.open_memmap(table_path, mode="r+")
-        else:
-            done = 0
-            table = np.lib.format.open_memmap(table_path, "w+", np.float32, shape)
-        progress = Progress(len(index), unit="view")
-        started, flushed = time.monotonic(), 0.0
-        while done < len(index):
-            rows = slice(done, min(done + batch, len(index)))
-            table[rows] = asker(index[rows], view[rows])
-            done = rows.stop
-            seconds = time.monotonic() - started
-            if seconds - flushed > _FLUSH_SECONDS:
-                table.flush()
-                writers.write_json(note_path, {"identity": self.identity, "done": done})
-                flushed = seconds
-            passing = f"teacher's answers: {done:,} of {len(index):,} views"
-            progress.count(done, "teacher's answers", passing)
-        progress.close()
-        took = duration(time.monotonic() - started)
-        print(f"Teacher's answers to {len(index):,} views computed in {took}", flush=True)
-        table.flush()
-        note = {
-            "identity": self.identity,
-            "bytes": table_path.stat().st_size,
-            "checksum": _checksum(table),
-            "seconds": time.monotonic() - started,
-        }
-        self.note.unlink(missing_ok=True)
-        os.replace(table_path, self.table)
-        writers.write_json(self.note, note)
-        note_path.unlink(missing_ok=True)
-        return np.load(self.table, mmap_mode="r")
-
-
-def _checksum(table: np.ndarray) -> str:
-    crc = 0
-    for first in range(0, len(table), 1 << 16):
-        rows = np.ascontiguousarray(table[first : first + (1 << 16)])
-        # An array is a buffer, but its type declares this only from Python 3.12 on.
-        crc = zlib.crc32(rows, crc)  # type: ignore[arg-type]
-    return f"{crc:08x}"

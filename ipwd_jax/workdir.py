@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from ipwd_jax import writers
+from ipwd_jax import parallel, writers
 from ipwd_jax.config import default, differences
 from ipwd_jax.errors import InUse, UserError
 from ipwd_jax.losses import WEIGHTINGS
@@ -37,7 +37,9 @@ _FREE = (
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
-    """Create the directory if it is missing, and keep other processes out of it.
+    """Create the directory if it is missing, and keep other runs out of it.
+
+    Of several processes that train together, the first one alone holds the lock.
 
     If the directory was missing and the run is then refused, the directory is removed again, unless
     the run has left more than its settings there.
@@ -50,9 +52,13 @@ def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
         UserError: the directory cannot be written to.
         InUse: another process is using it.
     """
-    made = not workdir.exists()
-    lock = _lock(workdir, wait)
-    with lock:
+    made = not workdir.exists() and parallel.is_first()
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            stack.enter_context(_lock(workdir, wait))
+
+        parallel.from_first(lock)
         try:
             yield
         except UserError:

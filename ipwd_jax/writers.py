@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from ipwd_jax import __version__
+from ipwd_jax import __version__, parallel
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Write a file so that a reader sees either the old content or the new, never a part of it."""
+    """Write a file so that a reader sees either the old content or the new, never a part of it.
+
+    Of several processes that train together, the first one alone writes.
+    """
+    if not parallel.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(data)

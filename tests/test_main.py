@@ -50,6 +50,8 @@ def test_help_explains_the_command(flag):
         ([DIGITS, "--mode=trian"], "<train|teacher|eval>"),
         ([DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "no checkpoint in /nonexistent"),
         ([DIGITS, "extra"], "unexpected argument 'extra'"),
+        ([DIGITS, "--num_processes=2"], "--num_processes and --process_id need --distributed"),
+        ([DIGITS, "--distributed"], "Use --distributed under srun, mpirun or in"),
         (["--config=nope.py", "--config.epochs=3"], "nope.py does not exist"),
         (["--config=configs"], "configs cannot be read"),
         ([DIGITS, "--config.seeds=(0.5,1)"], "config.seeds must be a tuple of whole numbers"),

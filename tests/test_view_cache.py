@@ -8,7 +8,7 @@ import pytest
 from helpers import settings, teacher_folder
 
 from ipwd_jax import teacher as teacher_lib
-from ipwd_jax import train, view_cache
+from ipwd_jax import train, view_cache, view_files
 from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 
@@ -85,7 +85,7 @@ PAIRS = np.divmod(np.arange(100, dtype=np.int32), 10)
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "note", "foreign", "missing"])
 def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
-    files = view_cache._Files(tmp_path, {"teacher": "a"})
+    files = view_files.TableFiles(tmp_path, {"teacher": "a"})
     files.build(3, PAIRS, sums, 30)
     assert files.complete() and (files.load() == sums(*PAIRS)).all()
     if damage == "truncated":
@@ -124,9 +124,9 @@ def test_an_interrupted_table_is_finished(tmp_path):
             raise KeyboardInterrupt
         return sums(index, view)
 
-    files = view_cache._Files(tmp_path, {"a": 1})
+    files = view_files.TableFiles(tmp_path, {"a": 1})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view_cache, "_FLUSH_SECONDS", -1.0)
+        patch.setattr(view_files, "_FLUSH_SECONDS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             files.build(3, PAIRS, asker, 30)
         assert not files.complete()
@@ -134,7 +134,7 @@ def test_an_interrupted_table_is_finished(tmp_path):
     assert asked == [30, 30, 30, 30, 10]
     np.testing.assert_array_equal(table, sums(*PAIRS))
     assert files.complete()
-    assert not view_cache._Files(tmp_path, {"a": 2}).complete()
+    assert not view_files.TableFiles(tmp_path, {"a": 2}).complete()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_refused_where_it_would_be_wrong(changes, reason, squares, folder):
 
 
 def test_no_space(squares, folder, monkeypatch):
-    monkeypatch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
+    monkeypatch.setattr(view_cache, "shortage", lambda *_, **__: "it has 9 MiB")
     with pytest.raises(UserError, match="does not fit: it has 9 MiB"):
         run("none", squares, folder, teacher__view_cache="all")
 

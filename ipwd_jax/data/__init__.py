@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
+from ipwd_jax import parallel
 from ipwd_jax.data import arrays, cifar, folder, streaming, tfds
 from ipwd_jax.data.base import (
     TEST_FRACTION,
@@ -136,4 +137,4 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
     steps = max(1, config.steps_per_call, config.teacher.look_ahead)
     tested = min(config.eval_batch_size, len(dataset.test.labels))
     most = max(config.batch_size * (streaming.AHEAD + steps), tested * (streaming.AHEAD + 1))
-    streaming.check_memory(most, max(height, width))
+    streaming.check_memory(-(-most // parallel.process_count()), max(height, width))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, settings, stopped_after, teacher_folder
 
-from ipwd_jax import train, view_cache
+from ipwd_jax import train, view_cache, view_files
 from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
@@ -73,7 +73,7 @@ def test_a_work_directory_in_use_is_refused_at_once(tmp_path):
 def test_nothing_is_left_of_a_refused_run(squares, tmp_path):
     config = settings(teacher__view_cache="all")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
+        patch.setattr(view_cache, "shortage", lambda *_, **__: "it has 9 MiB")
         with pytest.raises(UserError, match="does not fit"):
             train.run(config, tmp_path / "student", squares)
     teacher = teacher_folder(tmp_path, "tiny_net")
@@ -85,7 +85,7 @@ def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch,
     config = settings(checkpoint__every_seconds=0.0)
     train.run(config, tmp_path / "student", squares, teacher_only=True)
     with monkeypatch.context() as patch, stopped_after(2):
-        patch.setattr(view_cache, "_shortage", lambda *_, **__: "it has 9 MiB")
+        patch.setattr(view_cache, "shortage", lambda *_, **__: "it has 9 MiB")
         train.run(config, tmp_path / "student", squares)
     assert "without a cache" in capsys.readouterr().out
     train.run(config, tmp_path / "student", squares)
@@ -110,10 +110,10 @@ def test_old_tables_of_drawn_views_are_removed(tmp_path, capsys):
     pairs = np.divmod(np.arange(10, dtype=np.int32), 5)
 
     def table(views):
-        return view_cache._Files(tmp_path, {"views": views})
+        return view_files.TableFiles(tmp_path, {"views": views})
 
     def build(files):
-        view_cache._remove_old_tables(tmp_path)
+        view_files.remove_old_tables(tmp_path)
         files.build(2, pairs, lambda i, v: np.stack([i, v], axis=1).astype(np.float32), 10)
 
     for seed in range(5):

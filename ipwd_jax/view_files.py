@@ -1,0 +1,146 @@
+"""The files that keep a table of the teacher's answers, and the space that they need."""
+
+import json
+import os
+import pathlib
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ipwd_jax import parallel, writers
+from ipwd_jax.progress import Progress, duration
+
+_FLUSH_SECONDS = 60.0
+_DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
+
+
+def shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
+    """Return a description of what is lacking for `needed` bytes; empty if they fit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if on_disk and needed > 0.9 * free:
+        return (
+            f"it needs {_mib(needed)}, but can use at most 90 % of the {_mib(free)} that are free "
+            f"in {folder}"
+        )
+    statistics = parallel.devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        free = statistics["bytes_limit"] - statistics["bytes_in_use"]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.6 * free:
+        return (
+            f"it needs {_mib(needed)}, but can use at most 60 % of the {_mib(free)} that are free "
+            "on the device"
+        )
+    return ""
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def remove_old_tables(folder: pathlib.Path) -> None:
+    """Remove the least recently used tables of drawn views, to make room for one more.
+
+    A run that needs one of them again builds it again.
+    """
+    notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    drawn = [path for path in notes if json.loads(path.read_text())["identity"]["views"] != "all"]
+    for note in drawn[_DRAWN_TABLES - 1 :]:
+        table = note.with_suffix(".npy")
+        if table.exists():
+            print(
+                f"Removing {table} ({_mib(table.stat().st_size)}), which can be built again",
+                flush=True,
+            )
+        note.unlink()
+        table.unlink(missing_ok=True)
+
+
+class TableFiles:
+    """A table on disk: the answers in one file, and beside it a note that says what they are."""
+
+    def __init__(self, folder: pathlib.Path, identity: Mapping[str, Any]):
+        self.identity = json.loads(json.dumps(identity))
+        name = f"{zlib.crc32(json.dumps(self.identity, sort_keys=True).encode()):08x}"
+        self.table, self.note = folder / f"{name}.npy", folder / f"{name}.json"
+        self._unfinished = folder / f".{name}.npy", folder / f".{name}.json"
+
+    def _read(self, note: pathlib.Path) -> dict[str, Any]:
+        """Return the content of a note; empty if it is missing, damaged or of another table."""
+        try:
+            said = json.loads(note.read_text())
+            return said if said["identity"] == self.identity else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def complete(self) -> bool:
+        """Return whether the table is complete, judged by its note and its size."""
+        said = self._read(self.note)
+        return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
+
+    def load(self) -> np.ndarray | None:
+        """Return the memory-mapped table; None, with a warning, if its checksum is wrong."""
+        table = np.load(self.table, mmap_mode="r")
+        if _checksum(table) == self._read(self.note)["checksum"]:
+            print(f"Reading the teacher's answers from {self.table}", flush=True)
+            self.note.touch()  # makes it the most recently used
+            return table
+        print(f"warning: {self.table} is damaged and will be built again", flush=True)
+        return None
+
+    def build(
+        self, columns: int, pairs: tuple[np.ndarray, np.ndarray], asker: Callable, batch: int
+    ) -> np.ndarray:
+        """Ask about every pair of image and view, resuming where an earlier attempt was stopped."""
+        index, view = pairs
+        table_path, note_path = self._unfinished
+        done = self._read(note_path).get("done", 0)
+        shape = (len(index), columns)
+        if done and table_path.exists():
+            table = np.lib.format.open_memmap(table_path, mode="r+")
+        else:
+            done = 0
+            table = np.lib.format.open_memmap(table_path, "w+", np.float32, shape)
+        progress = Progress(len(index), unit="view")
+        started, flushed = time.monotonic(), 0.0
+        while done < len(index):
+            rows = slice(done, min(done + batch, len(index)))
+            table[rows] = asker(index[rows], view[rows])
+            done = rows.stop
+            seconds = time.monotonic() - started
+            if seconds - flushed > _FLUSH_SECONDS:
+                table.flush()
+                writers.write_json(note_path, {"identity": self.identity, "done": done})
+                flushed = seconds
+            passing = f"teacher's answers: {done:,} of {len(index):,} views"
+            progress.count(done, "teacher's answers", passing)
+        progress.close()
+        took = duration(time.monotonic() - started)
+        print(f"Teacher's answers to {len(index):,} views computed in {took}", flush=True)
+        table.flush()
+        note = {
+            "identity": self.identity,
+            "bytes": table_path.stat().st_size,
+            "checksum": _checksum(table),
+            "seconds": time.monotonic() - started,
+        }
+        self.note.unlink(missing_ok=True)
+        os.replace(table_path, self.table)
+        writers.write_json(self.note, note)
+        note_path.unlink(missing_ok=True)
+        return np.load(self.table, mmap_mode="r")
+
+
+def _checksum(table: np.ndarray) -> str:
+    crc = 0
+    for first in range(0, len(table), 1 << 16):
+        rows = np.ascontiguousarray(table[first : first + (1 << 16)])
+        # An array is a buffer, but its type declares this only from Python 3.12 on.
+        crc = zlib.crc32(rows, crc)  # type: ignore[arg-type]
+    return f"{crc:08x}"
