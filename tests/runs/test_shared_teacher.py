@@ -83,6 +83,7 @@ def test_nothing_is_left_of_a_refused_run(squares, tmp_path):
 def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch, capsys):
     """What `auto` chose for lack of memory still holds if there is enough when the run resumes."""
     config = settings(checkpoint__every_seconds=0.0)
+    monkeypatch.setattr(view_cache, "_WORTH", 1.0)  # even for so few epochs
     train.run(config, tmp_path / "student", squares, teacher_only=True)
     with monkeypatch.context() as patch, stopped_after(2):
         patch.setattr(view_cache, "shortage", lambda *_, **__: "it has 9 MiB")
