@@ -287,7 +287,7 @@ def _ensure_teacher(
         return None
 
     with workdir_lib.locked(workdir, wait=True):
-        if result := parallel.from_first(finished):
+        if (result := parallel.from_first(finished)) is not None:
             return result
         _claim(runs, checksums, dataset)
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)

@@ -18,8 +18,9 @@ import yaml
 from helpers import module_of
 from PIL import Image
 
-from ipwd_jax import parallel, train
+from ipwd_jax import parallel, sweep, train
 from ipwd_jax.assemble import assemble
+from ipwd_jax.errors import UserError
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -124,7 +125,7 @@ def test_two_processes_are_like_two_devices(tmp_path):
     files = {path.name for path in both.workdir.iterdir()}
     assert files == {path.name for path in one.workdir.iterdir()}
     assert len(list((both.workdir / "tensorboard").iterdir())) == 1
-    # One process goes on, and two that go on find that nothing is left to do.
+    # One process alone goes on.
     config = module_of(CONFIG).get_config("plain")
     config.epochs = 3
     train.run(config, both.workdir, extend=True)
@@ -155,6 +156,12 @@ def test_each_process_feeds_its_own_devices(tmp_path):
             np.testing.assert_array_equal(mine, array[:, 1:3])
     assert set(read) == {int(i) for index, *_ in part for i in index.ravel()}
     assert len(read) == sum(index.size for index, *_ in part)
+
+
+def test_a_sweep_is_refused():
+    two = mock.patch.object(parallel, "process_count", lambda: 2)
+    with two, pytest.raises(UserError, match="cannot share a sweep"):
+        sweep.carry_out([])
 
 
 def images(root):
