@@ -139,9 +139,11 @@ class Loop:
 
     def _must_save(self) -> bool:
         """Return whether to save now, because it is time or a signal has come to any process."""
+        return bool(parallel.largest(bool(self.stopped_by) or self._save_is_due()))
+
+    def _save_is_due(self) -> bool:
         every = self.experiment.config.checkpoint.every_seconds
-        due = time.monotonic() - self._saved_at >= every
-        return bool(parallel.largest(bool(self.stopped_by) or due))
+        return time.monotonic() - self._saved_at >= every
 
     def _save(self) -> None:
         """Save the runs, and raise `Interrupted` if a signal asked the loop to stop."""

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +24,9 @@ _WIDTHS = {"seed": 5, "epoch": 11, "loss": 8, "train %": 9, "test %": 9, "rate":
 _WIDTHS |= {"weights to": 12, "images/s": 10, "left": 8}
 # The effective sample size, as a share of the samples, below which a run warns.
 _FEW = 0.1
+# A run warns if its training accuracy is below so many times that of the largest class from this
+# epoch on, or falls below such a share of that of an earlier epoch. A loss can rise by its weights.
+_CHANCE, _LEARNS_BY, _COLLAPSE = 1.05, 3, 0.5
 
 
 class Recorder:
@@ -39,7 +42,7 @@ class Recorder:
         folder = run.workdir / "tensorboard"
         purge_step, write = run.number() + 1, parallel.is_first()
         self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, write_to_disk=write)
-        self._warned = False
+        self._warned: set[str] = set()
         self.start()
 
     def start(self) -> None:
@@ -106,18 +109,10 @@ class Recorder:
                 self._tensorboard.add_scalar(name, value, row["step"])
         self._tensorboard.flush()
         self.show(row["images_per_second"], row)
-        share = row.get("weight_effective_sample_size")
-        if share is not None and share < _FEW and not self._warned:
-            self._warned = True
-            print(
-                f"warning: epoch {row['epoch']} has an effective sample size of "
-                f"{100 * share:.1f} % (largest weight "
-                f"{row['weight_max']:.3g}, mean {row['weight_mean']:.3g}): few samples decide the "
-                "weighted loss. Limit their weights with --config.weighting.clip, or average them "
-                "with --config.weighting.average.",
-                file=sys.stderr,
-                flush=True,
-            )
+        for kind, text in _warnings(self.run, row):
+            if kind not in self._warned:
+                self._warned.add(kind)
+                print(f"warning: epoch {row['epoch']} {text}", file=sys.stderr, flush=True)
         if self._on_epoch:
             self._on_epoch({"seed": self.run.seed, **row})
 
@@ -178,6 +173,37 @@ class Recorder:
     def close(self) -> None:
         """End the threads that write."""
         self._tensorboard.close()
+
+
+def _warnings(run: SeedRun, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what looks wrong after an epoch, each with a name, as the end of a sentence."""
+    share = row.get("weight_effective_sample_size")
+    if share is not None and share < _FEW:
+        yield (
+            "weights",
+            f"has an effective sample size of {100 * share:.1f} % (largest weight "
+            f"{row['weight_max']:.3g}, mean {row['weight_mean']:.3g}): few samples decide the "
+            "weighted loss. Limit their weights with --config.weighting.clip, or average them "
+            "with --config.weighting.average.",
+        )
+    if run.stage.pretrains:
+        return
+    labels = run.experiment.dataset.train.labels
+    chance = 100 * np.bincount(labels).max() / len(labels)
+    if row["epoch"] >= _LEARNS_BY and row["train_top1"] < _CHANCE * chance:
+        yield (
+            "chance",
+            f"ends with a training accuracy of {row['train_top1']:.3g} %, and always answering "
+            f"with the largest class gives {chance:.3g} %: the network does not seem to learn. "
+            "Check the labels and the weights of the loss terms, or lower the learning rate.",
+        )
+    best = max(r["train_top1"] for r in run.now.position.history if r["stage"] == row["stage"])
+    if best > 2 * chance and row["train_top1"] < _COLLAPSE * best:
+        yield (
+            "collapse",
+            f"ends with a training accuracy of {row['train_top1']:.3g} %, after {best:.3g} % in an "
+            "earlier epoch. If it does not recover, lower the learning rate.",
+        )
 
 
 def _table_row(cells: Mapping[str, str]) -> str:

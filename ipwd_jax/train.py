@@ -100,7 +100,8 @@ def run(
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
             _claim(runs, checksums, dataset)
-        results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
+        with workdir_lib.failures_noted(runs):
+            results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 

@@ -1,13 +1,14 @@
 """A work directory belongs to one run: one process at a time, one config, one set of inputs."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -15,9 +16,10 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import parallel, writers
 from ipwd_jax.config import default, differences
-from ipwd_jax.errors import InUse, UserError
+from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.losses import WEIGHTINGS
 
+FAILURE = "failed.json"  # the note about a run that could not be trained
 # Settings that can change when a run is started again: they do not change its numbers, or the data
 # and the teacher that they select are compared by checksum.
 _FREE = (
@@ -65,6 +67,38 @@ def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
             if made and {path.name for path in workdir.iterdir()} <= {".lock", "config.json"}:
                 shutil.rmtree(workdir)
             raise
+
+
+@contextlib.contextmanager
+def failures_noted(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
+    """Write `failed.json`, which says why and when, into each directory if training fails.
+
+    A directory of a finished run is left alone, and so is one whose run was only stopped. When
+    training starts again, the note is removed.
+    """
+    workdirs = list(workdirs) if parallel.is_first() else []
+    for workdir in workdirs:
+        (workdir / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        note = {"reason": f"{type(error).__name__}: {error}", "time": now}
+        for workdir in workdirs:
+            if not (workdir / "result.json").exists():
+                with contextlib.suppress(OSError):  # the first error is the one to show
+                    writers.write_json(workdir / FAILURE, note)
+        raise
+
+
+def failure(workdir: pathlib.Path) -> str:
+    """Return why the latest training in a directory failed; empty if it did not."""
+    try:
+        return str(json.loads((workdir / FAILURE).read_text())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:

@@ -13,6 +13,7 @@ import numpy as np
 from ipwd_jax.errors import UserError
 from ipwd_jax.report.content import one_line
 from ipwd_jax.runs import Run, load_run
+from ipwd_jax.workdir import failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Loaded:
         """Name of the data set."""
         name = self.run.result.get("data") or self.run.data.get("name")
         return one_line(name or self.run.config.data.name, 60)
+
+    @property
+    def failure(self) -> str:
+        """A further sentence on why the training failed; empty if it did not."""
+        return _failure(self.run.workdir)
 
     @property
     def folder(self) -> str:
@@ -108,6 +114,11 @@ class Loaded:
         return [one_line(name, 24) for name in names]
 
 
+def _failure(workdir: pathlib.Path) -> str:
+    why = failure(workdir)
+    return f" It failed: {one_line(why)}" if why else ""
+
+
 def load(workdir: pathlib.Path) -> Loaded:
     """Reads a run and checks it.
 
@@ -127,7 +138,7 @@ def load(workdir: pathlib.Path) -> Loaded:
     elif not history:
         raise UserError(
             f"{workdir} holds a run that has not finished its first epoch; its command goes on "
-            "with it"
+            f"with it.{_failure(workdir)}"
         )
     return Loaded(run, _checksums(workdir), history, bool(run.result), tuple(problems))
 

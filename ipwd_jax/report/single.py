@@ -104,6 +104,7 @@ def _unfinished(loaded: Loaded) -> str:
     epochs = loaded.run.config.epochs + loaded.run.config.get("first_stage", {}).get("epochs", 0)
     return (
         f"{loaded.folder} is not finished: {len(loaded.history)} of {epochs} epochs are reported."
+        f"{loaded.failure}"
     )
 
 

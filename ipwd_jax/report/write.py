@@ -90,7 +90,7 @@ def _baseline(workdir: pathlib.Path | None) -> Loaded | None:
 def _left_out(one: Loaded) -> str:
     return (
         f"{one.folder} is not finished and is left out: it has trained {len(one.history)} of "
-        f"{one.run.config.epochs} epochs."
+        f"{one.run.config.epochs} epochs.{one.failure}"
     )
 
 

@@ -1,14 +1,18 @@
 """A network that has diverged ends its run, is not saved, and cannot be a teacher."""
 
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from helpers import settings
 
-from ipwd_jax import checkpoint, models, train
-from ipwd_jax.errors import UserError
+from ipwd_jax import checkpoint, models, recorder, train, workdir
+from ipwd_jax.errors import Interrupted, UserError
+from ipwd_jax.loop import Loop
+from ipwd_jax.report.load import load
 from ipwd_jax.state import network_shapes
 
 
@@ -28,6 +32,42 @@ def test_a_last_step_that_goes_wrong_ends_the_run(squares, tmp_path):
         assert words in str(error.value)
     assert "Last good checkpoint: none" in str(error.value)
     assert not (tmp_path / "result.json").exists()
+    assert (
+        json.loads((tmp_path / "failed.json").read_text())["reason"] == f"UserError: {error.value}"
+    )
+    with pytest.raises(UserError, match=r"first epoch.* It failed: UserError: after step 1 "):
+        load(tmp_path)
+
+
+def test_a_failure_is_noted_until_the_run_is_trained_again(squares, tmp_path, monkeypatch):
+    config = labels_only(epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "train", mock.Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError):
+            train.run(config, tmp_path, squares)
+        assert workdir.failure(tmp_path) == "RuntimeError: no memory"
+        patch.setattr(Loop, "train", mock.Mock(side_effect=Interrupted(15)))
+        with pytest.raises(Interrupted):  # a stop is no failure
+            train.run(config, tmp_path, squares)
+    assert not (tmp_path / "failed.json").exists()
+    train.run(config, tmp_path, squares)
+    assert (tmp_path / "result.json").exists() and not workdir.failure(tmp_path)
+
+
+def test_a_network_that_does_not_learn_is_reported():
+    """One epoch after the other: too early to tell, at chance, better, and worse again."""
+    labels = np.repeat(np.arange(4), 25)
+    history = []
+    run = SimpleNamespace(
+        stage=SimpleNamespace(pretrains=False),
+        experiment=SimpleNamespace(dataset=SimpleNamespace(train=SimpleNamespace(labels=labels))),
+        now=SimpleNamespace(position=SimpleNamespace(history=history)),
+    )
+    said = []
+    for epoch, top1 in enumerate((25.0, 26.0, 26.0, 80.0, 39.0), 1):
+        history.append({"stage": "main", "epoch": epoch, "train_top1": top1})
+        said.append([kind for kind, _ in recorder._warnings(run, history[-1])])
+    assert said == [[], [], ["chance"], [], ["collapse"]]
 
 
 def test_no_checkpoint_after_a_bad_step(squares, tmp_path):
