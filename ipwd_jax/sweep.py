@@ -334,7 +334,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m ipwd_jax.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --config=FILE [--out=DIR] [--minutes=M] [--index=I --count=N] [--dry_run]",
+        usage="%(prog)s --config=FILE [--out=DIR] [--minutes=M] [--index=I --count=N] [options]",
     )
     parser.add_argument("--config", required=True, help="file with a function get_runs")
     parser.add_argument(
@@ -345,6 +345,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--index", type=int, default=0, help="first run of this call, from 0 on")
     parser.add_argument("--count", type=int, default=1, help="take every COUNTth run from there")
+    parser.add_argument("--xla_profile", default="", help="as of ipwd_jax.main")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and stop")
     given = parser.parse_args(argv)
     if given.count < 1 or not 0 <= given.index < given.count:
@@ -360,8 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = _arguments(argv)
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
-    xla.apply()
     with signals.exit_statuses(), signals.acknowledged():
+        xla.apply(given.xla_profile)
         planned = plan(load_runs(given.config), given.out)[given.index :: given.count]
         if given.dry_run:
             print(_listing(planned))
