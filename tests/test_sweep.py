@@ -295,7 +295,7 @@ class TestMistakes:
             (["--index=2", "--count=2"], "--index must be in 0 to --count - 1, found --index=2"),
             (["--count=0"], "--count=0"),
             (["--dryrun"], "unrecognized arguments: --dryrun"),
-            (["--xla_profile=cpu"], "there is no XLA profile 'cpu'"),
+            (["--xla_profile=cpu"], "unknown XLA profile 'cpu'"),
         ],
     )
     def test_in_flags(self, arguments, words, file, capsys):
