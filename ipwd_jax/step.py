@@ -125,7 +125,6 @@ def train_step(
         mask: (K, B) float32, 0 for padding rows and 1 for all others.
         streamed: (K, B, H, W, channels) uint8, the images if they are streamed, else None.
     """
-
     packing = Packing(jax.eval_shape(lambda: state), spec.flat and len(index) > 1)
 
     def one(state: TrainState, rows: PyTree) -> tuple[TrainState, None]:
