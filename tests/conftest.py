@@ -13,8 +13,10 @@ import helpers
 import jax
 import pytest
 
-from ipwd_jax import data
+from ipwd_jax import data, xla
 
+# As the commands do, so that a test and the processes that it starts compute the same.
+xla.apply()
 # Arrays of different ranks are never broadcast silently.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
