@@ -121,11 +121,6 @@ class Experiment:
         """Whether the networks see every image in four rotations in any stage."""
         return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
 
-    @property
-    def strong_view(self) -> bool:
-        """Whether the networks also see a strong view of every image in any stage."""
-        return any(self.step_spec(stage).strong_view for stage in range(len(self.stages)))
-
     def order_seed(self, seed: int) -> int:
         """Return the seed that decides the order and the views of the samples.
 
@@ -180,9 +175,9 @@ class Experiment:
 
     def _flat(self, stage: Stage) -> bool:
         """Whether vectors are faster than leaves and give the same result; see `StepSpec.flat`."""
-        config = self.config.first_stage if stage.pretrains else self.config
-        alike = optim.elementwise(config.optimizer.name)
-        return packing.vectors_pay() and alike and all(jax.tree.leaves(stage.trainable))
+        of_stage = self.config.first_stage if stage.pretrains else self.config
+        everything = all(jax.tree.leaves(stage.trainable))
+        return packing.vectors_pay() and everything and optim.elementwise(of_stage.optimizer.name)
 
     def train_step(self, stage: int) -> Callable:
         """Compile the step of a stage for as many seeds as it is called with.

@@ -394,7 +394,4 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     for workdir in workdirs:
         choice = workdir, setting, "cached" if cache else "off"
         parallel.from_first(functools.partial(workdir_lib.choose, *choice))
-    if cache is None:
-        return experiment
-    cached = view_cache.instead_of(teacher, cache, experiment.strong_view)
-    return dataclasses.replace(experiment, teacher=cached)
+    return view_cache.with_cache(experiment, cache) if cache else experiment

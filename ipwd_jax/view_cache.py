@@ -30,7 +30,6 @@ from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.progress import duration
 from ipwd_jax.state import augment_key
-from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
 from ipwd_jax.view_files import TableFiles, remove_old_tables, shortage
 
@@ -72,12 +71,14 @@ def answer(cache: ViewCache, images: jax.Array, batch: Batch) -> Outputs:
     return Outputs(logits, embedding, (), (), classifier=cache.classifier)  # type: ignore[arg-type]
 
 
-def instead_of(teacher: Teacher, cache: ViewCache, strong_view: bool) -> Teacher:
-    """Return a teacher that looks its answers up.
+def with_cache(experiment: Experiment, cache: ViewCache) -> Experiment:
+    """Return the experiment with a teacher that looks its answers up.
 
     If terms have a strong view, it is still asked about that in the step, because strong views are
     too many to be cached.
     """
+    teacher = experiment.teacher
+    assert teacher is not None
 
     def look_up(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
         cache, of_network = inputs
@@ -86,9 +87,10 @@ def instead_of(teacher: Teacher, cache: ViewCache, strong_view: bool) -> Teacher
             return outputs
         return outputs.with_strong(teacher.ask(of_network, batch.strong_image, batch.mask))
 
-    if not strong_view:
-        return dataclasses.replace(teacher, answer=answer, inputs=cache)
-    return dataclasses.replace(teacher, answer=look_up, inputs=(cache, teacher.inputs))
+    cached = dataclasses.replace(teacher, answer=answer, inputs=cache)
+    if any(experiment.step_spec(stage).strong_view for stage in range(len(experiment.stages))):
+        cached = dataclasses.replace(teacher, answer=look_up, inputs=(cache, teacher.inputs))
+    return dataclasses.replace(experiment, teacher=cached)
 
 
 def reason_against(experiment: Experiment) -> str:
