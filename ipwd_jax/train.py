@@ -100,8 +100,7 @@ def run(
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
             _claim(runs, checksums, dataset)
-        with workdir_lib.failures_noted(runs):
-            results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
+        results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 
@@ -321,6 +320,7 @@ def _train(
         experiment = _with_view_cache(experiment, list(left))
         with contextlib.ExitStack() as stack:
             recorders = _recorders(experiment, left, stack, on_epoch)
+            stack.enter_context(workdir_lib.failures_noted(left))
             _train_together(recorders, stack.enter_context(signals.collected()))
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
