@@ -1,6 +1,7 @@
 """The scripts in `benchmarks/` start, and both frameworks take the same steps."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,9 +24,10 @@ def torch():
     return pytest.importorskip("torch", reason="compares with PyTorch")
 
 
-def run(script: str, *arguments: str) -> list[dict]:
+def run(script: str, *arguments: str, **environment: str) -> list[dict]:
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -90,7 +92,9 @@ def test_help(script):
     "pair", ["resnet8,resnet8", "wrn_16_1,wrn_10_1", "vgg8,MobileNetV2", "vgg8,ShuffleV2"]
 )
 def test_both_take_the_same_ten_steps(pair):
-    (line,) = run("step.py", f"--pairs={pair}", "--gate-only", *SMALL)
+    # With the optimisations that users have; how a program rounds decides when a ReLU flips.
+    optimised = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    (line,) = run("step.py", f"--pairs={pair}", "--gate-only", *SMALL, **optimised)
     assert line["gate"] == "passed"
     # Within these bounds, ten float32 steps of a plain network end in the same place.
     if pair.startswith(("resnet", "wrn")):
