@@ -2,8 +2,8 @@
 
 On a GPU, a small array costs as much time as a large one, because launching a kernel takes longer
 than the kernel. The metrics of a step are therefore kept in one vector per type. In a loop over
-several steps, the parameters are, too, so that the optimiser updates all of them at once. Outside
-of the step, and so in every checkpoint, a state has its leaves by name.
+several steps, so are the kernels of the networks, which the optimiser then updates all at once.
+Outside of the step, and so in every checkpoint, a state has its leaves by name.
 """
 
 import dataclasses

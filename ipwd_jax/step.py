@@ -65,9 +65,9 @@ class StepSpec:
         optimizer: optimiser of the whole `TrainState.params`, frozen parts included.
         trainable: bools in the structure of `TrainState.params`. A BatchNorm layer that trains none
             of its parameters normalises by its running statistics and leaves them unchanged.
-        flat: whether a call of several steps keeps the parameters, and what the optimiser knows
-            about each of them, in vectors. It then updates all parameters at once; the optimiser
-            must therefore treat every number alike.
+        flat: whether a call of several steps keeps the kernels of the networks, and what the
+            optimiser keeps for each of their numbers, in vectors (`packing.Flat`). The optimiser
+            must then change every number independently of the others.
     """
 
     augmentation: views.Augmentation

@@ -345,7 +345,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--index", type=int, default=0, help="first run of this call, from 0 on")
     parser.add_argument("--count", type=int, default=1, help="take every COUNTth run from there")
-    parser.add_argument("--xla_profile", default="", help="as of ipwd_jax.main")
+    parser.add_argument("--xla_profile", default="", help="compiler settings, as for ipwd_jax.main")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and stop")
     given = parser.parse_args(argv)
     if given.count < 1 or not 0 <= given.index < given.count:

@@ -64,6 +64,17 @@ def write_images(root, *places, side=6):
         write_image(root / place, Image.new("RGB", (side, side)))
 
 
+def write_two_classes(root):
+    """Write 40 training and 12 test images of two classes, as PNG files of different sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 180, (12 + i % 3, 14, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+
+
 def encode(pixels, kind="JPEG", **options):
     """Return the contents of an image file; the default is a JPEG of high quality."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)

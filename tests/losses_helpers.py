@@ -111,3 +111,11 @@ def value(term, variables, student, teacher, rows, method=None):
     """Return what the compiled term, or its `method`, returns."""
     mutable = ["batch_stats", "memory"]
     return term.apply(variables, student, teacher, rows, mutable=mutable, method=method)[0]
+
+
+def assert_close(found, expected):
+    """Compare two pytrees to 1e-9 of each number and of the largest one."""
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * scale), found, expected
+    )

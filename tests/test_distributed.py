@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
+from data_helpers import write_two_classes
 from helpers import module_of
-from PIL import Image
 
 from ipwd_jax import parallel, sweep, train
 from ipwd_jax.assemble import assemble
@@ -136,7 +136,7 @@ def test_two_processes_are_like_two_devices(tmp_path):
 
 def test_each_process_feeds_its_own_devices(tmp_path):
     """Of the streamed images, a process reads those of its own devices only."""
-    images(tmp_path)
+    write_two_classes(tmp_path)
     with mock.patch.dict(os.environ, IMAGES=str(tmp_path)):
         config = module_of(CONFIG).get_config("streamed")
     config.teacher.name, config.loss.kd, config.loss.rkd = "", 0.0, 0.0
@@ -164,24 +164,13 @@ def test_a_sweep_is_refused():
         sweep.carry_out([])
 
 
-def images(root):
-    """Write 40 training and 12 test images of two classes."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 6)):
-        for label, name in enumerate(("cat", "dog")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 180, (12 + i % 3, 14, 3)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "processes"),
     [("seeds", 2), ("pskd", 2), ("kd", 2), ("streamed", 2), ("ipwd", 4), ("crd", 4)],
 )
 def test_all_kinds_of_runs(kind, processes, tmp_path):
-    images(tmp_path / "images")
+    write_two_classes(tmp_path / "images")
     folder = str(tmp_path / "images")
     many = Run(kind, tmp_path / "many" / "run", processes, 4 // processes, IMAGES=folder)
     said = many.ends(*[0] * processes)
@@ -256,7 +245,7 @@ def test_mistakes_and_damage(tmp_path):
     busy.processes[0].send_signal(signal.SIGTERM)
     busy.ends(143)
     # Data that one process alone lacks.
-    images(tmp_path / "images")
+    write_two_classes(tmp_path / "images")
     folder = str(tmp_path / "images")
     run = Run("streamed", tmp_path / "streamed", 2, lacking=1, IMAGES=folder)
     (_, ended), (_, said) = run.ends(-signal.SIGABRT, 2, timeout=150)

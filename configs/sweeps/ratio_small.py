@@ -3,7 +3,9 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:2.31,1.87 --out=runs/ratio
 
-The networks are small enough for a CPU: a run of a student takes about twenty minutes on two cores.
+The networks are small enough for a CPU. On two cores, a step of resnet8 processes about 1,000
+images/s and one of the teacher 225, so a student should take about a quarter of an hour and the
+teacher an hour. The teacher's answers are computed once for all runs of a seed.
 The teacher trains for 16 epochs and a student for 20, instead of the paper's 240, and the learning
 rate falls at the same fractions of them, rounded. A missing CIFAR-100 is downloaded. All runs of
 the first seed come first, so that a sweep that is stopped has compared all methods.
@@ -62,6 +64,8 @@ def _config(name, method, changes):
     config = load_config(f"{BASELINES}:{method},{','.join(PAIR)}", **changes)
     config.name = f"ratio_{name}"
     config.data.download = True
+    if config.teacher.name:
+        config.teacher.view_cache = "drawn"
     config.epochs, config.optimizer.milestones = 20, (13, 15, 18)
     config.teacher.epochs, config.teacher.optimizer.milestones = 16, (10, 12, 14)
     return config

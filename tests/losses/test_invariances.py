@@ -21,6 +21,7 @@ from losses_helpers import (
     STUDENT,
     TEACHER,
     TRAIN_LABELS,
+    assert_close,
     batch,
     init,
     normal,
@@ -82,15 +83,6 @@ def value_and_gradients(name):
         return loss, grads
 
     return jax.jit(call)
-
-
-def assert_close(found, expected):
-    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * scale),
-        found,
-        expected,
-    )
 
 
 @pytest.mark.parametrize("name", RELATIONAL)

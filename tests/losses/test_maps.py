@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_helpers import KINDS, batch, init, normal, value
+from losses_helpers import KINDS, assert_close, batch, init, normal, value
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, losses, models
@@ -82,13 +82,6 @@ def loss_and_gradients(name):
         return loss, grads
 
     return jax.jit(call)
-
-
-def assert_close(found, expected):
-    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * scale), found, expected
-    )
 
 
 @NAMES

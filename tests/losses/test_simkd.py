@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_helpers import KINDS, batch, normal
+from losses_helpers import KINDS, assert_close, batch, normal
 
 from ipwd_jax import models
 from ipwd_jax.losses.__main__ import extra_parameters, network_outputs
@@ -59,13 +59,6 @@ def loss_and_gradients(variables, student, teacher, rows):
     grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     (_, found), (params, inputs) = grad(variables["params"], student)
     return found, params["projector"], inputs.features[-1]
-
-
-def assert_close(found, expected):
-    scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * scale), found, expected
-    )
 
 
 @SIZES

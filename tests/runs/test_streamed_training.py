@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from data_helpers import write_two_classes
 from helpers import settings, stopped_after
-from PIL import Image
 
 from ipwd_jax import data, train
 from ipwd_jax.data import streaming
@@ -14,13 +14,8 @@ from ipwd_jax.errors import UserError
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Write 40 training and 12 test images of two classes, as PNG files of different sizes."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 20), ("val", 6)):
-        for label, name in enumerate(("cat", "dog")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 180, (12 + i % 3, 14, 3)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    root = tmp_path_factory.mktemp("images")
+    write_two_classes(root)
     return root
 
 
