@@ -168,8 +168,12 @@ class SeedRun:
         row = {f"weight_{k}": v for k, v in metrics.weight_summary(memory["weight"]).items()}
         if alternatives := weighting.create(self.stage.weighting).alternatives(memory):
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
+            hardness = self._hardness()
             for name, weights in alternatives.items():
                 row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
+                if hardness is not None:
+                    correlation = metrics.hardness_correlation(weights, hardness)
+                    row[f"hardness_correlation_{name}"] = correlation
         return row
 
     def term_metrics(self) -> dict[str, float]:
@@ -187,13 +191,18 @@ class SeedRun:
 
         Returns:
             `label` (N,); `class_mass` (C,); `weight` (N,), the weight that each sample had when it
-            was last seen; and whatever else the weighting stores for each sample, (N,).
+            was last seen; whatever else the weighting stores for each sample, (N,); and, if the
+            teacher has answered for all of them, `teacher_nll` (N,), its loss in nats.
         """
         if self.stage.weighting is None:
             return {}
         memory = jax.device_get(self.now.state.memory["weighting"])
-        labels = self.experiment.dataset.train.labels
-        return {"label": labels, "class_mass": self._class_mass(), **memory}
+        labels, hardness = self.experiment.dataset.train.labels, self._hardness()
+        known = {} if hardness is None else {"teacher_nll": hardness.astype(np.float32)}
+        return {"label": labels, "class_mass": self._class_mass(), **memory, **known}
+
+    def _hardness(self) -> np.ndarray | None:
+        return self.experiment.teacher.train_nll() if self.experiment.teacher else None
 
     def _class_mass(self) -> np.ndarray:
         """Return the total probability that the teacher gives each class, (C,).

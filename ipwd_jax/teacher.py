@@ -70,6 +70,17 @@ class Teacher:
         logits = self.train_logits.astype(np.float64) / temperature
         return scipy.special.softmax(logits, axis=1).sum(axis=0)
 
+    def train_nll(self) -> np.ndarray | None:
+        """Return the cross-entropy of `train_logits` with the labels in nats, as (N,) float64.
+
+        It is None if only some of the training images have logits.
+        """
+        labels = self.dataset.train.labels
+        if len(self.train_logits) != len(labels):
+            return None
+        log_p = scipy.special.log_softmax(self.train_logits.astype(np.float64), axis=1)
+        return -log_p[np.arange(len(labels)), labels]
+
     def preact_norms(self) -> tuple:
         """Return (gammas, betas) of the BatchNorm that feeds each `preact` after the stem.
 

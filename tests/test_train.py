@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import teacher_folder
+from scipy.stats import spearmanr
 from tensorboardX.proto.event_pb2 import Event
 
 from ipwd_jax import config as config_lib
@@ -131,6 +132,9 @@ class TestResult:
         )
         for ratio in "AB":
             assert -1 <= float(row[f"mass_correlation_{ratio}"]) <= 1
+        samples = np.load(workdir / "samples.npz")
+        hardness = spearmanr(samples["weight"], samples["teacher_nll"]).statistic
+        assert float(row["hardness_correlation_A"]) == pytest.approx(hardness, abs=1e-3)
         assert {f"test_recall_group{i}" for i in range(1, 5)} <= row.keys()
 
     def test_tensorboard_has_the_same_numbers(self, done):
