@@ -7,7 +7,8 @@
 
 Any setting of the config is changed with --config.NAME=VALUE; ipwd_jax/config.py lists them all
 with their meaning. The same command resumes a run that was stopped. A run leaves in its work
-directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, result.json.
+directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, classes.csv,
+result.json.
 """
 
 import contextlib

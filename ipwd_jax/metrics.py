@@ -77,6 +77,22 @@ def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> tuple[float, f
     return area, area - best
 
 
+def class_recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Compute the share of the samples of each class that are recognised.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) integers.
+
+    Returns:
+        (C,) in percent; nan for a class without samples.
+    """
+    classes = logits.shape[1]
+    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
+    count = np.bincount(labels, minlength=classes)
+    return 100 * np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
+
+
 def group_recall(
     logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray, groups: int = 4
 ) -> list[float]:
@@ -95,15 +111,10 @@ def group_recall(
         The mean recall of each group in percent, from the head of the ranking to its tail; nan for
         a group without samples.
     """
-    classes = logits.shape[1]
-    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
-    count = np.bincount(labels, minlength=classes)
-    recall = np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
+    recall = class_recall(logits, labels)
     order = np.argsort(-class_mass, kind="stable")
     parts = (recall[part] for part in np.array_split(order, groups))
-    return [
-        100 * part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan for part in parts
-    ]
+    return [part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan for part in parts]
 
 
 def weight_summary(weights: np.ndarray) -> dict[str, float]:
@@ -127,6 +138,22 @@ def weight_summary(weights: np.ndarray) -> dict[str, float]:
     }
 
 
+def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Compute the mean weight of the samples of each class.
+
+    Args:
+        weights: (N,).
+        labels: (N,) integers in 0..classes-1.
+        classes: number of classes.
+
+    Returns:
+        (classes,) float64; nan for a class without samples.
+    """
+    count = np.bincount(labels, minlength=classes)
+    total = np.bincount(labels, weights.astype(np.float64), classes)
+    return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
+
+
 def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.ndarray) -> float:
     """Compute Spearman's rank correlation of the mean weight and the teacher's mass of the classes.
 
@@ -140,9 +167,7 @@ def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.nda
     Returns:
         The correlation, or nan if the mean weights or the masses are constant.
     """
-    means = np.bincount(labels, weights, len(class_mass)) / np.bincount(
-        labels, minlength=len(class_mass)
-    )
+    means = class_means(weights, labels, len(class_mass))
     if np.ptp(means) == 0 or np.ptp(class_mass) == 0:
         return float("nan")
     return float(scipy.stats.spearmanr(means, class_mass).statistic)

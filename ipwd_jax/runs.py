@@ -184,11 +184,23 @@ class Run:
 
         `pandas.DataFrame(run.history)` turns it into a table.
         """
-        path = self.workdir / "metrics.csv"
+        return self._rows("metrics.csv")
+
+    @property
+    def classes(self) -> list[dict[str, Any]]:
+        """One row per class, from `classes.csv`, which `SeedRun.of_classes` describes.
+
+        Empty while the run is not finished, and if an older version trained it.
+        """
+        return self._rows("classes.csv")
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.workdir / name
         if not path.exists():
             return []
         with path.open() as file:
-            return [{k: _number(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            rows = list(csv.DictReader(file))
+        return [{k: v if k == "class" else _number(v) for k, v in row.items() if v} for row in rows]
 
     def predictions(self) -> dict[str, np.ndarray]:
         """Return the logits on the test set, and its labels.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ipwd_jax import evaluate, metrics, parallel
+from ipwd_jax import evaluate, metrics, parallel, writers
 from ipwd_jax.assemble import Experiment, Stage
 from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot
 from ipwd_jax.data.resident import resident
@@ -200,6 +200,36 @@ class SeedRun:
         labels, hardness = self.experiment.dataset.train.labels, self._hardness()
         known = {} if hardness is None else {"teacher_nll": hardness.astype(np.float32)}
         return {"label": labels, "class_mass": self._class_mass(), **memory, **known}
+
+    def of_classes(
+        self, last_logits: np.ndarray, best_logits: np.ndarray
+    ) -> list[dict[str, float | str | None]]:
+        """Return what the run and its teacher know of each class: the rows of `classes.csv`.
+
+        Args:
+            last_logits: (N, C), of the last epoch on the test set.
+            best_logits: (N, C), of the best epoch.
+
+        Returns:
+            For each class its name; the recall of both epochs and of the teacher in percent, None
+            without test images; the teacher's mass; and the mean weight of its samples.
+        """
+        dataset, teacher = self.experiment.dataset, self.experiment.teacher
+        logits = {"last": last_logits, "best": best_logits}
+        logits |= {"teacher": teacher.test_logits} if teacher else {}
+        columns = {
+            f"recall_{name}": metrics.class_recall(x, dataset.test.labels)
+            for name, x in logits.items()
+        }
+        if teacher:
+            columns["teacher_mass"] = teacher.class_mass()
+        if samples := self.samples():
+            weights, labels, mass = (samples[key] for key in ("weight", "label", "class_mass"))
+            columns["weight_mean"] = metrics.class_means(weights, labels, len(mass))
+        return [
+            {"class": name, **{key: writers.plain(x[row]) for key, x in columns.items()}}
+            for row, name in enumerate(dataset.class_names)
+        ]
 
     def _hardness(self) -> np.ndarray | None:
         return self.experiment.teacher.train_nll() if self.experiment.teacher else None

@@ -188,7 +188,8 @@ def claim(
 
 def _keep_results(workdir: pathlib.Path, epochs: int) -> None:
     """Rename the results of a finished run that is extended; `result.json` last of all."""
-    for name in ("eval.json", "samples.npz", "predictions.npz", "result.json"):
+    names = ("eval.json", "classes.csv", "samples.npz", "predictions.npz", "result.json")
+    for name in names:
         path = workdir / name
         if path.exists():
             path.rename(path.with_stem(f"{path.stem}_{epochs}epochs"))

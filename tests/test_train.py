@@ -24,6 +24,7 @@ from ipwd_jax.models.base import Conv, Linear, Outputs, relu
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.parallel import replicate
 from ipwd_jax.recorder import Recorder
+from ipwd_jax.runs import load_run
 from ipwd_jax.state import init_state, network_shapes
 
 
@@ -136,6 +137,24 @@ class TestResult:
         hardness = spearmanr(samples["weight"], samples["teacher_nll"]).statistic
         assert float(row["hardness_correlation_A"]) == pytest.approx(hardness, abs=1e-3)
         assert {f"test_recall_group{i}" for i in range(1, 5)} <= row.keys()
+
+    def test_what_is_known_of_each_class(self, done):
+        workdir, _ = done
+        with (workdir / "classes.csv").open() as file:
+            table = list(csv.DictReader(file))
+        predictions, samples = (
+            np.load(workdir / "predictions.npz"),
+            np.load(workdir / "samples.npz"),
+        )
+        assert [row["class"] for row in table] == load_run(workdir).data["class_names"]
+        for label, row in enumerate(table):
+            here = predictions["labels"] == label
+            for column, name in {"recall_last": "last", "recall_teacher": "teacher"}.items():
+                right = predictions[f"{name}_logits"][here].argmax(axis=1) == label
+                assert float(row[column]) == pytest.approx(100 * right.mean())
+            mean = samples["weight"][samples["label"] == label].mean()
+            assert float(row["weight_mean"]) == pytest.approx(mean, rel=1e-6)
+            assert float(row["teacher_mass"]) == samples["class_mass"][label]
 
     def test_tensorboard_has_the_same_numbers(self, done):
         workdir, _ = done

@@ -96,24 +96,9 @@ def marks(history: list[dict[str, Any]], stepped: Collection[str]) -> Marks:
     return Marks(drops, stages)
 
 
-def recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Percent of the test images of each class that are recognised, (C,); nan without images."""
-    classes = logits.shape[1]
-    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
-    count = np.bincount(labels, minlength=classes)
-    return 100 * np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
-
-
 def groups_by_mass(class_mass: np.ndarray, groups: int = 4) -> list[np.ndarray]:
     """The classes in groups from the teacher's favourites down, as in `metrics.group_recall`."""
     return np.array_split(np.argsort(-class_mass, kind="stable"), groups)
-
-
-def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The mean weight of the samples of each class, (C,); nan for a class without samples."""
-    count = np.bincount(labels, minlength=classes)
-    total = np.bincount(labels, weights.astype(np.float64), classes)
-    return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
 
 
 def confusions(

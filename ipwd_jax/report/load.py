@@ -25,6 +25,8 @@ class Loaded:
         checksums: of its data and its teacher, as far as they are noted.
         history: one row of metrics per epoch; may be empty for a finished run.
         finished: whether it has a result.
+        classes: one row of numbers per class, by the names of `classes.csv`; empty if the run has
+            not written it.
         problems: sentences about files that are missing or damaged.
     """
 
@@ -32,6 +34,7 @@ class Loaded:
     checksums: dict[str, str]
     history: list[dict[str, Any]]
     finished: bool
+    classes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     problems: tuple[str, ...] = ()
 
     @property
@@ -133,6 +136,7 @@ def load(workdir: pathlib.Path) -> Loaded:
             "results to report"
         )
     history, problems = _history(run)
+    classes, of_classes = _classes(run)
     if run.result:
         _check_result(run)
     elif not history:
@@ -140,7 +144,8 @@ def load(workdir: pathlib.Path) -> Loaded:
             f"{workdir} holds a run that has not finished its first epoch; its command goes on "
             f"with it.{_failure(workdir)}"
         )
-    return Loaded(run, _checksums(workdir), history, bool(run.result), tuple(problems))
+    found = tuple([*problems, *of_classes])
+    return Loaded(run, _checksums(workdir), history, bool(run.result), classes, found)
 
 
 def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]:
@@ -209,6 +214,15 @@ def _history(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
         lost = f"{len(rows) - len(good)} of {len(rows)} rows"
         return good, [f"{one_line(path)} is damaged: {lost} have no epoch and are left out."]
     return good, []
+
+
+def _classes(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of the classes, and what is wrong with them."""
+    try:
+        return run.classes, []
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        path = one_line(run.workdir / "classes.csv")
+        return [], [f"{path} cannot be read: {one_line(error)}."]
 
 
 def _checksums(workdir: pathlib.Path) -> dict[str, str]:

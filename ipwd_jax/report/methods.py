@@ -151,6 +151,19 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference |
     return Difference(mean, mean - half, mean + half, n)
 
 
+def interval(found: Difference | None) -> str:
+    """A difference with its confidence interval and number of seeds; `-` if there is none."""
+    if found is None:
+        return "-"
+    ends = "" if found.low is None else f" [{signed(found.low)}, {signed(found.high)}]"
+    return f"{signed(found.mean)}{ends} (n={found.n})"
+
+
+def signed(value: float | None) -> str:
+    """A number of points with its sign."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def changes(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Settings that `config` has otherwise than `other`, as `path=value`; without name and seed."""
     ours, theirs = _leaves(config), _leaves(other)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.report import drawing, published
+from ipwd_jax.report import drawing, gap, published
 from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
 from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
@@ -20,7 +20,9 @@ from ipwd_jax.report.methods import (
     difference,
     group,
     in_every_pair,
+    interval,
     reference,
+    signed,
 )
 
 _EPOCHS = ("last", "best")
@@ -125,6 +127,10 @@ def _of_data(key: str, data: str, groups: Sequence[Group], to: str | None) -> li
     others = [one for one in groups if one.method != to]
     if to is not None and others:
         sections.append(_differences(key, data, groups, pairs, to))
+    if to is not None and (gains := gap.by_mass(f"{key}-groups", data, groups, pairs, to)):
+        sections.append(gains)
+    if weights := gap.weights(f"{key}-weights", data, groups, pairs):
+        sections.append(weights)
     figures = [
         _curves(f"{key}-curves{number}", pair, [one for one in groups if one.pair == pair])
         for number, pair in enumerate(pairs)
@@ -166,7 +172,7 @@ def _published(
             if theirs is None or ours is None:
                 cells.append(_NOT_MEASURED)
             else:
-                cells.append(f"{theirs:.2f} ({_signed(_mean(ours, 'last') - theirs)})")
+                cells.append(f"{theirs:.2f} ({signed(_mean(ours, 'last') - theirs)})")
         if any(cell != _NOT_MEASURED for cell in cells):
             rows.append([method, *cells])
             sources[method] = entry["source"]
@@ -215,7 +221,7 @@ def _differences(
         for method in methods:
             found = [_compared(groups, method, pair, to, epoch) for pair in pairs]
             if any(found):
-                rows.append([method, *map(_interval, found)])
+                rows.append([method, *map(interval, found)])
         caption = f"Difference in top-1 accuracy (points) from {to} on {data}, {epoch} epoch"
         tables.append(Table(caption, ["method", *map(str, pairs)], rows))
     for number, pair in enumerate(pairs):
@@ -241,17 +247,6 @@ def _compared(
     return difference(ours.values(epoch), theirs.values(epoch)) if ours and theirs else None
 
 
-def _interval(found: Difference | None) -> str:
-    if found is None:
-        return _NOT_MEASURED
-    interval = "" if found.low is None else f" [{_signed(found.low)}, {_signed(found.high)}]"
-    return f"{_signed(found.mean)}{interval} (n={found.n})"
-
-
-def _signed(value: float | None) -> str:
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-
-
 def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> Figure:
     """Differences and their intervals as dots and bars."""
 
@@ -267,7 +262,7 @@ def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> F
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=f"difference from {one_line(to, 26)} (points)", title=str(pair))
 
-    words = "; ".join(f"{name} {_interval(found)}" for name, found in compared.items())
+    words = "; ".join(f"{name} {interval(found)}" for name, found in compared.items())
     alt = f"{pair}, last epoch, difference from {to} in points: {words}."
     caption = f"{pair}: mean differences from {to} at the last epoch with their 95 % "
     caption += "intervals. An open circle is a single seed, which has no interval."

@@ -208,7 +208,7 @@ def _weights(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> S
 def _gap(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Section:
     samples = loaded.samples()
     weight, label, mass = samples["weight"], samples["label"], samples["class_mass"]
-    means = analysis.class_means(weight, label, len(mass))
+    means = metrics.class_means(weight, label, len(mass))
     if not np.isfinite(means).all():
         raise UserError("some classes have no training sample in samples.npz")
     if np.ptp(mass) == 0:
@@ -229,8 +229,8 @@ def _gains(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Sec
     if not len(mass) == ours["last_logits"].shape[1] == theirs["last_logits"].shape[1]:
         raise UserError("the runs and their teacher's class masses differ in the number of classes")
     labels = ours["labels"]
-    gains = analysis.recall(ours["last_logits"], labels)
-    gains = gains - analysis.recall(theirs["last_logits"], labels)
+    gains = metrics.class_recall(ours["last_logits"], labels)
+    gains = gains - metrics.class_recall(theirs["last_logits"], labels)
     groups = analysis.groups_by_mass(mass)
     names = loaded.class_names(len(mass))
     rows = []

@@ -159,6 +159,44 @@ def test_seeds_are_averaged_and_methods_compared(runs, capsys):
     assert ">teacher</th>" in out.read_text()
 
 
+def test_gains_of_classes_by_the_teachers_mass(runs):
+    """Four groups of two classes; a run without a teacher is cut by the mass that others noted."""
+    alone = shutil.copytree(runs / "kd_seed0", runs / "ce_seed0")
+    changed(alone, "config.json", config__name="squares_ce_tiny_net", config__teacher__name="")
+    changed(alone, "config.json", config__loss__kd=0.0, config__loss__ce=1.0)
+    changed(alone, "result.json", teacher=None)
+    mass = [5, 80, 10, 60, 70, 40, 20, 30]  # groups {1, 4}, {3, 5}, {7, 6}, {2, 0}
+    recalls = {
+        "kd": [50, 90, 52, 70, 88, 72, 60, 64],
+        "ipwd": [58, 86, 60, 70, 88, 72, 60, 66],
+        "ce": [50, 80, 50, 70, 80, 70, 60, 60],
+    }
+    weights = [9, 1, 8, 3, 2, 4, 7, 6]
+    for name, recall in recalls.items():
+        rows = [f"class,recall_last{',teacher_mass' if name != 'ce' else ''},weight_mean"]
+        for label, share in enumerate(recall):
+            of_mass = f",{mass[label]}" if name != "ce" else ""
+            rows.append(f"{label},{share}{of_mass},{weights[label] if name == 'ipwd' else ''}")
+        (runs / f"{name}_seed0/classes.csv").write_text("\n".join(rows))
+    out = runs / "all.html"
+    main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd", "ce")), f"--out={out}"])
+    text, minus = out.with_suffix(".md").read_text(), "\N{MINUS SIGN}"
+    assert "| kd | 89.00 | 71.00 | 62.00 | 51.00 |" in text
+    gains = f"| ipwd | 87.00 ({minus}2.00 (n=1)) | 71.00 (+0.00 (n=1)) | 63.00 (+1.00 (n=1)) | "
+    assert gains + "59.00 (+8.00 (n=1)) |" in text
+    assert f"| ce | 80.00 ({minus}9.00 (n=1)) |" in text
+    correlation = scipy.stats.spearmanr(weights, mass).statistic
+    row = next(line for line in text.splitlines() if line.startswith("| ipwd | tiny\\_net → "))
+    summary = json.loads((runs / "ipwd_seed0/result.json").read_text())["weights"]
+    assert f" | {summary['weight_mean']:.3g} | " in row
+    assert f" | {correlation:.3g} | ".replace("-", minus) in row
+    page = out.read_text()
+    assert "rank correlation of class weight and teacher's mass over the epochs" in page
+    (runs / "kd_seed0/classes.csv").write_text("class,recall_last\n0,\0")
+    main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd")), f"--out={out}"])
+    assert "Recall (%)" not in out.read_text()
+
+
 def test_a_student_without_a_teacher_is_in_the_column_of_each_teacher(runs, capsys):
     """Its row is compared with distillation from that teacher, and its run is listed once."""
     alone = shutil.copytree(runs / "kd_seed0", runs / "ce_seed0")

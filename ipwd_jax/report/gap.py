@@ -1,0 +1,229 @@
+"""What several runs say about the transfer gap: who gains, and what the weights do."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from matplotlib.axes import Axes
+
+from ipwd_jax.report import drawing
+from ipwd_jax.report.analysis import column, groups_by_mass
+from ipwd_jax.report.content import Figure, Section, Table, one_line
+from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
+from ipwd_jax.report.load import Loaded
+from ipwd_jax.report.methods import Group, Pair, difference, interval
+
+_NOT_MEASURED = "-"
+_GROUPS = 4
+
+
+def by_mass(
+    key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair], to: str
+) -> Section | None:
+    """The recall of classes grouped by the teacher's mass, as in Table 1 of Niu et al., 2022.
+
+    Args:
+        key: of the section.
+        data: name of the data set.
+        groups: the runs of each method, of this data set alone.
+        pairs: those for which a table is wanted.
+        to: the method that the others are compared with.
+
+    Returns:
+        The section; None if no pair has runs that have noted the recall and the mass of each class.
+    """
+    tables, figures = [], []
+    for number, pair in enumerate(pairs):
+        cells = [one for one in groups if one.pair == pair]
+        recalls = _group_recalls(cells)
+        if to not in recalls:
+            continue
+        rows, gains = [], {}
+        for method, of_seeds in recalls.items():
+            shares = [
+                statistics.fmean(of_seeds[seed][i] for seed in of_seeds) for i in range(_GROUPS)
+            ]
+            found = [
+                difference(
+                    {seed: values[i] for seed, values in of_seeds.items()},
+                    {seed: values[i] for seed, values in recalls[to].items()},
+                )
+                for i in range(_GROUPS)
+            ]
+            gains[method] = [one.mean for one in found if one]
+            texts = [f"{share:.2f}" for share in shares]
+            if method != to:
+                texts = [f"{a} ({interval(b)})" for a, b in zip(texts, found, strict=True)]
+            rows.append([method, *texts])
+        head = ["method", "most favoured", "second group", "third group", "least favoured"]
+        caption = f"Recall (%) of the classes of {data} at the last epoch, {pair}; in brackets the "
+        tables.append(Table(f"{caption}difference from {to}", head, rows))
+        others = {method: found for method, found in gains.items() if method != to and found}
+        if others:
+            figures.append(_gains_figure(f"{key}{number}", pair, others, to))
+    if not tables:
+        return None
+    text = [
+        "The classes are ranked by the teacher's mass, which is the sum of the probabilities that "
+        "it gives them on the training set, and cut into four groups of equal size. A method that "
+        "closes the transfer gap gains most for the classes that the teacher favours least."
+    ]
+    title = f"Gains of favoured and neglected classes on {data}"
+    return Section(key, title, text, figures, tables=tables)
+
+
+def weights(key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair]) -> Section | None:
+    """The weights of the methods that weight samples: sizes, and what they correlate with.
+
+    Args:
+        key: of the section.
+        data: name of the data set.
+        groups: the runs of each method, of this data set alone.
+        pairs: those that are reported.
+
+    Returns:
+        The section; None if no method weights its samples.
+    """
+    weighted = [one for one in groups if any(run.run.result.get("weights") for run in _runs(one))]
+    if not weighted:
+        return None
+    measured: dict[str, Callable[[Loaded], float | None]] = {
+        "mean": lambda run: run.run.result["weights"].get("weight_mean"),
+        "smallest": lambda run: run.run.result["weights"].get("weight_min"),
+        "largest": lambda run: run.run.result["weights"].get("weight_max"),
+        "effective samples (%)": _effective,
+        "correlation with mass": _with_mass,
+        "with hardness": lambda run: run.run.result["weights"].get(_own("hardness", run)),
+    }
+    rows = []
+    for one in weighted:
+        runs = [run for run in _runs(one) if run.run.result.get("weights")]
+        cells = [_mean([get(run) for run in runs]) for get in measured.values()]
+        rows.append([one.method, str(one.pair), *cells, str(len(runs))])
+    caption = f"Weights of the training samples of {data} in the last epoch, means over the seeds"
+    table = Table(caption, ["method", "pair", *measured, "n"], rows)
+    figures = []
+    for number, pair in enumerate(pairs):
+        curves = {one.method: _correlations(one) for one in weighted if one.pair == pair}
+        curves = {method: found for method, found in curves.items() if np.isfinite(found).any()}
+        if curves:
+            figures.append(_correlations_figure(f"{key}{number}", pair, curves))
+    text = [
+        "Correlations are Spearman's. That with the mass is between the mean weight of a class and "
+        "the teacher's mass of the class: an inverse propensity must be negatively correlated. "
+        "That with hardness is between the weight of a sample and the teacher's cross-entropy on "
+        "it. The effective sample size is Kish's, as a share of the samples: few samples decide "
+        "the loss if it is small."
+    ]
+    return Section(key, f"Weights of the samples on {data}", text, figures, tables=[table])
+
+
+def _runs(one: Group) -> list[Loaded]:
+    return list(one.runs.values())
+
+
+def _group_recalls(cells: Sequence[Group]) -> dict[str, dict[int, list[float]]]:
+    """Method -> seed -> mean recall of the four groups; runs that have not noted it are left out.
+
+    A run without a teacher is cut by the mass that the teacher of the other runs gives the classes.
+    """
+    noted = [_noted(run, "teacher_mass") for one in cells for run in _runs(one)]
+    masses = [mass for mass in noted if mass is not None and len(mass) >= _GROUPS]
+    found: dict[str, dict[int, list[float]]] = {}
+    for one in cells if masses else ():
+        for seed, run in one.runs.items():
+            recall, mass = _noted(run, "recall_last"), _noted(run, "teacher_mass")
+            parts = groups_by_mass(masses[0] if mass is None else mass, _GROUPS)
+            if recall is not None and len(recall) == sum(map(len, parts)):
+                means = [float(np.nanmean(recall[part])) for part in parts]
+                found.setdefault(one.method, {})[seed] = means
+    return found
+
+
+def _noted(run: Loaded, name: str) -> np.ndarray | None:
+    """A column of `classes.csv`, nan where it is empty; None if it has no number."""
+    values = [row.get(name) for row in run.classes]
+    numbers = np.array([v if isinstance(v, float) else np.nan for v in values])
+    return None if np.isnan(numbers).all() else numbers
+
+
+def _effective(run: Loaded) -> float | None:
+    share = run.run.result["weights"].get("weight_effective_sample_size")
+    return None if share is None else 100 * share
+
+
+def _with_mass(run: Loaded) -> float | None:
+    means, mass = _noted(run, "weight_mean"), _noted(run, "teacher_mass")
+    if means is None or mass is None or np.ptp(means) == 0 or np.ptp(mass) == 0:
+        return None
+    return float(scipy.stats.spearmanr(means, mass).statistic)
+
+
+def _own(what: str, run: Loaded) -> str:
+    """The name of a correlation of the weights that the run trains with."""
+    return f"{what}_correlation_{run.run.config.weighting.get('ratio', '')}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return _NOT_MEASURED
+    return f"{statistics.fmean(known):.3g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _correlations(one: Group) -> np.ndarray:
+    """(seeds, epochs) correlation of class weight and mass, as far as all seeds have noted it."""
+    curves = [column(run.history, _own("mass", run)) for run in _runs(one) if run.history]
+    length = min((len(curve) for curve in curves), default=0)
+    return np.array([curve[:length] for curve in curves]).reshape(-1, length)
+
+
+def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to: str) -> Figure:
+    def paint(axes: Axes) -> None:
+        axes.axhline(0, color=INK, linewidth=0.9)
+        for number, (method, values) in enumerate(gains.items()):
+            axes.plot(
+                range(_GROUPS), values, marker="o", label=one_line(method, 26), **_style(number)
+            )
+        axes.set_xticks(range(_GROUPS), ["most\nfavoured", "second", "third", "least\nfavoured"])
+        axes.set(ylabel="gain in recall (points)", title=str(pair))
+        drawing.legend_below(axes, 2)
+
+    words = "; ".join(
+        f"{method} {', '.join(f'{value:+.2f}' for value in values)}"
+        for method, values in gains.items()
+    )
+    alt = f"{pair}: difference in recall from {to}, in points, for the four groups of classes from "
+    alt += f"those that the teacher favours most to those that it favours least: {words}."
+    caption = f"{pair}: mean difference in recall from {to} for the classes that the teacher "
+    caption += "favours most (left) to those that it favours least (right)."
+    return Figure(draw(key, alt, paint, 3.2 + 0.22 * -(-len(gains) // 2)), alt, caption)
+
+
+def _correlations_figure(key: str, pair: Pair, curves: Mapping[str, np.ndarray]) -> Figure:
+    def paint(axes: Axes) -> None:
+        axes.axhline(0, color=INK, linewidth=0.9)
+        for number, (method, values) in enumerate(curves.items()):
+            epochs = np.arange(1, values.shape[1] + 1)
+            style = _style(number)
+            low, high = values.min(axis=0), values.max(axis=0)
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(epochs, values.mean(axis=0), label=one_line(method, 26), **style)
+        drawing.whole_numbers(axes)
+        axes.set(xlabel="epoch", ylabel="rank correlation", title=str(pair), ylim=(-1.05, 1.05))
+        drawing.legend_below(axes, 2)
+
+    words = "; ".join(f"{m} {values[:, -1].mean():+.2f}" for m, values in curves.items())
+    alt = f"{pair}: rank correlation of class weight and teacher's mass over the epochs; at the "
+    alt += f"last one: {words}."
+    caption = f"{pair}: rank correlation between the mean weight of a class and the teacher's mass "
+    caption += "of the class after each epoch; shades go over the seeds. An inverse propensity is "
+    caption += "below 0."
+    return Figure(draw(key, alt, paint, 3.0 + 0.22 * -(-len(curves) // 2)), alt, caption)
+
+
+def _style(number: int) -> dict[str, Any]:
+    lines = LINES[number // len(COLOURS) % len(LINES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines}
