@@ -104,6 +104,7 @@ def _teacher() -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # network of the teacher; empty: no teacher
     config.workdir = ""  # run that trained it; empty: runs/DATA_NETWORK_CHECKSUM_seedSEED
+    config.pretrained = ""  # a trained teacher: its name (python -m ipwd_jax.teachers), or a file
     config.which = "last"  # epoch that teaches: "last" or "best"
     config.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do
     config.view_cache = "auto"  # its answers to all views: one of VIEW_CACHES

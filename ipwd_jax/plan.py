@@ -46,7 +46,9 @@ def describe(
         network = models.create(config.teacher.name, classes)
         cost = _cost(network, shape) if costs else ""
         how = f"from {teacher}"
-        if not (teacher / "result.json").exists():
+        if config.teacher.pretrained:
+            how = f"{config.teacher.pretrained}, in {teacher}"
+        elif not (teacher / "result.json").exists():
             how = f"trained first, {config.teacher.epochs} epochs, in {teacher}"
         lines["teacher"] = f"{config.teacher.name}{cost} {how}"
     cost = _cost(experiment.network, shape) if costs else ""

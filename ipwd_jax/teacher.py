@@ -12,7 +12,7 @@ import numpy as np
 import scipy.special
 from ml_collections import ConfigDict
 
-from ipwd_jax import class_distances, evaluate, models, parallel, precision
+from ipwd_jax import class_distances, evaluate, models, parallel, precision, teachers
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.checkpoint import checksum, load_network
 from ipwd_jax.config import teacher_config
@@ -143,12 +143,23 @@ class Teacher:
 
 
 def check_named(config: ConfigDict, may_train: bool) -> None:
-    """Raise `UserError` if `config.teacher.workdir` names a folder without a finished run.
+    """Raise `UserError` if the teacher that the config names is not there.
+
+    That is a folder without a finished run as `config.teacher.workdir`, or no teacher and no file
+    as `config.teacher.pretrained`.
 
     Args:
         config: config of the student's run.
         may_train: whether the user has asked to train a missing teacher there.
     """
+    if pretrained := config.teacher.pretrained:
+        if config.teacher.workdir or not config.teacher.name:
+            raise UserError(
+                f"config.teacher.pretrained={pretrained} needs config.teacher.name, the network of "
+                "this teacher, and an empty config.teacher.workdir; found "
+                f"{config.teacher.name!r} and {config.teacher.workdir!r}"
+            )
+        teachers.check(pretrained, config.teacher.name)
     workdir = pathlib.Path(config.teacher.workdir)
     if not (config.teacher.name and config.teacher.workdir) or may_train:
         return
@@ -166,7 +177,8 @@ def find_workdir(
 ) -> pathlib.Path:
     """Return the folder in which the teacher's run is, or in which it will be trained.
 
-    This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's:
+    This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's,
+    which is called like `config.teacher.pretrained`, if that is set, or else
     `DATA_NETWORK_CHECKSUM_seedSEED`, unless that folder does not exist and there is a finished run
     of the same recipe on the same data under any other name. The checksum covers the data and the
     recipe, so that teachers of different data or recipes can be side by side.
@@ -179,6 +191,8 @@ def find_workdir(
     """
     if config.teacher.workdir:
         return pathlib.Path(config.teacher.workdir)
+    if config.teacher.pretrained:
+        return workdir.parent / pathlib.Path(config.teacher.pretrained).name
     recipe = teacher_config(config)
     identity = workdir_lib.identity(recipe, checksums)
     name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")

@@ -16,7 +16,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, parallel, plan, signals, view_cache, writers
+from ipwd_jax import evaluate, parallel, plan, signals, teachers, view_cache, writers
 from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
@@ -270,14 +270,16 @@ def _ensure_teacher(
 ) -> dict[str, Any]:
     """Return the result of the teacher's run, which is trained first unless it is finished.
 
-    A finished teacher that `config.teacher.workdir` names is taken as it is, however it was
-    trained, on the same data; of an imported one the data is not known.
+    A finished teacher that `config.teacher` names by `workdir` or `pretrained` is taken as it is,
+    however it was trained, on the same data; of an imported file the data is not known.
     """
     config_of_teacher = config_lib.teacher_config(config)
+    if pretrained := config.teacher.pretrained:
+        parallel.from_first(lambda: teachers.ensure(pretrained, workdir))
     runs = {workdir: config_of_teacher}
 
     def finished() -> dict[str, Any] | None:
-        if config.teacher.workdir and (workdir / "result.json").exists():
+        if pretrained or (config.teacher.workdir and (workdir / "result.json").exists()):
             noted = json.loads((workdir / "config.json").read_text())["checksums"]
             if noted.get("data", checksums["data"]) != checksums["data"]:
                 raise UserError(f"the teacher in {workdir} was trained on other data")

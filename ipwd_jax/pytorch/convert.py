@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +26,11 @@ from ipwd_jax.typing import PyTree
 
 
 def import_file(
-    path: pathlib.Path, workdir: pathlib.Path | None = None, network: str = "", key: str = ""
+    path: pathlib.Path,
+    workdir: pathlib.Path | None = None,
+    network: str = "",
+    key: str = "",
+    checksums: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Make the work directory of a finished teacher from a PyTorch checkpoint.
 
@@ -34,6 +40,8 @@ def import_file(
             followed by the name of the file without its suffix.
         network: one of `models.NETWORKS`; if empty, it is inferred from tensor names and shapes.
         key: the entry of the file that holds the tensors; empty means one of the usual entries.
+        checksums: of the data that it was trained on, if that is known, under the key `data`. A run
+            on other data then refuses this teacher.
 
     Returns:
         The content of `result.json`.
@@ -62,7 +70,8 @@ def import_file(
     print(f"{fit.name}, {fit.classes} classes, {result['parameters']:,} parameters", flush=True)
     config = config_lib.default()
     config.name, config.model.name = path.stem, fit.name
-    _write(workdir, variables, json.loads(config.to_json_best_effort()), result)
+    plain = json.loads(config.to_json_best_effort())
+    _write(workdir, variables, {"config": plain, "checksums": dict(checksums or {})}, result)
     return result
 
 
@@ -100,12 +109,12 @@ def _read(path: pathlib.Path, network: str, key: str = "") -> tuple[Fit, PyTree,
 
 def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict) -> None:
     """Write a work directory under a temporary name and rename it, so that it appears whole."""
-    unfinished = workdir.with_name(f".{workdir.name}.tmp")
+    unfinished = workdir.with_name(f".{workdir.name}.{os.getpid()}.tmp")  # others may do the same
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         checkpoint.save_network(unfinished, variables)
-        writers.write_json(unfinished / "config.json", {"config": config, "checksums": {}})
+        writers.write_json(unfinished / "config.json", config)
         writers.write_json(unfinished / "result.json", result)
         unfinished.rename(workdir)
     except OSError as error:

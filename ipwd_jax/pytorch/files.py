@@ -11,10 +11,10 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.numpy
 
 from ipwd_jax import writers
 from ipwd_jax.errors import UserError
@@ -91,7 +91,7 @@ def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     if path.exists():
         raise UserError(f"{path} exists already; delete it or choose another name")
     if path.suffix == SAFETENSORS:
-        data = _safetensors().numpy.save({k: np.array(v, order="C") for k, v in tensors.items()})
+        data = safetensors.numpy.save({k: np.array(v, order="C") for k, v in tensors.items()})
     else:
         data = _zip(tensors)
     try:
@@ -100,23 +100,13 @@ def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise UserError(
-            f"{SAFETENSORS} files need a package that is not installed: pip install safetensors"
-        ) from None
-    return safetensors
-
-
 # Reading
 
 
 def _load_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
     # `safetensors.numpy.load` is of no use, because it fails for bfloat16.
     tensors = {}
-    for name, tensor in _safetensors().deserialize(file.read()):
+    for name, tensor in safetensors.deserialize(file.read()):
         if tensor["dtype"] not in _SAFETENSORS_TYPES:
             raise UserError(f"the tensor {name} has the type {tensor['dtype']}; save it in float32")
         flat = np.frombuffer(tensor["data"], _SAFETENSORS_TYPES[tensor["dtype"]])
