@@ -6,7 +6,6 @@ import importlib
 import json
 import pickle
 import struct
-import sys
 import zipfile
 
 import numpy as np
