@@ -18,6 +18,8 @@ from ipwd_jax import models
 from ipwd_jax.pytorch.names import from_torch, to_torch
 
 RECIPE = helpers.recipe()
+# In float64, depthwise convolutions take up to 170 times as long with the default profile.
+COMPILER = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 # One network of each kind of building block; the others are slow.
 QUICK = {"resnet8", "wrn_16_1", "vgg8", "ShuffleV2", "MobileNetV1"}
 
@@ -81,13 +83,14 @@ def case(request):
     template = jax.eval_shape(network.init, jax.random.key(0), eval_images)
     weights = RECIPE.weights(header["weights_prefix"] + name, golden["shapes"])
     variables = from_torch(weights, template)
+    jit = partial(jax.jit, compiler_options=COMPILER)
     with jax.enable_x64(True):
-        outputs = jax.jit(network.apply)(variables, eval_images)
+        outputs = jit(network.apply)(variables, eval_images)
         if "grad_norms" in golden:
-            step = jax.jit(partial(train_step, network))
+            step = jit(partial(train_step, network))
             (loss, (logits, batch_stats)), gradients = step(variables, train_images, labels)
         else:
-            train = jax.jit(partial(network.apply, train=True, mutable="batch_stats"))
+            train = jit(partial(network.apply, train=True, mutable="batch_stats"))
             logits = train(variables, train_images)[0].logits
             loss = batch_stats = gradients = None
         computed = jax.device_get((outputs, loss, logits, batch_stats, gradients))
