@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from ipwd_jax.data import augment, decode, streaming
+from ipwd_jax.data import records as records_lib
 
 SIZE, BATCH, AHEAD = 224, 64, 4
 PACKAGES = ("jax", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "grain")
@@ -99,10 +100,10 @@ def cut(image: np.ndarray, index: int) -> np.ndarray:
 
 
 def ours(encoded: bytes, index: int) -> np.ndarray:
-    return streaming.decode_train(encoded, (0, 0, index), SIZE)
+    return decode.decode_train(encoded, (0, 0, index), SIZE)
 
 
-def pooled(decoder: Decoder, records: streaming.Records, threads: int) -> Iterator[int]:
+def pooled(decoder: Decoder, records: records_lib.Records, threads: int) -> Iterator[int]:
     """Yield the sizes of batches that a plain, always busy thread pool decodes."""
 
     def part(indices: list[int], out: np.ndarray) -> None:
@@ -126,7 +127,7 @@ def pooled(decoder: Decoder, records: streaming.Records, threads: int) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-def streamed(records: streaming.Records, threads: int) -> Iterator[int]:
+def streamed(records: records_lib.Records, threads: int) -> Iterator[int]:
     """Yield the sizes of batches that this package streams."""
     index = np.arange(10_000 * BATCH, dtype=np.int32).reshape(-1, BATCH) % len(records.labels)
     loader = streaming.batches(
@@ -139,7 +140,7 @@ def streamed(records: streaming.Records, threads: int) -> Iterator[int]:
         loader.close()
 
 
-def grained(decoder: Decoder, records: streaming.Records, threads: int) -> Iterator[int]:
+def grained(decoder: Decoder, records: records_lib.Records, threads: int) -> Iterator[int]:
     """Yield the sizes of batches that grain's threads decode."""
     import grain
 
@@ -154,7 +155,7 @@ def grained(decoder: Decoder, records: streaming.Records, threads: int) -> Itera
         loader.close()
 
 
-def arms(records: streaming.Records) -> dict[str, tuple[tuple[str, ...], Callable]]:
+def arms(records: records_lib.Records) -> dict[str, tuple[tuple[str, ...], Callable]]:
     """Return each arm's required modules, and its function from a thread count to batches."""
 
     def plain(decoder: Decoder) -> Callable:
@@ -226,10 +227,10 @@ def main(count: int, seconds: float, repeats: int) -> None:
         total = write_images(pathlib.Path(folder), count)
         about = {"python": platform.python_version(), "cpus": cpus, "machine": platform.machine()}
         about |= {package: version(package) for package in PACKAGES}
-        about |= {"decoder": streaming.decoder_name(), "kB_per_image": round(total / count / 1e3)}
+        about |= {"decoder": decode.decoder_name(), "kB_per_image": round(total / count / 1e3)}
         about |= {"device": jax.devices()[0].device_kind, "load": round(os.getloadavg()[0], 1)}
         print(json.dumps(about), flush=True)
-        records = streaming.folder_records(folder, "train")
+        records = records_lib.folder_records(folder, "train")
         for threads in sorted({1, cpus}):
             runs = {}
             for arm, (modules, batches) in arms(records).items():

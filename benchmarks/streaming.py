@@ -25,6 +25,7 @@ from step import ON_GPU
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, models, train
+from ipwd_jax.data import records as records_lib
 from ipwd_jax.data import streaming
 
 
@@ -43,7 +44,7 @@ def write_folder(folder: pathlib.Path, files: int) -> None:
 
 def decoded(folder: pathlib.Path, options: argparse.Namespace) -> float:
     """Return the images per second of the decoding threads alone."""
-    records = streaming.folder_records(folder, "train")
+    records = records_lib.folder_records(folder, "train")
     steps = len(records.labels) // options.batch
     index = np.arange(steps * options.batch).reshape(steps, options.batch)
     started = time.perf_counter()

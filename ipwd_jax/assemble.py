@@ -31,51 +31,20 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim, packing, parallel, state, step, student
+from ipwd_jax import models, optim, packing, parallel, stages, state, step, student
 from ipwd_jax.data import augment, views
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.errors import UserError
-from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.stages import Stage
 from ipwd_jax.state import TrainState
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.typing import PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of a run.
-
-    Attributes:
-        name: "main", or "first" for the stage before it.
-        epochs: number of epochs.
-        pretrains: whether this is the first stage, in which terms with `first_stage_params` are
-            applied by their method `pretrain`.
-        loss: weight of each active term in the loss.
-        terms: the active terms, by name.
-        weighting: `config.weighting` if the stage is weighted, else None.
-        learning_rate: learning rate of each step.
-        optimizer: optimiser of all parameters, which leaves those that are not trained unchanged.
-        trainable: bools in the structure of `TrainState.params`.
-        first_step: number of steps in the stages before this one.
-    """
-
-    name: str
-    epochs: int
-    pretrains: bool
-    loss: Mapping[str, float]
-    terms: Mapping[str, Term]
-    weighting: ConfigDict | None
-    learning_rate: optax.Schedule
-    optimizer: optax.GradientTransformation
-    trainable: PyTree
-    first_step: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +183,11 @@ class Experiment:
 
         return parallel.compile_train_step(together)
 
+    @property
+    def has_strong_view(self) -> bool:
+        """Whether some stage also sees a strong view of every image."""
+        return any(term.strong_view for stage in self.stages for term in stage.terms.values())
+
     def batches(
         self, seed: int, epoch: int, begin: int = 0, end: int | None = None
     ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -240,7 +214,8 @@ class Experiment:
         flat = index[begin:end].reshape(end - begin, -1)
         with contextlib.ExitStack() as stack:
             if not isinstance(train.images, np.ndarray):
-                source = train.images.batches(flat, order_seed, epoch, train=True)
+                crops = 1 + self.has_strong_view
+                source = train.images.batches(flat, order_seed, epoch, True, crops)
                 images = stack.enter_context(contextlib.closing(source))
             while begin < end:
                 until = min((begin // self.steps_per_call + 1) * self.steps_per_call, end)
@@ -277,7 +252,7 @@ def assemble(
     axis_name = parallel.AXIS if config.sync_batch_norm else None
     network = student.network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
-    terms = [_terms(config, part, dataset, teacher) for part in parts]
+    terms = [stages.terms(config, part, dataset, teacher) for part in parts]
     sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
     separate = models.create(config.model.name, classes, axis_name)
     heads = Heads(classes, sources, separate if "network" in sources.values() else None)
@@ -288,24 +263,6 @@ def assemble(
             known = {("params", "head", *path): value for path, value in of_head}
             pretrained = {**(pretrained or {}), **known} or None
     steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
-    stages, first_step = [], 0
-    for part, of_stage in zip(parts, terms, strict=True):
-        rate = optim.schedule(part.optimizer, steps_per_epoch, part.epochs)
-        trainable = _trainable(config, part, of_stage, params, network, heads)
-        stage = Stage(
-            name=part.name,
-            epochs=part.epochs,
-            pretrains=part.pretrains,
-            loss={name: part.loss[name] for name in of_stage},
-            terms=of_stage,
-            weighting=config.weighting if part.weighted else None,
-            learning_rate=rate,
-            optimizer=optim.only(trainable, optim.create(part.optimizer, rate)),
-            trainable=trainable,
-            first_step=first_step,
-        )
-        stages.append(stage)
-        first_step += part.epochs * steps_per_epoch
     one_by_one = jax.default_backend() == "cpu" or dataset.train.streamed
     default = 1 if one_by_one else config.log_every_steps
     return Experiment(
@@ -315,26 +272,10 @@ def assemble(
         network=network,
         pretrained=pretrained,
         heads=heads,
-        stages=tuple(stages),
+        stages=stages.create(config, parts, terms, params, network, heads, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
         steps_per_call=config.teacher.look_ahead or config.steps_per_call or default,
     )
-
-
-def _terms(
-    config: ConfigDict, stage: ConfigDict, dataset: Dataset, teacher: Teacher | None
-) -> dict[str, Term]:
-    """Return the terms of a stage, checked against the data and adapted to the teacher."""
-    of_run = {
-        "axis_name": parallel.AXIS,
-        "train_size": len(dataset.train.labels),
-        "epochs": stage.epochs,
-    }
-    terms = losses.create(stage.loss, config.terms, of_run)
-    check_images(config, terms, dataset)
-    for term in terms.values():
-        term.check(dataset)
-    return {name: term.of_teacher(teacher) if teacher else term for name, term in terms.items()}
 
 
 def _initial_state(
@@ -366,31 +307,3 @@ def _shapes_of_params(
         )
     except ValueError as error:  # a term or the weighting cannot process the shapes
         raise UserError(str(error)) from error
-
-
-def _trainable(
-    config: ConfigDict,
-    stage: ConfigDict,
-    terms: Mapping[str, Term],
-    params: PyTree,
-    network: nn.Module,
-    heads: Heads,
-) -> PyTree:
-    """Return bools in the structure of `params`: whether a stage trains each parameter.
-
-    A stage does not train parameters that only other stages use.
-    """
-    used = {source for term in terms.values() for source in term.heads.items()}
-    frozen = student.never_trained(config, network)
-    frozen += [
-        f"heads/{'network' if source == 'network' else name}"
-        for name, source in heads.sources.items()
-        if (name, source) not in used
-    ]
-    frozen += [f"terms/{name}" for name in params["terms"] if name not in terms]
-    if not stage.pretrains:
-        frozen += [f"terms/{name}/{p}" for name, t in terms.items() for p in t.first_stage_params]
-    without_params = [f"terms/{name}" for name in terms]
-    return optim.trainable_mask(
-        params, stage.trainable, network.head_modules, frozen, without_params
-    )

@@ -35,11 +35,6 @@ def _check_strong_view(
 ) -> None:
     """Raise `UserError` if a term cannot compare each image with a strong view of it."""
     needs = f"the loss term {name} compares each image with a strong view of it"
-    if dataset.train.streamed:
-        raise UserError(
-            f"{needs}, which has a crop of its own, but a streamed image is decoded for one crop; "
-            "set --config.data.streaming=False"
-        )
     if (channels := dataset.train.images.shape[-1]) not in (1, 3):
         raise UserError(
             f"{needs}, which is made of grey or RGB images, but those of {dataset.name} have "

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ipwd_jax import evaluate, metrics, parallel, writers
-from ipwd_jax.assemble import Experiment, Stage
+from ipwd_jax.assemble import Experiment
 from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses import weighting
+from ipwd_jax.stages import Stage
 from ipwd_jax.state import not_finite
 from ipwd_jax.typing import PyTree
 

@@ -123,7 +123,8 @@ def train_step(
         teacher_inputs: the inputs that `spec.answer` reads.
         index: (K, B) int32, positions in `data` of the rows of one device.
         mask: (K, B) float32, 0 for padding rows and 1 for all others.
-        streamed: (K, B, H, W, channels) uint8, the images if they are streamed, else None.
+        streamed: (K, B, H, W, channels) uint8, the images if they are streamed, else None; or
+            (K, B, 2, H, W, channels), two crops of each, if some stage has a strong view.
     """
     packing = Packing(jax.eval_shape(lambda: state), spec.flat and len(index) > 1)
 
@@ -179,9 +180,13 @@ def load_batch(
     These are the images of the batch, or (4 B, ...) if the networks see them in four rotations.
     """
     epoch = state.step // spec.steps_per_epoch
-    how, key = spec.augmentation, augment_key(state.key)
+    how, key, second = spec.augmentation, augment_key(state.key), None
+    if streamed is not None and streamed.ndim == 5:
+        streamed, second = streamed[:, 0], streamed[:, 1]
     images, view, mixed = views.load(how, key, epoch, data, index, streamed, spec.rotated)
-    strong_image = views.strong(how, key, epoch, data, index) if spec.strong_view else None
+    strong_image = None
+    if spec.strong_view:
+        strong_image = views.strong(how, key, epoch, data, index, second)
     batch = Batch(
         image=_upright(images) if spec.rotated else images,
         label=data.labels[index],

@@ -36,9 +36,12 @@ class Streamed(Protocol):
         """Whether training mirrors half of the images."""
 
     def batches(
-        self, index: np.ndarray, seed: int, epoch: int, train: bool
+        self, index: np.ndarray, seed: int, epoch: int, train: bool, crops: int = 1
     ) -> Generator[np.ndarray]:
-        """Yield the images (B, H, W, channels) uint8 for each row of `index` (steps, B)."""
+        """Yield the images (B, H, W, channels) uint8 for each row of `index` (steps, B).
+
+        With several `crops` of each image in training, they are (B, crops, H, W, channels).
+        """
 
     def take(self, index: np.ndarray) -> "Streamed":
         """Return only the images at the positions `index` (M,), in that order."""

@@ -94,15 +94,21 @@ def load(
 
 
 def strong(
-    how: Augmentation, key: jax.Array, epoch: jax.Array, data: Resident, index: jax.Array
+    how: Augmentation,
+    key: jax.Array,
+    epoch: jax.Array,
+    data: Resident,
+    index: jax.Array,
+    streamed: jax.Array | None = None,
 ) -> jax.Array:
     """Return a strong view of each image of a batch, (B, H, W, channels), normalised.
 
     It has a crop and a flip of its own, and the distortions of `operations.strong_augment`. The
-    arguments are those of `load`; the images must not be streamed.
+    arguments are those of `load`; streamed images are other crops than those of `load`.
     """
-    key = jax.random.fold_in(key, _STRONG)
-    _, images = _crop(how, key, epoch, index, data.images_at(index))
+    key, images = jax.random.fold_in(key, _STRONG), streamed
+    if images is None:
+        _, images = _crop(how, key, epoch, index, data.images_at(index))
     key = jax.random.fold_in(jax.random.fold_in(key, epoch), _DISTORTIONS)
     images = operations.strong_augment(key, images, index)
     return augment.normalize(images, data.mean, data.std)

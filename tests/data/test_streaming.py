@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from data_helpers import SIZE, encode, noise, run
 
-from ipwd_jax.data import memory, streaming
+from ipwd_jax.data import decode, memory, streaming
+from ipwd_jax.data import records as records_lib
 from ipwd_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ from ipwd_jax.errors import UserError
 def records():
     encoded = [encode(image, "PNG") for image in noise()]
     labels = np.arange(10, dtype=np.int32) % 2
-    return streaming.Records("noise", labels, ("a", "b"), encoded.__getitem__, "0" * 8)
+    return records_lib.Records("noise", labels, ("a", "b"), encoded.__getitem__, "0" * 8)
 
 
 class TestOrder:
@@ -26,7 +27,7 @@ class TestOrder:
         assert [b.shape for b in whole] == [(3, SIZE, SIZE, 3)] * 4 and whole[0].dtype == np.uint8
         for row, batch in zip(self.index, whole, strict=True):
             for sample, image in zip(row, batch, strict=True):
-                alone = streaming.decode_train(records.read(sample), (1, 2, sample), SIZE)
+                alone = decode.decode_train(records.read(sample), (1, 2, sample), SIZE)
                 assert np.array_equal(image, alone)
         assert np.array_equal(whole[3][0], whole[3][1])
         for change in ({"seed": 0}, {"epoch": 3}):
@@ -46,7 +47,7 @@ class TestOrder:
     def test_evaluation_gives_every_sample_in_order(self, records):
         (batch,) = run(records, [range(10)], train=False)
         for image, original in zip(batch, noise(), strict=True):
-            assert np.array_equal(image, streaming.decode_eval(encode(original, "PNG"), SIZE))
+            assert np.array_equal(image, decode.decode_eval(encode(original, "PNG"), SIZE))
 
     def test_no_steps(self, records):
         assert run(records, np.empty((0, 3))) == []
@@ -57,7 +58,7 @@ def test_the_sample_is_named(tmp_path, records):
     for name, content in (("1.jpg", whole), ("2.jpg", whole[:500])):
         (tmp_path / "train/a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "train/a" / name).write_bytes(content)
-    files = streaming.folder_records(tmp_path, "train")
+    files = records_lib.folder_records(tmp_path, "train")
     with pytest.raises(UserError, match=r"train/a/2\.jpg cannot be read as an image"):
         run(files, [[0, 1]])
     (tmp_path / "train/a/2.jpg").unlink()
@@ -67,7 +68,7 @@ def test_the_sample_is_named(tmp_path, records):
     def broken(index):
         return b"" if index == 3 else records.read(index)
 
-    changed = streaming.Records("noise", records.labels, ("a", "b"), broken, "0" * 8)
+    changed = records_lib.Records("noise", records.labels, ("a", "b"), broken, "0" * 8)
     with pytest.raises(UserError, match="noise: sample 3 cannot"):
         run(changed, [[0, 1], [2, 3], [4, 5]])
 
@@ -82,7 +83,7 @@ class TestThreads:
             time.sleep(0.02)
             return records.read(index)
 
-        slowly = streaming.Records("slow", records.labels, ("a", "b"), slow, "0" * 8)
+        slowly = records_lib.Records("slow", records.labels, ("a", "b"), slow, "0" * 8)
         index = np.zeros((50, 100), np.int32)
         settings = {"seed": 0, "epoch": 0, "size": SIZE, "train": True, "threads": 4}
         loader = streaming.batches(slowly, index, **settings)
@@ -105,7 +106,7 @@ class TestThreads:
             counted.append(index)
             return records.read(index)
 
-        count = streaming.Records("counted", records.labels, ("a", "b"), read, "0" * 8)
+        count = records_lib.Records("counted", records.labels, ("a", "b"), read, "0" * 8)
         index = np.zeros((40, 4), np.int32)
         settings = {"seed": 0, "epoch": 0, "size": SIZE, "train": True, "threads": 2}
         loader = streaming.batches(count, index, prefetch=3, **settings)

@@ -10,7 +10,8 @@ from data_helpers import SIZE, TFDS, config, encode, noise, run, write_image
 from PIL import Image
 
 from ipwd_jax import data
-from ipwd_jax.data import decode, streaming
+from ipwd_jax.data import decode
+from ipwd_jax.data import records as records_lib
 from ipwd_jax.errors import UserError
 
 
@@ -37,33 +38,33 @@ class TestFolder:
         self.make(tmp_path)
         dataset = data.load(config(f"folder:{tmp_path}"))
         for split, wanted in (("train", dataset.train), ("val", dataset.test)):
-            records = streaming.folder_records(tmp_path, split)
+            records = records_lib.folder_records(tmp_path, split)
             assert_same_samples(records, wanted, dataset.class_names)
 
     def test_fingerprint_sees_names_and_sizes_but_not_where(self, tmp_path):
         self.make(tmp_path / "one")
         shutil.copytree(tmp_path / "one", tmp_path / "two")
-        first, second = (streaming.folder_records(tmp_path / x, "train") for x in ("one", "two"))
+        first, second = (records_lib.folder_records(tmp_path / x, "train") for x in ("one", "two"))
         assert first.fingerprint == second.fingerprint and len(first.fingerprint) == 8
         file = tmp_path / "two/train/ant/2.png"
         file.write_bytes(file.read_bytes() + b"\0")
-        longer = streaming.folder_records(tmp_path / "two", "train")
+        longer = records_lib.folder_records(tmp_path / "two", "train")
         file.rename(file.with_name("3.png"))
-        renamed = streaming.folder_records(tmp_path / "two", "train")
+        renamed = records_lib.folder_records(tmp_path / "two", "train")
         assert len({r.fingerprint for r in (first, longer, renamed)}) == 3
 
     def test_what_is_wrong_is_said(self, tmp_path):
         self.make(tmp_path)
         with pytest.raises(UserError, match=r"no folder 'trian'.*\['train', 'val'\]"):
-            streaming.folder_records(tmp_path, "trian")
+            records_lib.folder_records(tmp_path, "trian")
         with pytest.raises(UserError, match="nowhere"):
-            streaming.folder_records(tmp_path / "nowhere", "train")
+            records_lib.folder_records(tmp_path / "nowhere", "train")
         (tmp_path / "val/cat").mkdir()
         with pytest.raises(UserError, match="cat has no image files"):
-            streaming.folder_records(tmp_path, "val")
+            records_lib.folder_records(tmp_path, "val")
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match="no class folders"):
-            streaming.folder_records(tmp_path, "empty")
+            records_lib.folder_records(tmp_path, "empty")
 
 
 def streamed(name, **settings):
@@ -160,7 +161,7 @@ class TestLoad:
             both.append(np.concatenate(list(images.batches(index, 0, 0, train=True))))
             kept = images.take(np.array([3, 5]))
             (batch,) = kept.batches(np.array([[1]]), 0, 0, train=True)
-            wanted = streaming.decode_train(images.records.read(5), (0, 0, 1), SIZE, None, flip)
+            wanted = decode.decode_train(images.records.read(5), (0, 0, 1), SIZE, None, flip)
             assert np.array_equal(batch[0], wanted)
         mirrored = [decode._draw((0, 0, i))[-1] < 0.5 for i in range(8)]
         assert set(mirrored) == {True, False}
@@ -172,7 +173,7 @@ class TestTfds:
     def test_same_samples_as_in_memory(self):
         dataset = data.load(config("tfds:tiny", dir=str(TFDS)))
         for split, wanted in (("train", dataset.train), ("test", dataset.test)):
-            records = streaming.tfds_records("tiny", str(TFDS), split)
+            records = records_lib.tfds_records("tiny", str(TFDS), split)
             assert_same_samples(records, wanted, dataset.class_names)
         (batch,) = run(records, [[0, 1, 2]])
         assert batch.shape == (3, SIZE, SIZE, 3)
@@ -180,20 +181,20 @@ class TestTfds:
     def test_slices_and_fingerprints(self):
         prints = set()
         for split, size in (("train", 9), ("train[:6]", 6), ("train[3:]", 6), ("train+test", 12)):
-            records = streaming.tfds_records("tiny", str(TFDS), split)
+            records = records_lib.tfds_records("tiny", str(TFDS), split)
             assert len(records.labels) == size
             prints.add(records.fingerprint)
         assert len(prints) == 4
-        assert streaming.tfds_records("tiny", str(TFDS), "train").fingerprint in prints
+        assert records_lib.tfds_records("tiny", str(TFDS), "train").fingerprint in prints
 
     def test_labels_of_a_large_split_are_read_once(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(streaming, "_LABELS_TO_KEEP", 10)
+        monkeypatch.setattr(records_lib, "_LABELS_TO_KEEP", 10)
         shutil.copytree(TFDS, tmp_path / "tfds")
-        spy = mock.Mock(wraps=streaming._read_labels)
-        monkeypatch.setattr(streaming, "_read_labels", spy)
+        spy = mock.Mock(wraps=records_lib._read_labels)
+        monkeypatch.setattr(records_lib, "_read_labels", spy)
 
         def labels(split):
-            return streaming.tfds_records("tiny", str(tmp_path / "tfds"), split).labels.tolist()
+            return records_lib.tfds_records("tiny", str(tmp_path / "tfds"), split).labels.tolist()
 
         wanted = labels("train+test")
         assert labels("train+test") == wanted
@@ -222,4 +223,4 @@ class TestTfds:
     )
     def test_what_is_wrong_is_said(self, name, split, words):
         with pytest.raises(UserError, match=words):
-            streaming.tfds_records(name, str(TFDS), split)
+            records_lib.tfds_records(name, str(TFDS), split)

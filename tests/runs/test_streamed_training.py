@@ -7,8 +7,10 @@ from data_helpers import write_two_classes
 from helpers import settings, stopped_after
 
 from ipwd_jax import data, train
-from ipwd_jax.data import streaming
+from ipwd_jax.data import streaming, views
 from ipwd_jax.errors import UserError
+
+CRLD = {"loss__kd": 0.0, "loss__crld": 1.0, "weighting__terms": ("crld",)}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,32 @@ def test_it_resumes_to_the_sample(root, whole):
             train.run(config, whole.parent / "pieces")
     train.run(config, whole.parent / "pieces")
     np.testing.assert_array_equal(logits(whole.parent / "pieces"), logits(whole))
+
+
+def test_a_strong_view_is_made_of_another_crop(root, tmp_path, monkeypatch):
+    """The weak view is what it is without a strong one, and training resumes bitwise."""
+    config = streamed(root, **CRLD, teacher__name="tiny_net", checkpoint__every_seconds=0.0)
+    seen = []
+    strong = views.strong
+
+    def spy(how, key, epoch, data, index, streamed=None):
+        seen.append(streamed)
+        return strong(how, key, epoch, data, index, streamed)
+
+    monkeypatch.setattr(views, "strong", spy)
+    train.run(config, tmp_path / "whole")
+    assert seen and all(crops is not None and crops.ndim == 4 for crops in seen)
+    for saves in (1, 2):
+        with stopped_after(saves):
+            train.run(config, tmp_path / "pieces")
+    train.run(config, tmp_path / "pieces")
+    np.testing.assert_array_equal(logits(tmp_path / "pieces"), logits(tmp_path / "whole"))
+    images, index = data.load(config.data).train.images, np.arange(40).reshape(5, 8)
+    one, two = (list(images.batches(index, 3, 1, True, crops)) for crops in (1, 2))
+    for single, double in zip(one, two, strict=True):
+        assert double.shape == (8, 2, 8, 8, 3)
+        np.testing.assert_array_equal(double[:, 0], single)
+        assert (double[:, 1] != single).any()
 
 
 @pytest.mark.slow

@@ -1,8 +1,6 @@
 """Runs whose networks also see a strong view of each image, and what is refused there."""
 
-import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -107,10 +105,6 @@ def test_settings_that_do_not_go_with_it(squares, tmp_path, changes, words):
 
 
 def test_images_that_it_cannot_be_made_of(squares):
-    streamed = dataclasses.replace(
-        squares, train=data.Split(types.SimpleNamespace(shape=(40, 8, 8, 3)), squares.train.labels)
-    )
     two = data.from_arrays(np.zeros((10, 8, 8, 2), np.uint8), np.arange(10) % 2, name="two")
-    for dataset, words in ((streamed, "decoded for one crop"), (two, "have 2 channels")):
-        with pytest.raises(UserError, match=f"the loss term crld compares .*{words}"):
-            check_images(settings(), {"crld": TERMS["crld"]()}, dataset)
+    with pytest.raises(UserError, match=r"the loss term crld compares .*have 2 channels"):
+        check_images(settings(), {"crld": TERMS["crld"]()}, two)
