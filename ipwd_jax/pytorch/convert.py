@@ -88,7 +88,13 @@ def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -
     """
     if not path.is_dir():
         return _read(path, network)[1]
-    return checkpoint.load_network(path, which, template_of(_fit_of_run(path, which)))[0]
+    _, template, term = _of_run(path, which)
+    if term:
+        raise UserError(
+            f"{path} was trained with the loss term {term}, whose head makes the predictions, so "
+            "its network cannot be read alone; name another run"
+        )
+    return checkpoint.load_network(path, which, template)[0]
 
 
 def _read(path: pathlib.Path, network: str, key: str = "") -> tuple[Fit, PyTree, dict[str, Any]]:
@@ -126,6 +132,10 @@ def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict)
 def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> Fit:
     """Write the network of a run as a state dict that PyTorch loads strictly.
 
+    If a term has replaced the head, as SimKD does, the tensors of the network have the prefix
+    `backbone.` and those of the head `head.`, and their names are those of an `nn.Module` with two
+    such modules.
+
     Args:
         workdir: the work directory of the run or of an imported network.
         path: the file to write; it must end in .pth, .pt or .safetensors and must not exist.
@@ -137,8 +147,8 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
     Raises:
         UserError: the run has no readable checkpoint, or `path` cannot be written.
     """
-    fit = _fit_of_run(workdir, which)
-    variables, _ = checkpoint.load_network(workdir, which, template_of(fit))
+    fit, template, _ = _of_run(workdir, which)
+    variables, _ = checkpoint.load_network(workdir, which, template)
     tensors = to_torch(jax.device_get(variables))
     counters = [name for name in tensors if name.endswith(".running_mean")]
     for name in counters:
@@ -147,7 +157,8 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
     return fit
 
 
-def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
+def _of_run(workdir: pathlib.Path, which: str) -> tuple[Fit, PyTree, str]:
+    """Return the network of a run, the shapes of its variables, and the term that has its head."""
     path = workdir / "config.json"
     try:
         config = ConfigDict(json.loads(path.read_text())["config"])
@@ -164,15 +175,15 @@ def _fit_of_run(workdir: pathlib.Path, which: str) -> Fit:
             f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
             "config files adds it, name that file with --config=FILE"
         ) from error
-    if term:
-        raise UserError(
-            f"{workdir} was trained with the loss term {term}, so its predictions are made by "
-            f"{name} with another head, for which there is no PyTorch layout. Export it to "
-            ".stablehlo or .onnx instead, or name another run."
-        )
     saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
-    shapes = torch_shapes({name: saved[name] for name in ("params", "batch_stats")})
-    return guess(shapes, name)
+    template = {
+        collection: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[collection]
+        )
+        for collection in ("params", "batch_stats")
+    }
+    backbone = {c: x["backbone"] for c, x in template.items()} if term else template
+    return guess(torch_shapes(backbone), name), template, term
 
 
 def _float32(variables: PyTree) -> PyTree:

@@ -12,6 +12,8 @@ from ipwd_jax.assemble import assemble
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.errors import UserError
 from ipwd_jax.evaluate import score
+from ipwd_jax.pytorch import files
+from ipwd_jax.pytorch.names import to_torch
 from ipwd_jax.state import network_shapes
 
 SIMKD = {"loss__ce": 0.0, "loss__kd": 0.0, "loss__simkd": 1.0}
@@ -108,10 +110,37 @@ def test_onnx_holds_the_whole(workdir, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_pytorch_has_no_layout_for_it(workdir, suffix, tmp_path):
-    with pytest.raises(UserError, match=r"loss term simkd, .* another head.*\.stablehlo"):
-        convert.export_file(workdir, tmp_path / f"a.{suffix}")
-    assert not list(tmp_path.iterdir())
+def test_pytorch_gets_the_whole(workdir, suffix, squares, tmp_path):
+    """The tensors are those of the network and the head, and a PyTorch head computes our logits."""
+    file = tmp_path / f"a.{suffix}"
+    fit = convert.export_file(workdir, file, "best")
+    assert (fit.name, fit.classes) == ("tiny_net", 2)
+    tensors, student = files.load(file), ipwd_jax.load_student(workdir, "best")
+    expected = to_torch(jax.device_get(student.variables))
+    counters = {name for name in tensors if name.endswith("num_batches_tracked")}
+    assert tensors.keys() - counters == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensors[name], tensor)
+    torch = pytest.importorskip("torch", reason="computes the logits with PyTorch")
+    nn = torch.nn
+    whole = nn.Module()
+    whole.head = nn.ModuleDict()
+    width, middle = (len(tensors[f"head.projector.{i}.weight"]) for i in (6, 0))
+    seen = tensors["head.projector.0.weight"].shape[1]
+    layers = []
+    for before, after, kernel in ((seen, middle, 1), (middle, middle, 3), (middle, width, 1)):
+        convolution = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+    whole.head["projector"], whole.head["classifier"] = nn.Sequential(*layers), nn.Linear(width, 2)
+    of_head = {k: torch.tensor(x) for k, x in tensors.items() if k.startswith("head.")}
+    whole.load_state_dict(of_head)
+    inside = {c: student.variables[c]["backbone"] for c in ("params", "batch_stats")}
+    x = (squares.test.images / np.float32(255) - student.mean) / student.std
+    x = np.asarray(models.create("tiny_net", 2).apply(inside, x).pre_pool).transpose(0, 3, 1, 2)
+    maps = whole.eval().head["projector"](torch.tensor(x))
+    found = whole.head["classifier"](maps.mean((2, 3))).detach().numpy()
+    logits = ipwd_jax.load_run(workdir).predictions()["best_logits"]
+    np.testing.assert_allclose(found, logits, atol=1e-4)
 
 
 def test_it_is_no_start_of_another_student(workdir, squares, tmp_path):
