@@ -43,6 +43,7 @@ def default() -> ConfigDict:
     config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
 
     config.teacher = _teacher()
+    config.deterministic = False  # same bits in every run on a GPU too, which costs speed
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
     config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240

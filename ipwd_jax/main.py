@@ -152,7 +152,8 @@ def _main(argv: list[str]) -> None:
 
     logging.set_verbosity(logging.ERROR)
     python_logging.captureWarnings(True)
-    xla.apply(_XLA_PROFILE.value, _COMPILATION_CACHE.value)
+    deterministic = _CONFIG.value.get("deterministic") is True
+    xla.apply(_XLA_PROFILE.value, _COMPILATION_CACHE.value, deterministic)
     with parallel.distributed(*described) if _DISTRIBUTED.value else contextlib.nullcontext():
         _run(_CONFIG.value)
 

@@ -364,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with signals.exit_statuses(), signals.acknowledged():
         xla.apply(given.xla_profile)
         planned = plan(load_runs(given.config), given.out)[given.index :: given.count]
+        if any(one.config.deterministic for one in planned):
+            xla.apply(given.xla_profile, deterministic=True)
         if given.dry_run:
             print(_listing(planned))
             return

@@ -16,7 +16,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, parallel, plan, signals, teachers, view_cache, writers
+from ipwd_jax import evaluate, parallel, plan, signals, teachers, view_cache, writers, xla
 from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
@@ -153,6 +153,7 @@ def _times(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | No
 def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = False) -> Experiment:
     """Return the experiment, still without its teacher, after all checks that need no training."""
     validate(config)
+    xla.check_deterministic(config.deterministic)
     teacher_lib.check_named(config, teacher_only)
     if teacher_only and not config.teacher.name:
         raise UserError("this config has no teacher; set --config.teacher.name to a network")

@@ -52,16 +52,24 @@ PROFILES = {
 DEFAULT = "cpu-eigen"
 
 
-def apply(profile: str = "", compilation_cache: str | os.PathLike = "") -> None:
+# What makes a program compute the same bits whenever it runs on a GPU, at the cost of the fastest
+# algorithms. Programs on a CPU do so anyway.
+_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true",)
+
+
+def apply(
+    profile: str = "", compilation_cache: str | os.PathLike = "", deterministic: bool = False
+) -> None:
     """Set the flags of a profile and the folder in which compiled programs are cached.
 
     Args:
         profile: one of `PROFILES`; "none" means no flags. Empty means those of `DEFAULT`, except
             for flags that XLA_FLAGS already sets.
         compilation_cache: folder of the cache; if empty, every process compiles its programs anew.
+        deterministic: whether to set the flags that `config.deterministic` needs as well.
 
     Raises:
-        UserError: there is no such profile, XLA_FLAGS sets one of its flags to a different value,
+        UserError: there is no such profile, XLA_FLAGS sets one of the flags to a different value,
             or the folder cannot be created.
     """
     if profile and profile not in (*PROFILES, "none"):
@@ -69,12 +77,13 @@ def apply(profile: str = "", compilation_cache: str | os.PathLike = "") -> None:
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0]: flag for flag in given}
     flags = () if profile == "none" else PROFILES[profile or DEFAULT].flags
-    for flag in flags if profile else ():
+    wanted = dict.fromkeys(flags if profile else (), f"the profile {profile}")
+    wanted |= dict.fromkeys(_DETERMINISTIC if deterministic else (), "config.deterministic")
+    for flag, why in wanted.items():
         there = names.get(flag.partition("=")[0], flag)
         if there != flag:
-            raise UserError(
-                f"XLA_FLAGS has {there}, but the profile {profile} has {flag}; drop one of them"
-            )
+            raise UserError(f"XLA_FLAGS has {there}, but {why} needs {flag}; drop one of them")
+    flags = tuple(dict.fromkeys((*flags, *wanted)))
     new = [flag for flag in flags if flag.partition("=")[0] not in names]
     if new:
         os.environ["XLA_FLAGS"] = " ".join([*given, *new])
@@ -86,6 +95,18 @@ def apply(profile: str = "", compilation_cache: str | os.PathLike = "") -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def check_deterministic(wanted: bool) -> None:
+    """Raise `UserError` if it is `wanted`, and a GPU need not compute the same bits every time."""
+    if not wanted or jax.default_backend() == "cpu":
+        return
+    if missing := set(_DETERMINISTIC) - set(os.environ.get("XLA_FLAGS", "").split()):
+        raise UserError(
+            f"config.deterministic needs {' '.join(missing)} in XLA_FLAGS before the first array "
+            "exists. The commands set it; in Python, begin with "
+            "ipwd_jax.xla.apply(deterministic=True)."
+        )
 
 
 def active() -> str:

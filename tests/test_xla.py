@@ -33,6 +33,22 @@ def test_flags_join_those_that_are_there(monkeypatch):
     assert os.environ["XLA_FLAGS"].endswith("+CONVOLUTION,+WHILE --xla_gpu_graph_min_graph_size=1")
 
 
+def test_what_the_same_bits_on_a_gpu_need(monkeypatch):
+    jax.default_backend()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    xla.check_deterministic(True)  # on a CPU there is nothing to do
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    xla.check_deterministic(False)
+    with pytest.raises(UserError, match=r"--xla_gpu_deterministic_ops=true in XLA_FLAGS before"):
+        xla.check_deterministic(True)
+    xla.apply("gpu-quick-compile", deterministic=True)
+    assert "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
+    xla.check_deterministic(True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false")
+    with pytest.raises(UserError, match=r"but config\.deterministic needs"):
+        xla.apply("none", deterministic=True)
+
+
 def test_wrong_profiles(monkeypatch):
     with pytest.raises(UserError, match="Did you mean 'gpu-graphs'"):
         xla.apply("gpu-graph")
