@@ -52,13 +52,11 @@ class Loop:
         for index in range(position.stage, len(experiment.stages)):
             stage = experiment.stages[index]
             end = stage.epochs * experiment.steps_per_epoch
-            if until is not None:
-                end = min(end, until - stage.first_step)
+            end = end if until is None else min(end, until - stage.first_step)
             if end <= 0:
                 break
-            if index != position.stage:
-                for run in self.runs:
-                    run.begin(index)
+            for run in self.runs if index != position.stage else ():
+                run.begin(index)
             train_step, self._compiled = experiment.train_step(index), set()
             # The first recorder decides, because `config.patience` excludes several seeds.
             while position.step < end and not self.recorders[0].stops_early():
@@ -106,13 +104,12 @@ class Loop:
             self.recorders[0].compiles()
             jax.block_until_ready(states)
         before = time.monotonic()
-        inputs = teacher.inputs if teacher else {}
-        states = train_step(states, data, inputs, index, mask, streamed)
+        states = train_step(states, data, teacher.inputs if teacher else {}, index, mask, streamed)
         for run, state in zip(self.runs, states, strict=True):
             run.now.state = state
             run.now.position.step += steps
         if not compiles:
-            return 0.0, self._images(steps)
+            return 0.0, len(self.runs) * self.runs[0].images_of_last(steps)
         jax.block_until_ready(states)
         self._compiled.add(steps)
         seconds = time.monotonic() - before
@@ -130,20 +127,11 @@ class Loop:
         if (shows or parallel.process_count() == 1) and self._must_save():
             self._save()
 
-    def _images(self, steps: int) -> int:
-        """Return on how many images the last steps, which are of one epoch, have trained."""
-        size, batch = len(self.experiment.dataset.train.labels), self.experiment.config.batch_size
-        last = (self.runs[0].now.position.step - 1) % self.experiment.steps_per_epoch
-        first = last + 1 - steps
-        return len(self.runs) * (min((last + 1) * batch, size) - first * batch)
-
     def _must_save(self) -> bool:
         """Return whether to save now, because it is time or a signal has come to any process."""
-        return bool(parallel.largest(bool(self.stopped_by) or self._save_is_due()))
-
-    def _save_is_due(self) -> bool:
         every = self.experiment.config.checkpoint.every_seconds
-        return time.monotonic() - self._saved_at >= every
+        is_due = time.monotonic() - self._saved_at >= every
+        return bool(parallel.largest(bool(self.stopped_by) or is_due))
 
     def _save(self) -> None:
         """Save the runs, and raise `Interrupted` if a signal asked the loop to stop."""

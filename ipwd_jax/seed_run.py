@@ -63,6 +63,13 @@ class SeedRun:
         """Return the number of steps taken in all stages: the number of a checkpoint saved now."""
         return self.stage.first_step + self.now.position.step
 
+    def images_of_last(self, steps: int) -> int:
+        """Return on how many images the last steps, which are of one epoch, have trained."""
+        experiment = self.experiment
+        size, batch = len(experiment.dataset.train.labels), experiment.config.batch_size
+        last = (self.now.position.step - 1) % experiment.steps_per_epoch
+        return min((last + 1) * batch, size) - (last + 1 - steps) * batch
+
     def begin(self, stage: int) -> None:
         """Move to the first step of a stage."""
         self.now.position.stage, self.now.position.step = stage, 0

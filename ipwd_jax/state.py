@@ -132,7 +132,6 @@ def init_state(
     key = jax.random.key(seed)
     student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
-
     batch = _batch_of_zeros(image_shape, train_size, key)
     student = outputs_of_zeros(network, batch.image)
     teacher_outputs = outputs_of_zeros(teacher, batch.image) if teacher else None
@@ -146,25 +145,20 @@ def init_state(
         for i, (name, term) in enumerate(sorted(terms.items()))
     }
 
-    def collection(name: str) -> dict[str, PyTree]:
-        return {term: v[name] for term, v in term_variables.items() if name in v}
+    def of_terms(collection: str) -> dict[str, PyTree]:
+        return {k: v[collection] for k, v in term_variables.items() if collection in v}
 
+    def of_all(collection: str) -> dict[str, PyTree]:
+        networks = {"student": variables, "heads": of_heads}
+        inside = {name: tree.get(collection, {}) for name, tree in networks.items()}
+        return {**inside, "terms": of_terms(collection)}
+
+    of_weighting = weighting.init_memory(weighting_config, train_size)
     return TrainState(
         step=jnp.int32(0),
-        params={
-            "student": variables["params"],
-            "heads": of_heads.get("params", {}),
-            "terms": collection("params"),
-        },
-        batch_stats={
-            "student": variables.get("batch_stats", {}),
-            "heads": of_heads.get("batch_stats", {}),
-            "terms": collection("batch_stats"),
-        },
-        memory={
-            "terms": collection("memory"),
-            "weighting": weighting.init_memory(weighting_config, train_size),
-        },
+        params=of_all("params"),
+        batch_stats=of_all("batch_stats"),
+        memory={"terms": of_terms("memory"), "weighting": of_weighting},
         opt_state=(),
         metrics={},
         nonfinite={},

@@ -174,8 +174,8 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
 
 def find_workdir(
     config: ConfigDict, workdir: pathlib.Path, data_name: str, checksums: Mapping[str, str]
-) -> pathlib.Path:
-    """Return the folder in which the teacher's run is, or in which it will be trained.
+) -> pathlib.Path | None:
+    """Return the folder in which the teacher's run is, or will be; None without a teacher.
 
     This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's,
     which is called like `config.teacher.pretrained`, if that is set, or else
@@ -189,6 +189,8 @@ def find_workdir(
         data_name: name of the data set.
         checksums: checksum of the data, under the key `data`.
     """
+    if not config.teacher.name:
+        return None
     if config.teacher.workdir:
         return pathlib.Path(config.teacher.workdir)
     if config.teacher.pretrained:

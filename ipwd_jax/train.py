@@ -73,14 +73,10 @@ def run(
     Examples:
         >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
         >>> result = ipwd_jax.run(config, "runs/digits")  # doctest: +SKIP
-        >>> print(ipwd_jax.summary(result))  # doctest: +SKIP
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset, teacher_only)
-    dataset = experiment.dataset
-    checksums = {"data": fingerprint(dataset)}
-    if experiment.pretrained is not None:
-        checksums["pretrained"] = checksum(experiment.pretrained)
+    dataset, checksums = experiment.dataset, _checksums(experiment)
     if extend:
         _check_extension(experiment)
     runs = {} if teacher_only else of_each_seed(config, workdir)
@@ -88,9 +84,8 @@ def run(
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
         _claim(runs, checksums, dataset, extend)
-        teacher, teacher_workdir = None, None
-        if config.teacher.name:
-            teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
+        teacher = None
+        teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
         if not all((folder / "result.json").exists() for folder in runs):
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
         if teacher_workdir:
@@ -119,11 +114,8 @@ def planned(
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset)
-    runs, teacher_workdir = of_each_seed(config, workdir), None
-    if config.teacher.name:
-        checksums = {"data": fingerprint(experiment.dataset)}
-        name = experiment.dataset.name
-        teacher_workdir = teacher_lib.find_workdir(config, workdir, name, checksums)
+    runs, checksums = of_each_seed(config, workdir), {"data": fingerprint(experiment.dataset)}
+    teacher_workdir = teacher_lib.find_workdir(config, workdir, experiment.dataset.name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
@@ -161,6 +153,13 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     check_augmentation(dataset, config)
     check_fit(config, dataset)
     return assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+
+
+def _checksums(experiment: Experiment) -> dict[str, str]:
+    checksums = {"data": fingerprint(experiment.dataset)}
+    if experiment.pretrained is not None:
+        checksums["pretrained"] = checksum(experiment.pretrained)
+    return checksums
 
 
 def _load(config: ConfigDict) -> Dataset:

@@ -182,26 +182,14 @@ def batches(
     """
     check_memory((prefetch + 1) * index.shape[1] * crops, size)
     several = (crops,) if crops > 1 else ()
-    threads = threads or cpus()
-    stop = threading.Event()
-
-    def decode(sample: int, image: np.ndarray) -> None:
-        encoded = records.read(sample)
-        if train:
-            for crop, out in enumerate(image if several else (image,)):
-                key = seed, epoch + crop * _CROPS, sample
-                decode_train(encoded, key, size, out, flip)
-        else:
-            decode_eval(encoded, size, image)
+    threads, stop = threads or cpus(), threading.Event()
+    decode = _decoder(records, seed, epoch, size, train, flip)
 
     def submit(rows: np.ndarray) -> tuple[np.ndarray, list[concurrent.futures.Future]]:
         batch = np.empty((len(rows), *several, size, size, 3), np.uint8)
-        part = max(1, min(_ROWS_OF_A_TASK, len(rows) // threads))
-        parts = range(0, len(rows), part)
-        return batch, [
-            pool.submit(_fill, records, rows[i : i + part], batch[i : i + part], decode, stop)
-            for i in parts
-        ]
+        step = max(1, min(_ROWS_OF_A_TASK, len(rows) // threads))
+        parts = ((rows[i : i + step], batch[i : i + step]) for i in range(0, len(rows), step))
+        return batch, [pool.submit(_fill, records, decode, stop, *part) for part in parts]
 
     pool = concurrent.futures.ThreadPoolExecutor(threads, "decode")
     pending: collections.deque = collections.deque()
@@ -219,12 +207,29 @@ def batches(
         pool.shutdown(cancel_futures=True)
 
 
+def _decoder(
+    records: Records, seed: int, epoch: int, size: int, train: bool, flip: bool
+) -> Callable[[int, np.ndarray], None]:
+    """Return `decode(sample, out)`, which decodes a sample, in training once for each crop."""
+
+    def decode(sample: int, out: np.ndarray) -> None:
+        encoded = records.read(sample)
+        if not train:
+            decode_eval(encoded, size, out)
+            return
+        for crop, image in enumerate(out.reshape(-1, size, size, 3)):
+            key = seed, epoch + crop * _CROPS, sample
+            decode_train(encoded, key, size, image, flip)
+
+    return decode
+
+
 def _fill(
     records: Records,
-    rows: np.ndarray,
-    out: np.ndarray,
     decode: Callable[[int, np.ndarray], None],
     stop: threading.Event,
+    rows: np.ndarray,
+    out: np.ndarray,
 ) -> None:
     """Decode the samples `rows` into `out`; return early once `stop` is set."""
     for sample, image in zip(rows.tolist(), out, strict=True):

@@ -74,21 +74,29 @@ def mlkd_loss(
             return jnp.where(low, rows, 0).sum() / size
         return low.sum() / size * rows.sum() / size
 
-    def differences(transposed: bool) -> jax.Array:
-        """The squared differences of the Gram matrices, summed over all columns."""
-        total = jnp.zeros((), of_teacher.dtype)
-        for T in every:
-            s, t = (jnp.where(valid[:, None], jax.nn.softmax(z / T), 0) for z in weak)
-            total = total + jnp.square(_gram(t, transposed) - _gram(s, transposed)).sum(axis=1)
-        return total
-
     every = (temperature, *_TEMPERATURES)
     of_kd = mean(kd(weak, every), samples, count)
     of_kd += kd(strong, (temperature, *_OF_STRONG)).sum() / count
     of_kd += kd(weak, _MISAPPLIED).sum() / count
-    of_classes = mean(differences(True), classes, of_teacher.shape[1])
-    of_samples = mean(differences(False), samples, count)
+    columns, rows = (_differences(weak, valid, every, transposed) for transposed in (True, False))
+    of_classes = mean(columns, classes, of_teacher.shape[1])
+    of_samples = mean(rows, samples, count)
     return weights[0] * of_kd + weights[1] * of_classes + weights[2] * of_samples
+
+
+def _differences(
+    logits: Sequence[jax.Array], valid: jax.Array, temperatures: Sequence[float], transposed: bool
+) -> jax.Array:
+    """The squared differences of two networks' Gram matrices, summed over columns and temperatures.
+
+    Returns:
+        (B,), or (C,) if the matrices are those of the transposed probabilities.
+    """
+    total = jnp.zeros((), logits[0].dtype)
+    for T in temperatures:
+        s, t = (jnp.where(valid[:, None], jax.nn.softmax(z / T), 0) for z in logits)
+        total = total + jnp.square(_gram(t, transposed) - _gram(s, transposed)).sum(axis=1)
+    return total
 
 
 def _gram(rows: jax.Array, transposed: bool) -> jax.Array:

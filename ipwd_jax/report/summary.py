@@ -64,27 +64,28 @@ def summary(result: Mapping[str, Any]) -> str:
             f"teacher's logits in the step: {100 * rounding['logits_error']:.3g} % error relative "
             f"to float32, {100 * rounding['same_class']:.1f} % with the same predicted class"
         )
-    weights = result.get("weights")
-    if weights:
-        lines.append(
-            "weights        "
-            + ", ".join(
-                f"{name.removeprefix('weight_')} {weights[name]:.3f}"
-                for name in ("weight_mean", "weight_min", "weight_max")
-            )
-            + f", effective sample size {100 * weights['weight_effective_sample_size']:.1f} %"
-        )
-    if weights and "mass_correlation_A" in weights:
-        cells = (
-            f"{ratio} {_number(weights[f'mass_correlation_{ratio}'], '+.3f')}" for ratio in "AB"
-        )
-        lines.append(f"rank correlation of class weight and teacher mass: {', '.join(cells)}")
+    lines += _weights(result.get("weights") or {})
     if result.get("images_per_second"):
         lines.append(
             f"{result['images_per_second']:,.0f} training images/s on {result['devices']} x "
             f"{result['device']}"
         )
     return "\n".join(lines)
+
+
+def _weights(weights: Mapping[str, float]) -> list[str]:
+    """The lines about the weights of the samples; none if the run weights none."""
+    lines = []
+    if weights:
+        cells = (f"{name} {weights[f'weight_{name}']:.3f}" for name in ("mean", "min", "max"))
+        share = 100 * weights["weight_effective_sample_size"]
+        lines.append(f"weights        {', '.join(cells)}, effective sample size {share:.1f} %")
+    if "mass_correlation_A" in weights:
+        cells = (
+            f"{ratio} {_number(weights[f'mass_correlation_{ratio}'], '+.3f')}" for ratio in "AB"
+        )
+        lines.append(f"rank correlation of class weight and teacher mass: {', '.join(cells)}")
+    return lines
 
 
 def _over_seeds(results: Sequence[Mapping[str, Any]]) -> str:
