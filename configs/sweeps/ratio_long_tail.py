@@ -3,7 +3,7 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_long_tail.py --out=runs/long_tail
 
 The first class has 100 times as many training images as the last one, and 10,847 are left of
-50,000. Four times as many epochs make up for this in part.
+50,000. Four times as many epochs make up for this in part. The teacher is trained on them too.
 """
 
 from pathlib import Path
@@ -24,7 +24,8 @@ def get_runs(constants="2"):
         config = run["config"]
         config.name = f"tail_{config.name}"
         config.data.long_tail = 100.0
-        for side in (config, config.teacher):
-            side.epochs *= 4
-            side.optimizer.milestones = tuple(4 * m for m in side.optimizer.milestones)
+        config.teacher.pretrained = ""
+        config.teacher.epochs, config.teacher.optimizer.milestones = 64, (40, 48, 56)
+        config.epochs *= 4
+        config.optimizer.milestones = tuple(4 * m for m in config.optimizer.milestones)
     return runs

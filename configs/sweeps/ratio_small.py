@@ -3,12 +3,12 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:2.31,1.87 --out=runs/ratio
 
-The networks are small enough for a CPU. On two cores, a step of resnet8 processes about 1,000
-images/s and one of the teacher 225, so a student should take about a quarter of an hour and the
-teacher an hour. The teacher's answers are computed once for all runs of a seed.
-The teacher trains for 16 epochs and a student for 20, instead of the paper's 240, and the learning
-rate falls at the same fractions of them, rounded. A missing CIFAR-100 is downloaded. All runs of
-the first seed come first, so that a sweep that is stopped has compared all methods.
+The networks are small enough for a CPU: on two cores, a student should take about a quarter of an
+hour. The teacher is one of those that come with the package (`python -m ipwd_jax.teachers`), and
+its answers to what the runs of a seed see are computed once for all of them. A student trains for
+20 epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
+rounded. A missing CIFAR-100 is downloaded. All runs of the first seed come first, so that a sweep
+that is stopped has compared all methods. Two of these commands at the same time share the runs.
 
 A weight larger than 1 strengthens distillation as a whole, so one of the arms multiplies the loss
 of KD by a constant, which should be IPWD's mean weight. That is not known before the arms of IPWD
@@ -25,6 +25,7 @@ from ipwd_jax.errors import UserError
 
 BASELINES = Path(__file__).parents[1] / "cifar_baselines.py"
 PAIR = ("vgg8", "resnet8")
+TEACHER = "vgg8@cifar100-16ep"
 SEEDS = (0, 1, 2)
 
 
@@ -66,6 +67,6 @@ def _config(name, method, changes):
     config.data.download = True
     if config.teacher.name:
         config.teacher.view_cache = "drawn"
+        config.teacher.pretrained = TEACHER
     config.epochs, config.optimizer.milestones = 20, (13, 15, 18)
-    config.teacher.epochs, config.teacher.optimizer.milestones = 16, (10, 12, 14)
     return config

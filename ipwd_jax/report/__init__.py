@@ -16,6 +16,7 @@ def write_report(
     runs: Sequence[str | pathlib.Path],
     out: str | pathlib.Path | None = None,
     baseline: str | pathlib.Path | None = None,
+    figures: bool = False,
 ) -> "Written":
     """Writes an HTML page about one run, or about how several runs compare, and files beside it.
 
@@ -29,6 +30,8 @@ def write_report(
         baseline: the work directory of a run to compare with. A single run is compared with it
             class by class. With several runs, its method takes the place of plain knowledge
             distillation in the paired differences.
+        figures: whether to write the figures as SVG files too, into a folder beside the page, and
+            to show them in the Markdown file.
 
     Returns:
         The files, and the problems that are named on the page: runs or parts of them that could not
@@ -50,4 +53,5 @@ def write_report(
         [pathlib.Path(run) for run in runs],
         pathlib.Path(out) if out is not None else None,
         pathlib.Path(baseline) if baseline is not None else None,
+        figures,
     )

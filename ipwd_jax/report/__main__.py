@@ -36,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--baseline", type=pathlib.Path, metavar="RUN", help="folder of a run to compare with"
     )
+    parser.add_argument(
+        "--figures", action="store_true", help="write the figures as SVG files too, for Markdown"
+    )
     given = parser.parse_args(argv)
     try:
-        written = write_report(given.runs, given.out, given.baseline)
+        written = write_report(given.runs, given.out, given.baseline, given.figures)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

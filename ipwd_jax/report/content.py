@@ -120,8 +120,23 @@ def one_line(text: object, length: int = 200) -> str:
     return words if len(words) <= length else f"{words[: length - 1]}…"
 
 
-def markdown(report: Report) -> str:
-    """The report in Markdown; figures and images are described in words."""
+def figures(report: Report) -> dict[str, Figure]:
+    """The figures of a report by the names of the files that can hold them."""
+    return {
+        f"{section.key}-{number}.svg": figure
+        for section in report.sections
+        for number, figure in enumerate(section.figures)
+    }
+
+
+def markdown(report: Report, folder: str = "") -> str:
+    """The report in Markdown; images are described in words, and so are figures without a folder.
+
+    Args:
+        report: the report.
+        folder: where the files of its `figures` are, relative to the Markdown file.
+    """
+    files = {id(figure): name for name, figure in figures(report).items()} if folder else {}
     lines = [f"# {_md(report.title)}", _md(report.subtitle)]
     if report.problems:
         lines.append("**Not everything could be reported:**")
@@ -131,7 +146,11 @@ def markdown(report: Report) -> str:
         lines += [f"## {_md(section.title)}", *map(_md, section.text)]
         if section.missing:
             lines.append(f"Not reported: {_md(section.missing)}")
-        lines += [f"Figure: {_md(figure.caption)} {_md(figure.alt)}" for figure in section.figures]
+        for figure in section.figures:
+            if name := files.get(id(figure)):
+                lines += [f"![{_md(figure.alt)}]({folder}/{name})", _md(figure.caption)]
+            else:
+                lines.append(f"Figure: {_md(figure.caption)} {_md(figure.alt)}")
         for gallery in section.galleries:
             shown = "\n".join(f"- {_md(picture.alt)}" for picture in gallery.pictures)
             lines += [f"Images: {_md(gallery.caption)}", shown]

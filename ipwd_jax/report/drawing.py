@@ -83,6 +83,15 @@ def draw(key: str, alt: str, paint: Callable[[Axes], None], height: float = 3.0)
     return _inline(file.getvalue(), key, alt)
 
 
+def standalone(svg: str) -> str:
+    """What `draw` returns as the content of a file, legible on light and on dark pages."""
+    style = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#d1d7e0}}"
+    width = round(_WIDTH * 110)
+    return svg.replace("<svg ", f'<svg width="{width}" ', 1).replace(
+        ">", f"><style>{style}</style>", 1
+    )
+
+
 def legend_below(axes: Axes, columns: int = 3) -> None:
     """Puts the legend below the axes, where it covers no data; none if nothing is labelled."""
     _, labels = axes.get_legend_handles_labels()

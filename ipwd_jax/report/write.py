@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from ipwd_jax.errors import UserError
-from ipwd_jax.report import content, several, single
+from ipwd_jax.report import content, drawing, several, single
 from ipwd_jax.report.content import Report
 from ipwd_jax.report.load import Loaded, load, load_all
 from ipwd_jax.writers import write_atomically
@@ -31,6 +31,7 @@ def write(
     workdirs: Sequence[pathlib.Path],
     out: pathlib.Path | None = None,
     baseline: pathlib.Path | None = None,
+    figures: bool = False,
 ) -> Written:
     """Does what `ipwd_jax.report.write_report` says."""
     if out is not None and out.suffix != ".html":
@@ -49,11 +50,15 @@ def write(
         one = _only(finished or runs, problems)
         report = single.report(one, compared, problems)
         out = out or one.run.workdir / "report.html"
-    files = {out: page(report), out.with_suffix(".md"): content.markdown(report)}
+    folder = f"{out.stem}_figures" if figures else ""
+    files = {out: page(report), out.with_suffix(".md"): content.markdown(report, folder)}
     if report.results:
         files[out.with_suffix(".csv")] = content.csv_records(report.results)
         tables = [content.latex_table(table) for table in report.tables]
         files[out.with_suffix(".tex")] = "\n".join(["% needs the package booktabs", *tables])
+    if figures:
+        for name, figure in content.figures(report).items():
+            files[out.parent / folder / name] = drawing.standalone(figure.svg)
     for path, text in files.items():
         try:
             write_atomically(path, text.encode())

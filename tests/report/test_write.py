@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -126,6 +127,20 @@ def test_a_page_needs_nothing_else_and_shows_names_as_they_are(runs):
     assert all("aria-label=" in drawing for drawing in re.findall(r"<svg [^>]*>", page))
     text = (runs / "ipwd_seed0/report.md").read_text()
     assert r"dark\|\_\*" in text and "<b>" not in text
+
+
+def test_figures_as_files(runs):
+    """The Markdown file shows each of them, and each is a whole SVG file with its own colours."""
+    out = runs / "one.html"
+    main([str(runs / "ipwd_seed0"), f"--out={out}", "--figures"])
+    shown = re.findall(
+        r"!\[[^\n]+\]\(one_figures/([\w-]+\.svg)\)", out.with_suffix(".md").read_text()
+    )
+    files = sorted((runs / "one_figures").iterdir())
+    assert sorted(shown) == [file.name for file in files] and len(files) == 7
+    for file in files:
+        root = ElementTree.fromstring(file.read_text())
+        assert "prefers-color-scheme" in root.find("{*}style").text and root.get("width") == "484"
 
 
 def test_seeds_are_averaged_and_methods_compared(runs, capsys):
