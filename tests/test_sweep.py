@@ -351,7 +351,9 @@ class TestFiles:
         names = ("ipwd_A", "kd", "ipwd_B", "ce", "kd_cls", "kd_times2.5", "kd_times3", "wsld")
         raw = ("ipwd_A_raw", "ipwd_B_raw", "ipwd_A_detached")
         assert [config.name for config in configs] == [f"ratio_{name}" for name in (*names, *raw)]
-        assert [run["seeds"] for run in runs[:: len(configs)]] == [(0,), (1,), (2,)]
+        assert [run["seeds"] for run in runs] == [
+            (seed,) for count in (7, 4) for seed in (0, 1, 2) for _ in range(count)
+        ]
         assert [config.weighting.constant for config in configs[5:7]] == [2.5, 3.0]
         for config in configs:
             assert config.epochs == 20

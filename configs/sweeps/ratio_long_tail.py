@@ -14,7 +14,7 @@ SMALL = load_module(Path(__file__).with_name("ratio_small.py"))
 
 
 def get_runs(constants="2"):
-    """All arms with the first seed, then with the second, and then with the third.
+    """The runs of ratio_small.py, in the same order.
 
     Args:
         constants: the constant weights, with commas between them.

@@ -4,11 +4,14 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:2.31,1.87 --out=runs/ratio
 
 The networks are small enough for a CPU: on two cores, a student should take about a quarter of an
-hour. The teacher is one of those that come with the package (`python -m ipwd_jax.teachers`), and
-its answers to what the runs of a seed see are computed once for all of them. A student trains for
-20 epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
-rounded. A missing CIFAR-100 is downloaded. All runs of the first seed come first, so that a sweep
-that is stopped has compared all methods. Two of these commands at the same time share the runs.
+hour. The teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A
+student trains for 20 epochs instead of the paper's 240, and the learning rate falls at the same
+fractions of them, rounded. Images are mirrored but not cropped, so that the teacher's answers to
+all 100,000 views take minutes; with crops, they would take as long as the students. A missing
+CIFAR-100 is downloaded. Two of these commands at the same time share the runs.
+
+The six methods that decide come first, with all seeds, and the others after them: the scores
+without standardisation, a head that does not train the backbone, and WSLD.
 
 A weight larger than 1 strengthens distillation as a whole, so one of the arms multiplies the loss
 of KD by a constant, which should be IPWD's mean weight. That is not known before the arms of IPWD
@@ -27,37 +30,43 @@ BASELINES = Path(__file__).parents[1] / "cifar_baselines.py"
 PAIR = ("vgg8", "resnet8")
 TEACHER = "vgg8@cifar100-16ep"
 SEEDS = (0, 1, 2)
+A, B = ({"weighting__ratio": ratio} for ratio in "AB")
+RAW = {"weighting__standardize": False}
+# Name, method of configs/cifar_baselines.py, and the settings that differ from it.
+OTHERS = [
+    ("wsld", "wsld", {}),
+    ("ipwd_A_raw", "ipwd", A | RAW),
+    ("ipwd_B_raw", "ipwd", B | RAW),
+    ("ipwd_A_detached", "ipwd", A | {"terms__cls__source": "detached"}),
+]
 
 
 def get_runs(constants="2"):
-    """All arms with the first seed, then with the second, and then with the third.
+    """The methods that decide, with one seed after the other, and then the other methods.
 
     Args:
         constants: the constant weights, with commas between them.
     """
-    configs = [_config(*arm) for arm in _arms(constants)]
-    return [{"config": config, "seeds": (seed,)} for seed in SEEDS for config in configs]
+    return [
+        {"config": _config(*arm), "seeds": (seed,)}
+        for part in (_deciding(constants), OTHERS)
+        for seed in SEEDS
+        for arm in part
+    ]
 
 
-def _arms(constants):
-    """Name, method of configs/cifar_baselines.py, and the settings that differ from it."""
+def _deciding(constants):
     try:
         weights = [float(constant) for constant in constants.split(",")]
     except ValueError:
         raise UserError(f"this sweep takes numbers after the colon, found {constants!r}") from None
-    a, b = {"weighting__ratio": "A"}, {"weighting__ratio": "B"}
-    raw = {"weighting__standardize": False}
     return [
-        ("ipwd_A", "ipwd", a),
+        ("ipwd_A", "ipwd", A),
         ("kd", "kd", {}),
-        ("ipwd_B", "ipwd", b),
+        ("ipwd_B", "ipwd", B),
         ("ce", "ce", {}),
         ("kd_cls", "kd", {"loss__cls": 1.0}),
         *((f"kd_times{w:g}", "kd_constant", {"weighting__constant": w}) for w in weights),
-        ("wsld", "wsld", {}),
-        ("ipwd_A_raw", "ipwd", a | raw),
-        ("ipwd_B_raw", "ipwd", b | raw),
-        ("ipwd_A_detached", "ipwd", a | {"terms__cls__source": "detached"}),
     ]
 
 
@@ -65,8 +74,9 @@ def _config(name, method, changes):
     config = load_config(f"{BASELINES}:{method},{','.join(PAIR)}", **changes)
     config.name = f"ratio_{name}"
     config.data.download = True
+    config.data.crop_padding = 0
     if config.teacher.name:
-        config.teacher.view_cache = "drawn"
+        config.teacher.view_cache = "all"
         config.teacher.pretrained = TEACHER
     config.epochs, config.optimizer.milestones = 20, (13, 15, 18)
     return config
