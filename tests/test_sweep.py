@@ -350,7 +350,9 @@ class TestFiles:
         configs = [run["config"] for run in runs if run["seeds"] == (0,)]
         names = ("ipwd_A", "kd", "ipwd_B", "ce", "kd_cls", "kd_times2.5", "kd_times3", "wsld")
         raw = ("ipwd_A_raw", "ipwd_B_raw", "ipwd_A_detached")
-        assert [config.name for config in configs] == [f"ratio_{name}" for name in (*names, *raw)]
+        pairs = ("vgg8_resnet8" if name != "ce" else "resnet8" for name in (*names, *raw))
+        expected = [f"cifar100_{n}_{p}" for n, p in zip((*names, *raw), pairs, strict=True)]
+        assert [config.name for config in configs] == expected
         assert [run["seeds"] for run in runs] == [
             (seed,) for count in (7, 4) for seed in (0, 1, 2) for _ in range(count)
         ]

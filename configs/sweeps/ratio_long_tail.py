@@ -22,7 +22,6 @@ def get_runs(constants="2"):
     runs = SMALL.get_runs(constants)
     for run in runs:
         config = run["config"]
-        config.name = f"tail_{config.name}"
         config.data.long_tail = 100.0
         config.teacher.pretrained = ""
         config.teacher.epochs, config.teacher.optimizer.milestones = 64, (40, 48, 56)

@@ -72,7 +72,8 @@ def _deciding(constants):
 
 def _config(name, method, changes):
     config = load_config(f"{BASELINES}:{method},{','.join(PAIR)}", **changes)
-    config.name = f"ratio_{name}"
+    pair = PAIR if config.teacher.name else PAIR[1:]
+    config.name = "_".join(("cifar100", name, *pair))
     config.data.download = True
     config.data.crop_padding = 0
     if config.teacher.name:
