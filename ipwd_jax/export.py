@@ -56,6 +56,8 @@ _PACKAGES = {
     _STABLEHLO: ("flatbuffers", "pip install flatbuffers"),
     _ONNX: ("jax2onnx", "pip install 'jax2onnx>=0.13'"),
 }
+# What the JSON file of every StableHLO file says.
+_ENTRIES = {"class_names", "image_shape", "input", "output", "centre_crop", "versions", "platforms"}
 # How far the logits of an ONNX file may be from JAX's, as a share of the largest logit or of 1.
 _TOLERANCE = 1e-4
 
@@ -95,7 +97,8 @@ def export_classifier(
     Args:
         classifier: the network, with the mean and deviation of the pixels it was trained on.
         path: the file to write, which ends in .stablehlo or .onnx. Neither it nor its JSON file may
-            exist. The files appear whole or not at all.
+            exist, except for a JSON file that an export has left behind which was killed. The files
+            appear whole or not at all.
         about: more entries for the JSON file or the metadata.
 
     Returns:
@@ -127,11 +130,22 @@ def _check_path(path: pathlib.Path) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(f"the file to write must end in {' or '.join(SUFFIXES)}, found {path}")
     for file in (path, _json_of(path)) if path.suffix == _STABLEHLO else (path,):
-        if file.exists():
+        if file.exists() and not (file != path and _is_left_behind(file)):
             raise UserError(f"{file} exists already; delete it or choose another name")
     module, command = _PACKAGES[path.suffix]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{path.suffix} files need a package that is not installed: {command}")
+
+
+def _is_left_behind(beside: pathlib.Path) -> bool:
+    """Return whether a JSON file without its StableHLO file is that of an export that was killed.
+
+    The JSON file is written first, so that no StableHLO file ever lacks it.
+    """
+    try:
+        return json.loads(beside.read_text()).keys() >= _ENTRIES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_run(run: Run) -> None:
@@ -285,8 +299,8 @@ def _write(
         if beside:
             writers.write_json(beside, entries)
         writers.write_atomically(path, data)
-    except OSError as error:
+    except UserError:
         if beside:
             with contextlib.suppress(OSError):
                 beside.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise

@@ -1,5 +1,6 @@
 """The files that keep a table of the teacher's answers, and the space that they need."""
 
+import errno
 import json
 import os
 import pathlib
@@ -106,7 +107,9 @@ class TableFiles:
             table = np.lib.format.open_memmap(table_path, mode="r+")
         else:
             done = 0
-            table = np.lib.format.open_memmap(table_path, "w+", np.float32, shape)
+            # A note that outlived its table would say that rows of the new one are done.
+            note_path.unlink(missing_ok=True)
+            table = _create(table_path, shape)
         progress = Progress(len(index), unit="view")
         started, flushed = time.monotonic(), 0.0
         while done < len(index):
@@ -130,11 +133,33 @@ class TableFiles:
             "checksum": _checksum(table),
             "seconds": time.monotonic() - started,
         }
-        self.note.unlink(missing_ok=True)
-        os.replace(table_path, self.table)
+        with writers.explained(self.table):
+            self.note.unlink(missing_ok=True)
+            os.replace(table_path, self.table)
         writers.write_json(self.note, note)
         note_path.unlink(missing_ok=True)
         return np.load(self.table, mmap_mode="r")
+
+
+def _create(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+    """Create a memory-mapped table of zeros, whose space on the disk is taken at once.
+
+    Otherwise a disk that becomes full would end the process with SIGBUS, without a message.
+
+    Raises:
+        UserError: the file cannot be written, or there is not enough space.
+    """
+    with writers.explained(path):
+        table = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:  # some file systems know no such call
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                path.unlink()
+                raise
+        return table
 
 
 def _checksum(table: np.ndarray) -> str:

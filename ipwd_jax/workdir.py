@@ -88,7 +88,7 @@ def failures_noted(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
         note = {"reason": f"{type(error).__name__}: {error}", "time": now}
         for workdir in workdirs:
             if not (workdir / "result.json").exists():
-                with contextlib.suppress(OSError):  # the first error is the one to show
+                with contextlib.suppress(UserError):  # the first error is the one to show
                     writers.write_json(workdir / FAILURE, note)
         raise
 

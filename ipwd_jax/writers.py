@@ -1,5 +1,6 @@
 """Write the files that a run leaves for people and programs to read."""
 
+import contextlib
 import csv
 import importlib.metadata
 import io
@@ -8,25 +9,47 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ipwd_jax import __version__, parallel
+from ipwd_jax.errors import UserError
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """Write a file so that a reader sees either the old content or the new, never a part of it.
 
     Of several processes that train together, the first one alone writes.
+
+    Raises:
+        UserError: the file cannot be written; its old content, if there was any, is kept.
     """
     if not parallel.is_first():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to show
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def explained(path: pathlib.Path) -> Iterator[None]:
+    """Raise `UserError` instead of an `OSError` in a block that writes the file `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. Make sure that its folder is "
+            "writable and that there is free space; then run the same command again."
+        ) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -94,10 +94,7 @@ def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         data = safetensors.numpy.save({k: np.array(v, order="C") for k, v in tensors.items()})
     else:
         data = _zip(tensors)
-    try:
-        writers.write_atomically(path, data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    writers.write_atomically(path, data)
 
 
 # Reading

@@ -60,10 +60,7 @@ def write(
         for name, figure in content.figures(report).items():
             files[out.parent / folder / name] = drawing.standalone(figure.svg)
     for path, text in files.items():
-        try:
-            write_atomically(path, text.encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        write_atomically(path, text.encode())
     return Written(tuple(files), tuple(report.problems))
 
 
