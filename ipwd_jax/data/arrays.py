@@ -56,6 +56,11 @@ def numpy_file(config: ConfigDict, path: str) -> Dataset:
             f"{file} has test images; leave the setting out"
         )
     names = arrays.get("class_names")
+    if names is not None and (names.ndim != 1 or names.dtype.kind != "U"):
+        raise UserError(
+            f"{file}: class_names must be one string for each class, found {names.shape} "
+            f"{names.dtype}; store a list of strings, or leave the array out"
+        )
     return from_arrays(
         arrays["train_images"],
         arrays["train_labels"],

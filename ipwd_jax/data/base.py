@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
@@ -168,11 +169,15 @@ def check_classes(
     if classes < 2:
         raise UserError(f"{name} has {classes} classes; at least 2 are needed")
     trained = set(train_labels.tolist())
-    if missing := sorted(set(range(classes)) - trained):
+    # A label that is an identifier makes for billions of classes, too many to be listed.
+    absent = (label for label in range(classes) if label not in trained)
+    if missing := list(itertools.islice(absent, 10)):
         raise UserError(
-            f"{name} has {classes} classes, but no training image of the classes {missing[:10]}"
+            f"{name} has {classes} classes, but no training image of the classes {missing}; "
+            "number the classes from 0 without gaps"
         )
-    if beyond := sorted((trained | set(test_labels.tolist())) - set(range(classes))):
+    labels = trained | set(test_labels.tolist())
+    if beyond := sorted(label for label in labels if not 0 <= label < classes):
         raise UserError(
             f"{name} has {classes} classes, but some labels belong to none of them: {beyond[:10]}"
         )

@@ -230,9 +230,11 @@ def _open(encoded: bytes) -> _Jpeg | _Other:
 def _jpeg(encoded: bytes) -> _Jpeg | None:
     """Read the header of a JPEG; None if Pillow has to decode the file.
 
-    That is the case unless the file is complete, has one or three channels of 8 bits, and needs no
-    rotation.
+    That is the case unless the file is complete, has one or three channels of 8 bits, needs no
+    rotation, and is not so large that Pillow refuses it.
     """
+    from PIL import Image
+
     at = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
     while at + 10 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4], "big")
@@ -242,6 +244,8 @@ def _jpeg(encoded: bytes) -> _Jpeg | None:
             # A truncated file has no end marker, and some decoders would fill it up with grey.
             whole = encoded.rfind(b"\xff\xd9", at) > 0
             known = whole and bits == 8 and channels in (1, 3) and height and width
+            # Pillow refuses such a size. Other decoders take the memory that a few bytes declare.
+            known = known and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
             return _Jpeg(encoded, height, width, at, marker < 0xC2) if known else None
         if marker == 0xE1 and encoded[at + 4 : at + 8] == b"Exif" and _turned(encoded):
             return None
