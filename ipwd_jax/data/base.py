@@ -141,7 +141,7 @@ def from_arrays(
     """
     train = _split(f"{name} training", train_images, train_labels)
     if test_images is None:
-        train, test = hold_out(train, test_fraction)
+        train, test = hold_out(train, test_fraction, name)
     else:
         test = _split(f"{name} test", test_images, test_labels)
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -236,13 +236,14 @@ def _split(what: str, images: np.ndarray, labels: np.ndarray | None) -> Split:
     return Split(np.ascontiguousarray(images), labels.astype(np.int32))
 
 
-def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
+def hold_out(split: Split, fraction: float, name: str = "the data") -> tuple[Split, Split]:
     """Hold out the same share of every class, at even intervals in the order of its samples.
 
     Args:
         split: the split to divide.
         fraction: share of each class to hold out, in (0, 0.5]. At least one sample is held out of
             every class that has two or more.
+        name: name of the data set in messages.
 
     Returns:
         The remaining split and the held-out split. They depend on nothing but the arguments.
@@ -259,8 +260,8 @@ def hold_out(split: Split, fraction: float) -> tuple[Split, Split]:
         held[members[(np.arange(count) + 1) * len(members) // (count + 1)]] = True
     if not held.any():
         raise UserError(
-            "every class has a single image, so none can be held out for testing; add images, or "
-            "provide a test split"
+            f"every class has a single image in {name}, so none can be held out for testing; add "
+            "images, or provide a test split"
         )
     return (
         Split(split.in_memory[~held], split.labels[~held]),

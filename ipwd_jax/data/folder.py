@@ -106,7 +106,7 @@ def find(config: ConfigDict, path: str) -> tuple[str, list[str], Files, Files]:
         numbered = Split(np.arange(len(train.paths)), train.labels)
         train, test = (
             Files(train_root, [train.paths[i] for i in part.in_memory], part.labels)
-            for part in hold_out(numbered, config.test_fraction)
+            for part in hold_out(numbered, config.test_fraction, str(train_root))
         )
     check_classes(name, len(names), train.labels, test.labels)
     return name, names, train, test

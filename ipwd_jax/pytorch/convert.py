@@ -99,6 +99,13 @@ def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -
 
 def _read(path: pathlib.Path, network: str, key: str = "") -> tuple[Fit, PyTree, dict[str, Any]]:
     """Return the network that a file holds, its variables, and the metadata beside them."""
+    try:
+        return _network_of(path, network, key)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def _network_of(path: pathlib.Path, network: str, key: str) -> tuple[Fit, PyTree, dict[str, Any]]:
     tensors, metadata = unwrap(files.load(path), key)
     fit = guess({name: x.shape for name, x in tensors.items()}, network)
     template = template_of(fit)
