@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
@@ -104,6 +105,7 @@ _RANGES = {
     "terms.*.regularization": _POSITIVE,
     "terms.*.decay_from": _NOT_NEGATIVE,
 }
+_LARGEST = (float(np.finfo(np.float32).max), 2**31 - 1)  # that a device has, float and integer
 _LONGEST_NAME = 255  # bytes of the name of a file, on the usual file systems
 _CHOICES = {
     "precision": PRECISIONS,
@@ -239,6 +241,9 @@ def _check_value(path: str, value: Any) -> None:
             raise UserError(f"config.{path} must be finite, {found}")
         if allowed and not allowed.holds(number):
             raise UserError(f"config.{path} must {allowed.words}, {found}")
+        largest = _LARGEST[isinstance(number, Integral)]
+        if allowed is not _SEED and abs(number) > largest:
+            raise UserError(f"config.{path} must fit into 32 bits, {found}")
     if path.endswith("milestones") and list(value) != sorted(set(value)):
         raise UserError(f"config.{path} must increase strictly, found {tuple(value)}")
 

@@ -29,6 +29,11 @@ from ipwd_jax import data, main, signals, train
 from ipwd_jax.errors import UserError
 
 DEFAULTS = config_lib.flat(config_lib.default())
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),  # ml_collections
+    # A run with such a product in its loss ends as one that has diverged.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 OPTIONS = {
     "deadline": None,
     "derandomize": True,
@@ -63,6 +68,7 @@ def around(path, file):
     """Return a config in which a setting takes part in the run, so that its value matters."""
     config = settings(data__name=f"numpy:{file}", optimizer__milestones=())
     config.teacher.optimizer.milestones = config.first_stage.optimizer.milestones = ()
+    config.terms.crd.negatives, config.terms.fitnet.layer = 4, 1  # as these images have it
     section, _, rest = path.partition(".")
     if section == "terms" and rest:
         config.loss[rest.partition(".")[0]] = 1.0
@@ -113,8 +119,12 @@ def from_python(count, file):
     @given(path=st.sampled_from(sorted(DEFAULTS)), value=VALUES)
     def check(path, value):
         config = around(path, file)
-        changed(config, path, value)
-        counts[outcome(config, path, value)] += 1
+        try:
+            changed(config, path, value)
+        except (OverflowError, TypeError, ValueError):  # raised by ml_collections
+            counts["impossible"] += 1
+        else:
+            counts[outcome(config, path, value)] += 1
 
     check()
     return counts
