@@ -98,19 +98,12 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
         return UserError(f"the config file {path} cannot be read: {chain[-1]}")
     if isinstance(error, flags.Error):
         return UserError(str(error).strip().splitlines()[-1])
-    from ipwd_jax.config import default, flat, has_key, unknown_key
+    from ipwd_jax.config import default, has_key, unknown_key
 
     for argument in argv:  # an override of what the config does not have
-        if not argument.lstrip("-").startswith("config."):
-            continue
         name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if not has_key(default(), name):
+        if argument.lstrip("-").startswith("config.") and not has_key(default(), name):
             return unknown_key(name, default())
-        if isinstance(flat(default()).get(name), ConfigDict):
-            return UserError(
-                f"config.{name} is a section of settings and cannot be {argument!r}; change one of "
-                f"them, such as --config.{name}.{next(iter(flat(default())[name]))}=VALUE"
-            )
     if _CONFIG.present and not isinstance(_CONFIG.value, ConfigDict):
         return UserError(f"get_config() of {path} returns {_CONFIG.value}, not the config")
     return UserError(f"the config {path} cannot be read: {error}")

@@ -6,7 +6,6 @@ several settings must agree on. A pattern in a table matches the whole path of a
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
@@ -14,11 +13,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import losses, models, optim
+from ipwd_jax import limits, losses, models, optim
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError, unknown_name
 from ipwd_jax.models.heads import SOURCES as HEAD_SOURCES
@@ -105,8 +103,6 @@ _RANGES = {
     "terms.*.regularization": _POSITIVE,
     "terms.*.decay_from": _NOT_NEGATIVE,
 }
-_LARGEST = (float(np.finfo(np.float32).max), 2**31 - 1)  # that a device has, float and integer
-_LONGEST_NAME = 255  # bytes of the name of a file, on the usual file systems
 _CHOICES = {
     "precision": PRECISIONS,
     "*optimizer.name": optim.OPTIMIZERS,
@@ -233,39 +229,18 @@ def _check_value(path: str, value: Any) -> None:
         raise unknown_name(f"config.{path}", value, choices)
     several = isinstance(value, tuple | list)
     for text in (x for x in (value if several else [value]) if isinstance(x, str)):
-        _check_text(path, text)
+        limits.check_text(path, text)
     allowed = _of_pattern(_RANGES, path)
     for number in (x for x in (value if several else [value]) if _is_a(float, x)):
         found = f"found {number}{f' in {tuple(value)}' if several else ''}"
-        if not _is_finite(number):
+        if not limits.is_finite(number):
             raise UserError(f"config.{path} must be finite, {found}")
         if allowed and not allowed.holds(number):
             raise UserError(f"config.{path} must {allowed.words}, {found}")
-        largest = _LARGEST[isinstance(number, Integral)]
-        if allowed is not _SEED and abs(number) > largest:
-            raise UserError(f"config.{path} must fit into 32 bits, {found}")
+        if allowed is not _SEED:
+            limits.check_number(path, number, found)
     if path.endswith("milestones") and list(value) != sorted(set(value)):
         raise UserError(f"config.{path} must increase strictly, found {tuple(value)}")
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # a whole number beyond the largest float
-        return False
-
-
-def _check_text(path: str, text: str) -> None:
-    """Raise `UserError` for text that cannot be the name of a file, as many settings are."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(
-            f"config.{path} must be text without null and surrogate characters, found {text!r}"
-        )
-    if longest := [part for part in text.split("/") if len(part.encode()) > _LONGEST_NAME]:
-        raise UserError(
-            f"config.{path} must be shorter, because no file can have a name of more than "
-            f"{_LONGEST_NAME} bytes, found {longest[0]!r}"
-        )
 
 
 def _check_optimizer(section: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -135,6 +135,28 @@ def test_any_value_from_python(file):
     assert counts["accepted"] > 0 and counts["refused"] > 30
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("epochs", 10**400, "config.epochs must be finite"),
+        ("batch_size", 2**31, "config.batch_size must fit into 32 bits, found 2147483648"),
+        ("terms.wkd_l.decay_from", 2**31, "config.terms.wkd_l.decay_from must fit into 32 bits"),
+        ("loss.kd", 1e39, "config.loss.kd must fit into 32 bits, found 1e+39"),
+        ("data.mean", (0.5, -1e39), "config.data.mean must fit into 32 bits, found -1e+39 in (0.5"),
+        ("teacher.workdir", "a" * 256, "config.teacher.workdir must be shorter, because no file"),
+        ("model.pretrained", "x/" + "é" * 128, "config.model.pretrained must be shorter"),
+        ("name", "a\0b", "config.name must be text without null and surrogate characters"),
+        ("trainable", ("student", "\ud800"), "config.trainable must be text without null and"),
+    ],
+)
+def test_what_no_setting_can_be(path, value, words, file):
+    config = around(path, file)
+    changed(config, path, value)
+    with pytest.raises(UserError) as error:
+        train._checked(config, None)
+    assert words in str(error.value)
+
+
 # The command line
 
 CONFIG_FILE = """
@@ -198,6 +220,18 @@ def config_file(tmp_path_factory):
 def test_any_value_on_the_command_line(config_file, file):
     counts = from_the_command_line(40, config_file, file)
     assert counts["accepted"] > 0 and counts["refused"] > 15
+
+
+def test_a_section_on_the_command_line_is_named(config_file, file):
+    helpers.CHOSEN.append(around("", file))
+    words = (
+        r"config\.checkpoint is a section .*'--config\.checkpoint=/'.*checkpoint\.every_seconds="
+    )
+    with (
+        pytest.raises(UserError, match=words),
+        parsed(f"--config={config_file}", "--config.checkpoint=/"),
+    ):
+        pass
 
 
 @pytest.mark.slow
