@@ -141,7 +141,7 @@ class TableFiles:
         return np.load(self.table, mmap_mode="r")
 
 
-def _create(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray:
+def _create(path: pathlib.Path, shape: tuple[int, int]) -> np.memmap:
     """Create a memory-mapped table of zeros, whose space on the disk is taken at once.
 
     Otherwise a disk that becomes full would end the process with SIGBUS, without a message.
