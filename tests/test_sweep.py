@@ -348,7 +348,7 @@ class TestFiles:
         path = ROOT / "configs" / "sweeps" / "ratio_small.py"
         runs = sweep.load_runs(f"{path}:2.5,3")
         configs = [run["config"] for run in runs if run["seeds"] == (0,)]
-        names = ("ipwd_A", "kd", "ipwd_B", "ce", "kd_cls", "kd_times2.5", "kd_times3", "wsld")
+        names = ("ipwd_A", "kd", "ce", "kd_cls", "kd_times2.5", "kd_times3", "ipwd_B", "wsld")
         raw = ("ipwd_A_raw", "ipwd_B_raw", "ipwd_A_detached")
         pairs = ("vgg8_resnet8" if name != "ce" else "resnet8" for name in (*names, *raw))
         expected = [f"cifar100_{n}_{p}" for n, p in zip((*names, *raw), pairs, strict=True)]
@@ -356,7 +356,7 @@ class TestFiles:
         assert [run["seeds"] for run in runs] == [
             (seed,) for count in (7, 4) for seed in (0, 1, 2) for _ in range(count)
         ]
-        assert [config.weighting.constant for config in configs[5:7]] == [2.5, 3.0]
+        assert [config.weighting.constant for config in configs[4:6]] == [2.5, 3.0]
         for config in configs:
             assert config.epochs == 20
             assert not config.teacher.name or config.teacher.pretrained in teachers.names()

@@ -13,7 +13,7 @@ from ipwd_jax.api import load_module
 SMALL = load_module(Path(__file__).with_name("ratio_small.py"))
 
 
-def get_runs(constants="2"):
+def get_runs(constants="1.95"):
     """The runs of ratio_small.py, in the same order.
 
     Args:

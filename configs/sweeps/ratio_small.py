@@ -1,7 +1,7 @@
 """What IPWD's weights contribute, and which ratio they should have: vgg8 -> resnet8 on CIFAR-100.
 
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
-    python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:2.31,1.87 --out=runs/ratio
+    python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:1.95,2.1 --out=runs/ratio
 
 The networks are small enough for a CPU: on two cores, a student should take about a quarter of an
 hour. The teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A
@@ -14,10 +14,9 @@ The six methods that decide come first, with all seeds, and the others after the
 without standardisation, a head that does not train the backbone, and WSLD.
 
 A weight larger than 1 strengthens distillation as a whole, so one of the arms multiplies the loss
-of KD by a constant, which should be IPWD's mean weight. That is not known before the arms of IPWD
-have been trained: their `result.json` has it as `weight_mean`. So the first command takes 2, the
-weight of a sample that both heads explain equally well, and the second command adds an arm for each
-of the constants that follow the colon. The scores without standardisation have no bound on their
+of KD by a constant, which should be IPWD's mean weight, `weight_mean` in the `result.json` of its
+run. The first command takes 1.95, the mean weight of ratio A with seed 0. The second command has an
+arm for each of the constants that follow the colon instead. The scores without standardisation have no bound on their
 ratio; if such an arm diverges, it is reported as failed, and the others are trained.
 """
 
@@ -41,7 +40,7 @@ OTHERS = [
 ]
 
 
-def get_runs(constants="2"):
+def get_runs(constants="1.95"):
     """The methods that decide, with one seed after the other, and then the other methods.
 
     Args:
@@ -63,10 +62,10 @@ def _deciding(constants):
     return [
         ("ipwd_A", "ipwd", A),
         ("kd", "kd", {}),
-        ("ipwd_B", "ipwd", B),
         ("ce", "ce", {}),
         ("kd_cls", "kd", {"loss__cls": 1.0}),
         *((f"kd_times{w:g}", "kd_constant", {"weighting__constant": w}) for w in weights),
+        ("ipwd_B", "ipwd", B),
     ]
 
 
