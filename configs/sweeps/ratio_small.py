@@ -16,8 +16,9 @@ without standardisation, a head that does not train the backbone, and WSLD.
 A weight larger than 1 strengthens distillation as a whole, so one of the arms multiplies the loss
 of KD by a constant, which should be IPWD's mean weight, `weight_mean` in the `result.json` of its
 run. The first command takes 1.95, the mean weight of ratio A with seed 0. The second command has an
-arm for each of the constants that follow the colon instead. The scores without standardisation have no bound on their
-ratio; if such an arm diverges, it is reported as failed, and the others are trained.
+arm for each of the constants that follow the colon instead. The scores without standardisation
+have no bound on their ratio; if such an arm diverges, it is reported as failed, and the others are
+trained.
 """
 
 from pathlib import Path
