@@ -45,6 +45,17 @@ def keep_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return an environment in which programs are compiled once for all processes."""
+    return {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 @pytest.fixture(scope="session")
 def squares() -> data.Dataset:
     return helpers.squares()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,6 +366,13 @@ class TestFiles:
                 assert weights == {"ce": 0.1, "kd": 0.9, "cls": 1.0}
         with pytest.raises(sweep.UserError, match="takes numbers after the colon, found 'two'"):
             sweep.load_runs(f"{path}:two")
+
+    def test_stored_runs_of_the_ratio_are_not_trained_again(self, tmp_path):
+        stored = ROOT / "docs" / "results" / "ratio"
+        out = shutil.copytree(stored, tmp_path / "ratio")
+        runs = sweep.plan(sweep.load_runs(str(ROOT / "configs/sweeps/ratio_small.py")), out)
+        found = {run.workdir.name for run in runs if run.state() == sweep.FINISHED}
+        assert found == {folder.name for folder in stored.iterdir()}
 
     def test_the_array_script_passes_its_index_on(self, file, tmp_path):
         script = ROOT / "examples" / "slurm_array.sh"

@@ -1,7 +1,6 @@
 """Processes that SIGKILL ends at any moment: the same command then gives the undisturbed result."""
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -118,17 +117,6 @@ SWEEP = {
 }
 EVALUATION = {"an evaluation alone": ("ipwd_jax.evaluate.predict_all", 2, 0.1)}
 EXPORT_PHASE = ("ipwd_jax.export.export_classifier", 1, 1.0)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Return an environment in which programs are compiled once for all processes."""
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
 
 class Kills:

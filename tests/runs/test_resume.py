@@ -25,17 +25,6 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.state import TrainState, network_shapes
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Return an environment in which programs are compiled once for all processes."""
-    return {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
 def start(runs, environment, every_seconds=0.0, prefix=()):
     """Start one epoch of a teacher and two of a student, by default saved after every step."""
     command = [
