@@ -135,7 +135,7 @@ def _times(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | No
         any_logits = np.zeros((1, len(dataset.class_names)), np.float32)
         teacher = dataclasses.replace(teacher, train_logits=any_logits)
         experiment = assemble(config, dataset, teacher, experiment.pretrained)
-        if not (teacher_workdir / "result.json").exists():
+        if not (config.teacher.pretrained or (teacher_workdir / "result.json").exists()):
             text = f"{duration(plan.seconds(of_teacher))} for the epochs of the teacher, "
     text += f"{duration(runs * plan.seconds(experiment))} for those of the student"
     asked = " that asks the teacher in every step" if teacher_workdir else ""

@@ -61,6 +61,12 @@ def test_a_run_with_a_named_teacher(run, folder, tmp_path, capsys):
     assert "Finished already" not in capsys.readouterr().out
 
 
+def test_the_plan_counts_no_training_of_it(folder, tmp_path):
+    plan = "\n".join(train.planned(config(), tmp_path / "runs/student", squares()))
+    assert "tiny_net (" in plan and f"{NAME}, in" in plan and "of the teacher," not in plan
+    assert not (tmp_path / "runs").exists()
+
+
 def test_they_are_listed_with_their_accuracy(run, folder, capsys):
     main()
     row = capsys.readouterr().out.splitlines()[1].split()
