@@ -241,7 +241,7 @@ def test_a_first_stage_trains_what_it_names_and_no_other_norm(digits, tmp_path):
         return False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_save_is_due", stop_at_main)
+        patch.setattr(Loop, "_must_save", stop_at_main)
         train.run(config, tmp_path / "ab", digits)
     after = stopped[-1]  # an earlier one is the teacher's
     stats, params = after.batch_stats["student"], after.params["student"]

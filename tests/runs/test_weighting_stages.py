@@ -62,7 +62,7 @@ def test_a_stage_leaves_a_separate_network_alone_that_it_does_not_train(
             seen.append((now.position.stage, jax.device_get(heads)))
         return False
 
-    monkeypatch.setattr(Loop, "_save_is_due", look)
+    monkeypatch.setattr(Loop, "_must_save", look)
     train.run(config, tmp_path / "student", squares)
     first = [heads for stage, heads in seen if stage == 0]
     main = [heads for stage, heads in seen if stage == 1]
