@@ -90,6 +90,11 @@ class Experiment:
         """Whether the networks see every image in four rotations in any stage."""
         return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
 
+    @property
+    def strong_view(self) -> bool:
+        """Whether the networks also see a strong view of every image in any stage."""
+        return any(self.step_spec(stage).strong_view for stage in range(len(self.stages)))
+
     def order_seed(self, seed: int) -> int:
         """Return the seed that decides the order and the views of the samples.
 
@@ -183,11 +188,6 @@ class Experiment:
 
         return parallel.compile_train_step(together)
 
-    @property
-    def has_strong_view(self) -> bool:
-        """Whether some stage also sees a strong view of every image."""
-        return any(term.strong_view for stage in self.stages for term in stage.terms.values())
-
     def batches(
         self, seed: int, epoch: int, begin: int = 0, end: int | None = None
     ) -> Generator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -214,7 +214,7 @@ class Experiment:
         flat = index[begin:end].reshape(end - begin, -1)
         with contextlib.ExitStack() as stack:
             if not isinstance(train.images, np.ndarray):
-                crops = 1 + self.has_strong_view
+                crops = 1 + self.strong_view
                 source = train.images.batches(flat, order_seed, epoch, True, crops)
                 images = stack.enter_context(contextlib.closing(source))
             while begin < end:

@@ -167,22 +167,11 @@ def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.nda
     Returns:
         The correlation, or nan if the mean weights or the masses are constant.
     """
-    means = class_means(weights, labels, len(class_mass))
-    if np.ptp(means) == 0 or np.ptp(class_mass) == 0:
+    return rank_correlation(class_means(weights, labels, len(class_mass)), class_mass)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Compute Spearman's rank correlation of two series, both (N,); nan if one is constant."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(scipy.stats.spearmanr(means, class_mass).statistic)
-
-
-def hardness_correlation(weights: np.ndarray, teacher_nll: np.ndarray) -> float:
-    """Compute Spearman's rank correlation of the weights and the teacher's losses of the samples.
-
-    Args:
-        weights: (N,) weights of the training samples.
-        teacher_nll: (N,) the teacher's cross-entropy on each sample: how hard it is, in nats.
-
-    Returns:
-        The correlation, or nan if the weights or the losses are constant.
-    """
-    if np.ptp(weights) == 0 or np.ptp(teacher_nll) == 0:
-        return float("nan")
-    return float(scipy.stats.spearmanr(weights, teacher_nll).statistic)
+    return float(scipy.stats.spearmanr(a, b).statistic)

@@ -140,9 +140,10 @@ class Recorder:
             labels=labels,
             **({"teacher_logits": teacher.test_logits} if teacher else {}),
         )
-        classes = run.of_classes(last_logits, best_logits)
+        samples = run.samples()
+        classes = run.of_classes(last_logits, best_logits, samples)
         writers.write_csv(run.workdir / "classes.csv", classes)
-        if samples := run.samples():
+        if samples:
             writers.write_npz(run.workdir / "samples.npz", **samples)
         speeds = [row["images_per_second"] for row in position.history]
         speeds = [speed for speed in speeds if not math.isnan(speed)]

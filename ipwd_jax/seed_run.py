@@ -1,9 +1,10 @@
 """The run of one seed: its state and position, and what is measured there."""
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -176,11 +177,11 @@ class SeedRun:
         row = {f"weight_{k}": v for k, v in metrics.weight_summary(memory["weight"]).items()}
         if alternatives := weighting.create(self.stage.weighting).alternatives(memory):
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
-            hardness = self._hardness()
+            hardness = self._hardness
             for name, weights in alternatives.items():
                 row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
                 if hardness is not None:
-                    correlation = metrics.hardness_correlation(weights, hardness)
+                    correlation = metrics.rank_correlation(weights, hardness)
                     row[f"hardness_correlation_{name}"] = correlation
         return row
 
@@ -205,18 +206,22 @@ class SeedRun:
         if self.stage.weighting is None:
             return {}
         memory = jax.device_get(self.now.state.memory["weighting"])
-        labels, hardness = self.experiment.dataset.train.labels, self._hardness()
+        labels, hardness = self.experiment.dataset.train.labels, self._hardness
         known = {} if hardness is None else {"teacher_nll": hardness.astype(np.float32)}
         return {"label": labels, "class_mass": self._class_mass(), **memory, **known}
 
     def of_classes(
-        self, last_logits: np.ndarray, best_logits: np.ndarray
+        self,
+        last_logits: np.ndarray,
+        best_logits: np.ndarray,
+        samples: Mapping[str, np.ndarray],
     ) -> list[dict[str, float | str | None]]:
         """Return what the run and its teacher know of each class: the rows of `classes.csv`.
 
         Args:
             last_logits: (N, C), of the last epoch on the test set.
             best_logits: (N, C), of the best epoch.
+            samples: what `samples` returns.
 
         Returns:
             For each class its name; the recall of both epochs and of the teacher in percent, None
@@ -231,7 +236,7 @@ class SeedRun:
         }
         if teacher:
             columns["teacher_mass"] = teacher.class_mass()
-        if samples := self.samples():
+        if samples:
             weights, labels, mass = (samples[key] for key in ("weight", "label", "class_mass"))
             columns["weight_mean"] = metrics.class_means(weights, labels, len(mass))
         return [
@@ -239,7 +244,9 @@ class SeedRun:
             for row, name in enumerate(dataset.class_names)
         ]
 
+    @functools.cached_property
     def _hardness(self) -> np.ndarray | None:
+        """The teacher's loss on each training sample, (N,); None if it is not known."""
         return self.experiment.teacher.train_nll() if self.experiment.teacher else None
 
     def _class_mass(self) -> np.ndarray:

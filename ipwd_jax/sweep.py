@@ -364,6 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with signals.exit_statuses(), signals.acknowledged():
         xla.apply(given.xla_profile)
         planned = plan(load_runs(given.config), given.out)[given.index :: given.count]
+        # Its file was loaded after the other flags were set, because it can make arrays.
         if any(one.config.deterministic for one in planned):
             xla.apply(given.xla_profile, deterministic=True)
         if given.dry_run:

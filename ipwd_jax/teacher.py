@@ -177,12 +177,12 @@ def find_workdir(
 ) -> pathlib.Path | None:
     """Return the folder in which the teacher's run is, or will be; None without a teacher.
 
-    This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's,
-    which is called like `config.teacher.pretrained`, if that is set (without the suffix if the file
-    itself is there), or else
-    `DATA_NETWORK_CHECKSUM_seedSEED`, unless that folder does not exist and there is a finished run
-    of the same recipe on the same data under any other name. The checksum covers the data and the
-    recipe, so that teachers of different data or recipes can be side by side.
+    This is `config.teacher.workdir` if it is set. Otherwise it is a folder beside the student's. If
+    `config.teacher.pretrained` is set, the folder has this name, or that of the file without its
+    suffix. Otherwise it is `DATA_NETWORK_CHECKSUM_seedSEED`, unless that folder does not exist and
+    there is a finished run of the same recipe on the same data under any other name. The checksum
+    covers the data and the recipe, so that teachers of different data or recipes can be side by
+    side.
 
     Args:
         config: config of the student's run.
@@ -195,8 +195,8 @@ def find_workdir(
     if config.teacher.workdir:
         return pathlib.Path(config.teacher.workdir)
     if config.teacher.pretrained:
-        own = workdir.parent / pathlib.Path(config.teacher.pretrained).name
-        return own.with_suffix("") if own.is_file() else own
+        file = pathlib.Path(config.teacher.pretrained)
+        return workdir.parent / (file.stem if file.is_file() else file.name)
     recipe = teacher_config(config)
     identity = workdir_lib.identity(recipe, checksums)
     name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")

@@ -381,8 +381,8 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
     for name in filter(None, (config.model.name, config.teacher.name)):
         models.check_input(name, height, width)
     batches = {"batch_size": config.batch_size}
-    workdir = Path(config.teacher.workdir or "none")
-    finished = config.teacher.pretrained or (workdir / "result.json").exists()
+    workdir = config.teacher.workdir
+    finished = config.teacher.pretrained or (workdir and (Path(workdir) / "result.json").exists())
     if config.teacher.name and not finished:
         batches["teacher.batch_size"] = config.teacher.batch_size
     for key, batch_size in batches.items():

@@ -88,7 +88,7 @@ def with_cache(experiment: Experiment, cache: ViewCache) -> Experiment:
         return outputs.with_strong(teacher.ask(of_network, batch.strong_image, batch.mask))
 
     cached = dataclasses.replace(teacher, answer=answer, inputs=cache)
-    if experiment.has_strong_view:
+    if experiment.strong_view:
         cached = dataclasses.replace(teacher, answer=look_up, inputs=(cache, teacher.inputs))
     return dataclasses.replace(experiment, teacher=cached)
 

@@ -58,8 +58,8 @@ def test_mass_correlation_is_of_class_means_and_ranks():
     assert np.isnan(metrics.mass_correlation(np.ones(4), labels, np.array([1, 2, 3.0])))
 
 
-def test_hardness_correlation_is_of_ranks():
+def test_rank_correlation():
     weights, nll = np.array([1.0, 5.0, 2.0, 1.5]), np.array([0.1, 90.0, 3.0, 0.2])
-    assert metrics.hardness_correlation(weights, nll) == pytest.approx(1)
-    assert metrics.hardness_correlation(-weights, nll) == pytest.approx(-1)
-    assert np.isnan(metrics.hardness_correlation(np.ones(4), nll))
+    assert metrics.rank_correlation(weights, nll) == pytest.approx(1)
+    assert metrics.rank_correlation(-weights, nll) == pytest.approx(-1)
+    assert np.isnan(metrics.rank_correlation(np.ones(4), nll))

@@ -115,7 +115,7 @@ def test_a_file_can_be_named(folder, tmp_path):
     """Its data is not known, so any is accepted."""
     file = shutil.copy(folder / f"{NAME}.safetensors", tmp_path / "own.safetensors")
     train.run(config(teacher__pretrained=str(file)), tmp_path / "runs/student", squares())
-    noted = json.loads((tmp_path / "runs/own.safetensors/config.json").read_text())
+    noted = json.loads((tmp_path / "runs/own/config.json").read_text())
     assert noted["checksums"] == {}
 
 

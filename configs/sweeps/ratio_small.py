@@ -3,12 +3,12 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:1.95,2.1 --out=runs/ratio
 
-The networks are small enough for a CPU: on two cores, a student should take about a quarter of an
-hour. The teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A
-student trains for 20 epochs instead of the paper's 240, and the learning rate falls at the same
-fractions of them, rounded. Images are mirrored but not cropped, so that the teacher's answers to
-all 100,000 views take minutes; with crops, they would take as long as the students. A missing
-CIFAR-100 is downloaded. Two of these commands at the same time share the runs.
+The networks are small enough for a CPU: on two cores, a student takes about twenty minutes. The
+teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A student trains
+for 20 epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
+rounded. Images are mirrored but not cropped, so that the teacher's answers to all 100,000 views
+take minutes; with crops, they would take as long as the students. A missing CIFAR-100 is
+downloaded. Two of these commands at the same time share the runs.
 
 The six methods that decide come first, with all seeds, and the others after them: the scores
 without standardisation, a head that does not train the backbone, and WSLD.

@@ -183,12 +183,8 @@ def _of_run(workdir: pathlib.Path, which: str) -> tuple[Fit, PyTree, str]:
             "config files adds it, name that file with --config=FILE"
         ) from error
     saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
-    template = {
-        collection: jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[collection]
-        )
-        for collection in ("params", "batch_stats")
-    }
+    arrays = {collection: saved[collection] for collection in ("params", "batch_stats")}
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     backbone = {c: x["backbone"] for c, x in template.items()} if term else template
     return guess(torch_shapes(backbone), name), template, term
 

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -90,6 +90,30 @@ def standalone(svg: str) -> str:
     return svg.replace("<svg ", f'<svg width="{width}" ', 1).replace(
         ">", f"><style>{style}</style>", 1
     )
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and line of the curve with this number, unlike those of the curves before it."""
+    lines = LINES[number // len(COLOURS) % len(LINES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines}
+
+
+def means_and_ranges(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
+    """Draws a line through the means over seeds after each epoch, and shades their range.
+
+    Args:
+        axes: in which to draw.
+        curves: (seeds, epochs) by label; epochs that some seed has not measured are left out.
+    """
+    for number, (label, values) in enumerate(curves.items()):
+        seen = np.isfinite(values).all(axis=0)
+        epochs, values = np.flatnonzero(seen) + 1, values[:, seen]
+        style = line_style(number)
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        marker = "o" if len(epochs) <= 15 else None
+        axes.plot(epochs, values.mean(axis=0), marker=marker, label=label, **style)
+    whole_numbers(axes)
 
 
 def legend_below(axes: Axes, columns: int = 3) -> None:

@@ -2,20 +2,19 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import scipy.stats
 from matplotlib.axes import Axes
+from ml_collections import ConfigDict
 
+from ipwd_jax import metrics
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import column, groups_by_mass
+from ipwd_jax.report.analysis import groups_by_mass
 from ipwd_jax.report.content import Figure, Section, Table, one_line
-from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
+from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
-from ipwd_jax.report.methods import Group, Pair, difference, interval
+from ipwd_jax.report.methods import NOT_MEASURED, Group, Pair, difference, interval
 
-_NOT_MEASURED = "-"
 _GROUPS = 4
 
 
@@ -95,7 +94,9 @@ def weights(key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair])
         "largest": lambda run: run.run.result["weights"].get("weight_max"),
         "effective samples (%)": _effective,
         "correlation with mass": _with_mass,
-        "with hardness": lambda run: run.run.result["weights"].get(_own("hardness", run)),
+        "with hardness": lambda run: run.run.result["weights"].get(
+            _own("hardness", run.run.config)
+        ),
     }
     rows = []
     for one in weighted:
@@ -106,7 +107,8 @@ def weights(key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair])
     table = Table(caption, ["method", "pair", *measured, "n"], rows)
     figures = []
     for number, pair in enumerate(pairs):
-        curves = {one.method: _correlations(one) for one in weighted if one.pair == pair}
+        of_pair = [one for one in weighted if one.pair == pair]
+        curves = {one.method: one.curves(_own("mass", one.config)) for one in of_pair}
         curves = {method: found for method, found in curves.items() if np.isfinite(found).any()}
         if curves:
             figures.append(_correlations_figure(f"{key}{number}", pair, curves))
@@ -156,28 +158,20 @@ def _effective(run: Loaded) -> float | None:
 
 def _with_mass(run: Loaded) -> float | None:
     means, mass = _noted(run, "weight_mean"), _noted(run, "teacher_mass")
-    if means is None or mass is None or np.ptp(means) == 0 or np.ptp(mass) == 0:
-        return None
-    return float(scipy.stats.spearmanr(means, mass).statistic)
+    found = np.nan if means is None or mass is None else metrics.rank_correlation(means, mass)
+    return found if np.isfinite(found) else None
 
 
-def _own(what: str, run: Loaded) -> str:
-    """The name of a correlation of the weights that the run trains with."""
-    return f"{what}_correlation_{run.run.config.weighting.get('ratio', '')}"
+def _own(what: str, config: ConfigDict) -> str:
+    """The name of a correlation of the weights that a run of this config trains with."""
+    return f"{what}_correlation_{config.weighting.get('ratio', '')}"
 
 
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values):
-        return _NOT_MEASURED
+        return NOT_MEASURED
     return f"{statistics.fmean(known):.3g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _correlations(one: Group) -> np.ndarray:
-    """(seeds, epochs) correlation of class weight and mass, as far as all seeds have noted it."""
-    curves = [column(run.history, _own("mass", run)) for run in _runs(one) if run.history]
-    length = min((len(curve) for curve in curves), default=0)
-    return np.array([curve[:length] for curve in curves]).reshape(-1, length)
 
 
 def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to: str) -> Figure:
@@ -185,7 +179,11 @@ def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to
         axes.axhline(0, color=INK, linewidth=0.9)
         for number, (method, values) in enumerate(gains.items()):
             axes.plot(
-                range(_GROUPS), values, marker="o", label=one_line(method, 26), **_style(number)
+                range(_GROUPS),
+                values,
+                marker="o",
+                label=one_line(method, 26),
+                **drawing.line_style(number),
             )
         axes.set_xticks(range(_GROUPS), ["most\nfavoured", "second", "third", "least\nfavoured"])
         axes.set(ylabel="gain in recall (points)", title=str(pair))
@@ -205,13 +203,7 @@ def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to
 def _correlations_figure(key: str, pair: Pair, curves: Mapping[str, np.ndarray]) -> Figure:
     def paint(axes: Axes) -> None:
         axes.axhline(0, color=INK, linewidth=0.9)
-        for number, (method, values) in enumerate(curves.items()):
-            epochs = np.arange(1, values.shape[1] + 1)
-            style = _style(number)
-            low, high = values.min(axis=0), values.max(axis=0)
-            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axes.plot(epochs, values.mean(axis=0), label=one_line(method, 26), **style)
-        drawing.whole_numbers(axes)
+        drawing.means_and_ranges(axes, {one_line(m, 26): x for m, x in curves.items()})
         axes.set(xlabel="epoch", ylabel="rank correlation", title=str(pair), ylim=(-1.05, 1.05))
         drawing.legend_below(axes, 2)
 
@@ -222,8 +214,3 @@ def _correlations_figure(key: str, pair: Pair, curves: Mapping[str, np.ndarray])
     caption += "of the class after each epoch; shades go over the seeds. An inverse propensity is "
     caption += "below 0."
     return Figure(draw(key, alt, paint, 3.0 + 0.22 * -(-len(curves) // 2)), alt, caption)
-
-
-def _style(number: int) -> dict[str, Any]:
-    lines = LINES[number // len(COLOURS) % len(LINES)]
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines}

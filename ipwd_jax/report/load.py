@@ -34,8 +34,8 @@ class Loaded:
     checksums: dict[str, str]
     history: list[dict[str, Any]]
     finished: bool
-    classes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    problems: tuple[str, ...] = ()
+    classes: list[dict[str, Any]]
+    problems: tuple[str, ...]
 
     @property
     def student(self) -> str:
@@ -144,8 +144,9 @@ def load(workdir: pathlib.Path) -> Loaded:
             f"{workdir} holds a run that has not finished its first epoch; its command goes on "
             f"with it.{_failure(workdir)}"
         )
-    found = tuple([*problems, *of_classes])
-    return Loaded(run, _checksums(workdir), history, bool(run.result), classes, found)
+    problems += of_classes
+    checksums, finished = _checksums(workdir), bool(run.result)
+    return Loaded(run, checksums, history, finished, classes, tuple(problems))
 
 
 def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]:

@@ -8,15 +8,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import scipy.stats
 from ml_collections import ConfigDict
 
 from ipwd_jax import workdir
 from ipwd_jax.config import flat
 from ipwd_jax.losses import WEIGHTINGS
+from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import one_line
 from ipwd_jax.report.load import Loaded
 
+NOT_MEASURED = "-"
 _CONFIDENCE = 0.95
 
 
@@ -49,6 +52,12 @@ class Group:
     def values(self, epoch: str, metric: str = "top1") -> dict[int, float]:
         """Seed -> the metric of the "last" or "best" epoch."""
         return {seed: one.run.result[epoch][metric] for seed, one in self.runs.items()}
+
+    def curves(self, name: str) -> np.ndarray:
+        """(seeds, epochs) a column of `metrics.csv`, as far as all seeds have noted it."""
+        found = [column(run.history, name) for run in self.runs.values() if run.history]
+        length = min((len(curve) for curve in found), default=0)
+        return np.array([curve[:length] for curve in found]).reshape(-1, length)
 
     @property
     def config(self) -> ConfigDict:
@@ -152,9 +161,9 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference |
 
 
 def interval(found: Difference | None) -> str:
-    """A difference with its confidence interval and number of seeds; `-` if there is none."""
+    """A difference with its confidence interval and number of seeds."""
     if found is None:
-        return "-"
+        return NOT_MEASURED
     ends = "" if found.low is None else f" [{signed(found.low)}, {signed(found.high)}]"
     return f"{signed(found.mean)}{ends} (n={found.n})"
 

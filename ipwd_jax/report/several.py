@@ -3,16 +3,15 @@
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import drawing, gap, published
-from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
-from ipwd_jax.report.drawing import COLOURS, INK, LINES, draw
+from ipwd_jax.report.drawing import COLOURS, INK, draw
 from ipwd_jax.report.load import Loaded
 from ipwd_jax.report.methods import (
+    NOT_MEASURED,
     Difference,
     Group,
     Pair,
@@ -26,7 +25,6 @@ from ipwd_jax.report.methods import (
 )
 
 _EPOCHS = ("last", "best")
-_NOT_MEASURED = "-"
 # Ends of the keys of the sections whose tables are also written in LaTeX.
 _TABLES = ("-table", "-published", "-differences")
 
@@ -148,7 +146,7 @@ def _results(data: str, groups: Sequence[Group], pairs: Sequence[Pair], epoch: s
     """Methods in rows and pairs in columns; the first row is the teacher."""
     rows = []
     teachers = [_teacher(groups, pair) for pair in pairs]
-    if any(score != _NOT_MEASURED for score in teachers):
+    if any(score != NOT_MEASURED for score in teachers):
         rows.append(["teacher", *teachers])
     for method in dict.fromkeys(one.method for one in groups):
         cells = [_cell(groups, method, pair) for pair in pairs]
@@ -170,10 +168,10 @@ def _published(
         for pair in pairs:
             theirs, ours = entry["top1"].get(str(pair)), _cell(groups, method, pair)
             if theirs is None or ours is None:
-                cells.append(_NOT_MEASURED)
+                cells.append(NOT_MEASURED)
             else:
                 cells.append(f"{theirs:.2f} ({signed(_mean(ours, 'last') - theirs)})")
-        if any(cell != _NOT_MEASURED for cell in cells):
+        if any(cell != NOT_MEASURED for cell in cells):
             rows.append([method, *cells])
             sources[method] = entry["source"]
     if not rows:
@@ -198,14 +196,14 @@ def _teacher(groups: Sequence[Group], pair: Pair) -> str:
     ]
     known = [score for score in scores if isinstance(score, float)]
     if not known:
-        return _NOT_MEASURED
+        return NOT_MEASURED
     low, high = f"{min(known):.2f}", f"{max(known):.2f}"
     return low if low == high else f"{low} to {high}"
 
 
 def _accuracy(cell: Group | None, epoch: str) -> str:
     if cell is None:
-        return _NOT_MEASURED
+        return NOT_MEASURED
     values = list(cell.values(epoch).values())
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{deviation} (n={len(values)})"
@@ -271,20 +269,11 @@ def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> F
 
 def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
     """Test accuracy over the epochs: the mean of each method, and the range of its seeds."""
-    shown = {one.method: _test_curves(one) for one in groups}
+    shown = {one_line(one.method, 26): one.curves("test_top1") for one in groups}
     rows = -(-len(shown) // 2)
 
     def paint(axes: Axes) -> None:
-        for number, (method, values) in enumerate(shown.items()):
-            epochs = np.arange(1, values.shape[1] + 1)
-            seen = np.isfinite(values).all(axis=0)
-            colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % 4]
-            low, high, mean = (f(values[:, seen], axis=0) for f in (np.min, np.max, np.mean))
-            axes.fill_between(epochs[seen], low, high, color=colour, alpha=0.15, linewidth=0)
-            marker = "o" if seen.sum() <= 15 else None
-            label = one_line(method, 26)
-            axes.plot(epochs[seen], mean, color=colour, linestyle=line, marker=marker, label=label)
-        drawing.whole_numbers(axes)
+        drawing.means_and_ranges(axes, shown)
         axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=str(pair))
         drawing.legend_below(axes, 2)
 
@@ -293,13 +282,6 @@ def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
     caption = f"{pair}: mean test accuracy after each epoch; shades go from the worst seed to the "
     caption += "best."
     return Figure(draw(key, alt, paint, 3.0 + 0.22 * rows), alt, caption)
-
-
-def _test_curves(one: Group) -> np.ndarray:
-    """(seeds, epochs) test accuracy, as far as all seeds have noted it."""
-    curves = [column(run.history, "test_top1") for run in one.runs.values() if run.history]
-    length = min((len(curve) for curve in curves), default=0)
-    return np.array([curve[:length] for curve in curves]).reshape(-1, length)
 
 
 def _settings(
@@ -326,7 +308,7 @@ def _all_runs(groups: Sequence[Group]) -> Section:
             result = run.run.result
             seconds = result.get("train_seconds")
             numbers = [f"{result[epoch]['top1']:.2f}" for epoch in _EPOCHS]
-            time = f"{seconds:,.0f}" if isinstance(seconds, float) else _NOT_MEASURED
+            time = f"{seconds:,.0f}" if isinstance(seconds, float) else NOT_MEASURED
             device = one_line(result.get("device", ""), 40)
             rows.append([one.method, str(one.pair), str(seed), *numbers, time, device, run.folder])
     head = ["method", "pair", "seed", "last (%)", "best (%)", "seconds", "device", "folder"]
