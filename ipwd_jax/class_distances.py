@@ -1,7 +1,5 @@
 """Distances between the classes of a data set, as a trained network sees them."""
 
-import io
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ipwd_jax import evaluate, parallel, writers
+from ipwd_jax import evaluate, parallel
 from ipwd_jax.data import memory
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import resident
@@ -106,16 +104,6 @@ def of_maps(apply: Callable, variables: PyTree, dataset: Dataset, batch_size: in
     for c in range(1, classes):
         features[c] = maps_of(by_class[c])
     return np.asarray(of_features(jnp.asarray(features)))
-
-
-def kept(file: pathlib.Path, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array in a file, which is written if there is none."""
-    if parallel.from_first(file.exists):
-        return np.load(file)
-    data, computed = io.BytesIO(), compute()
-    np.save(data, computed)
-    writers.write_atomically(file, data.getvalue())
-    return computed
 
 
 def _last_map(outputs: Outputs) -> jax.Array:

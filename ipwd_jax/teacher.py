@@ -12,7 +12,7 @@ import numpy as np
 import scipy.special
 from ml_collections import ConfigDict
 
-from ipwd_jax import class_distances, evaluate, models, parallel, precision, teachers
+from ipwd_jax import class_distances, evaluate, kept, models, parallel, precision, teachers
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.checkpoint import checksum, load_network
 from ipwd_jax.config import teacher_config
@@ -138,8 +138,8 @@ class Teacher:
 
         if not (self.workdir / "result.json").exists():  # it is no run, so there is no folder
             return of_maps()
-        name = f"class_cka_{self.checksum}_{fingerprint(self.dataset)}.npy"
-        return class_distances.kept(self.workdir / name, of_maps)
+        file = self.workdir / f"class_cka_{self.checksum}_{fingerprint(self.dataset)}.npz"
+        return kept.arrays(file, lambda: {"distances": of_maps()})["distances"]
 
 
 def check_named(config: ConfigDict, may_train: bool) -> None:
@@ -215,6 +215,8 @@ def find_workdir(
 def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher:
     """Read a trained teacher, and compute its logits on the training and the test images.
 
+    The logits are kept beside its checkpoint, so that its next student need not wait for them.
+
     Args:
         config: config of the student's run.
         workdir: work directory of the teacher's run.
@@ -238,16 +240,21 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
         with precision.of_products(config.precision):
             return precision.at_least_float32(teacher.ask(inputs, images))
 
-    train, of_test, rounding = dataset.train, logits(dataset.test), {}
+    def of_both() -> dict[str, np.ndarray]:
+        train = dataset.train
+        if train.streamed:
+            train = train.take(_evenly(train, _MOST_STREAMED))
+        return {"train": logits(train), "test": logits(dataset.test)}
+
+    identity = f"{jax.default_backend()}_{teacher.checksum}_{fingerprint(dataset)}"
+    exact, rounding = kept.arrays(workdir / f"logits_{identity}.npz", of_both), {}
     if (config.teacher.fold or config.precision != "float32") and not config.teacher.train_mode:
         keep = _evenly(dataset.test, _MOST_COMPARED)
         rounded = evaluate.make_predict(as_in_the_step)
         found = logits(dataset.test.take(keep), rounded, teacher.inputs)
-        rounding = compare(found, of_test[keep])
-    if train.streamed:
-        train = train.take(_evenly(train, _MOST_STREAMED))
+        rounding = compare(found, exact["test"][keep])
     return dataclasses.replace(
-        teacher, train_logits=logits(train), test_logits=of_test, rounding=rounding
+        teacher, train_logits=exact["train"], test_logits=exact["test"], rounding=rounding
     )
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import platform
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
     """
     if not parallel.is_first():
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two commands can write the same file at the same time, such as two evaluations of a run.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

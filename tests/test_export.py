@@ -1,13 +1,16 @@
 """Trained classifiers become files that run without the package."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -242,10 +245,16 @@ def test_files_that_cannot_be_written(classifier, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         export.export_classifier(classifier, tmp_path / "file/a.stablehlo")
     assert files_in(tmp_path) == ["file"]
-    (tmp_path / ".a.stablehlo.tmp").mkdir()  # the JSON file can be written, the other one cannot
-    with pytest.raises(UserError, match=r"a\.stablehlo cannot be written"):
+
+    def replace(source, target, of_os=os.replace):
+        if target.suffix == ".stablehlo":  # the JSON file can be written, this one cannot
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        of_os(source, target)
+
+    refused = pytest.raises(UserError, match=r"a\.stablehlo cannot be written")
+    with mock.patch.object(os, "replace", replace), refused:
         export.export_classifier(classifier, tmp_path / "a.stablehlo")
-    assert files_in(tmp_path) == [".a.stablehlo.tmp", "file"]
+    assert files_in(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

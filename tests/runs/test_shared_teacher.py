@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, settings, stopped_after, teacher_folder
 
-from ipwd_jax import train, view_cache, view_files
+from ipwd_jax import evaluate, train, view_cache, view_files
 from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch
@@ -78,6 +78,22 @@ def test_nothing_is_left_of_a_refused_run(squares, tmp_path):
             train.run(config, tmp_path / "student", squares)
     teacher = teacher_folder(tmp_path, "tiny_net")
     assert [path.name for path in tmp_path.iterdir()] == [teacher.name]
+
+
+def test_the_teacher_answers_on_the_training_set_for_its_first_student_alone(squares, tmp_path):
+    config, asked = settings(epochs=1, teacher__epochs=1), []
+
+    def predict_all(predict, variables, data, split, *args, own=evaluate.predict_all):
+        asked.append(len(split.labels))
+        return own(predict, variables, data, split, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "predict_all", predict_all)
+        first = train.run(config, tmp_path / "first", squares)
+        assert asked.count(len(squares.train.labels)) == 1
+        second = train.run(config, tmp_path / "second", squares)
+    assert asked.count(len(squares.train.labels)) == 1
+    assert first["last"] == second["last"]
 
 
 def test_a_run_keeps_to_how_it_asked_the_teacher(squares, tmp_path, monkeypatch, capsys):
