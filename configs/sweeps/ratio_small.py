@@ -10,13 +10,14 @@ rounded. Images are mirrored but not cropped, so that the teacher's answers to a
 take minutes; with crops, they would take as long as the students. A missing CIFAR-100 is
 downloaded. Two of these commands at the same time share the runs.
 
-The six methods that decide come first, with all seeds, and the others after them: the scores
+The seven methods that decide come first, with all seeds, and the others after them: the scores
 without standardisation, a head that does not train the backbone, and WSLD.
 
-A weight larger than 1 strengthens distillation as a whole, so one of the arms multiplies the loss
-of KD by a constant, which should be IPWD's mean weight, `weight_mean` in the `result.json` of its
-run. The first command takes 1.95, the mean weight of ratio A with seed 0. The second command has an
-arm for each of the constants that follow the colon instead. The scores without standardisation
+A weight larger than 1 strengthens distillation as a whole, so two of the arms, one of them with
+IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
+`weight_mean` in the `result.json` of its run. The first command takes 1.95, the mean weight of
+ratio A with seed 0. The second command has both arms for each of the constants that follow the
+colon instead. The scores without standardisation
 have no bound on their ratio; if such an arm diverges, it is reported as failed, and the others are
 trained.
 """
@@ -31,6 +32,7 @@ PAIR = ("vgg8", "resnet8")
 TEACHER = "vgg8@cifar100-16ep"
 SEEDS = (0, 1, 2)
 A, B = ({"weighting__ratio": ratio} for ratio in "AB")
+CLS = {"loss__cls": 1.0}
 RAW = {"weighting__standardize": False}
 # Name, method of configs/cifar_baselines.py, and the settings that differ from it.
 OTHERS = [
@@ -60,12 +62,17 @@ def _deciding(constants):
         weights = [float(constant) for constant in constants.split(",")]
     except ValueError:
         raise UserError(f"this sweep takes numbers after the colon, found {constants!r}") from None
+
+    def constant(weight):
+        return {"weighting__constant": weight}
+
     return [
         ("ipwd_A", "ipwd", A),
         ("kd", "kd", {}),
         ("ce", "ce", {}),
-        ("kd_cls", "kd", {"loss__cls": 1.0}),
-        *((f"kd_times{w:g}", "kd_constant", {"weighting__constant": w}) for w in weights),
+        ("kd_cls", "kd", CLS),
+        *((f"kd_times{w:g}", "kd_constant", constant(w)) for w in weights),
+        *((f"kd_cls_times{w:g}", "kd_constant", CLS | constant(w)) for w in weights),
         ("ipwd_B", "ipwd", B),
     ]
 
