@@ -17,9 +17,8 @@ A weight larger than 1 strengthens distillation as a whole, so two of the arms, 
 IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
 `weight_mean` in the `result.json` of its run. The first command takes 1.95, the mean weight of
 ratio A with seed 0. The second command has both arms for each of the constants that follow the
-colon instead. The scores without standardisation
-have no bound on their ratio; if such an arm diverges, it is reported as failed, and the others are
-trained.
+colon instead. The scores without standardisation have no bound on their ratio; if such an arm
+diverges, it is reported as failed, and the others are trained.
 """
 
 from pathlib import Path

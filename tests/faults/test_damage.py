@@ -102,6 +102,20 @@ def test_the_old_content_survives_a_full_disk(tmp_path):
     assert path.read_bytes() == b"old"
 
 
+def test_two_processes_that_write_the_same_file(tmp_path):
+    path, replace = tmp_path / "eval.json", os.replace
+
+    def after_another(source, target):
+        with mock.patch.object(os, "replace", replace):
+            writers.write_atomically(path, b"of another")
+        replace(source, target)
+
+    with mock.patch.object(os, "replace", after_another):
+        writers.write_atomically(path, b"own")
+    assert path.read_bytes() == b"own"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_no_space_for_a_table_of_answers(tmp_path):
     """A memory-mapped file takes its space as it is filled, and a full disk ends the process."""
     table, pairs = view_files.TableFiles(tmp_path, {"a": 1}), (np.arange(9),) * 2
