@@ -158,15 +158,6 @@ def test_dry_run_of_each_method(method, small_images, tmp_path, teachers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["srrl", "cat_kd", "sdd", "wkd"])
-def test_dry_run_of_methods_of_maps_on_another_architecture(
-    method, small_images, tmp_path, teachers
-):
-    config = BASELINES.get_config(f"{method},resnet32x4,ShuffleV2")
-    dry_run(config, small_images, tmp_path, teachers)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ipwd", "reviewkd_ipwd"])
 @pytest.mark.parametrize("pair", BASELINES.PAIRS, ids="-".join)
 def test_dry_run_of_each_pair(pair, method, small_images, tmp_path, teachers):
