@@ -37,8 +37,8 @@ class Position:
         stage: index of the stage in the list that `config.stages` returns.
         step: number of steps taken in this stage.
         seconds: wall time spent on training so far, over all processes.
-        best_epoch: epoch of the main stage with the best test accuracy so far; 0 before the first
-            evaluation.
+        best_epoch: epoch of the main stage with the best accuracy so far, on the validation set or,
+            if there is none, on the test set; 0 before the first evaluation.
         best_top1: that accuracy in percent; -1 before the first evaluation.
         history: one row of metrics per finished epoch.
     """

@@ -82,6 +82,8 @@ def _data() -> ConfigDict:
     config.train_split = ""  # empty: "train"
     config.test_split = ""  # empty: "test" or "validation", whichever there is
     config.test_fraction = 0.2  # held out of data that comes without a test split
+    config.validation_fraction = 0.0  # share of each class of the training set that is held out, so
+    # that the best epoch is chosen on these images; 0: on the test set, as most papers do
     config.long_tail = 0.0  # size of the first class over that of the last, to which the training
     # set is thinned out exponentially; 0: all images
     config.image_size = 0  # pixels a side after resizing; 0: as stored

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from ipwd_jax import parallel
+from ipwd_jax import device_memory, parallel
 from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import Interrupted
 from ipwd_jax.recorder import Recorder
@@ -42,7 +42,7 @@ class Loop:
                 the run.
 
         Raises:
-            UserError: the training diverged, or a checkpoint could not be written.
+            UserError: the training diverged, needs too much memory, or could not be saved.
             Interrupted: a signal arrived, and the runs have been saved.
         """
         experiment, position = self.experiment, self.runs[0].now.position
@@ -93,18 +93,20 @@ class Loop:
         """Take the steps of one call.
 
         Returns:
-            The seconds that the call took and 0 if it had to be compiled; otherwise 0 and the
-            number of images that it trained on.
+            The seconds that the call took and 0 if it was compiled; else 0 and its images' number.
         """
         index, mask, streamed = zip(*rows, strict=True)
         teacher, steps = self.experiment.teacher, len(index[0])
         states = tuple(run.now.state for run in self.runs)
+        arguments = states, data, teacher.inputs if teacher else {}, index, mask, streamed
         compiles = steps not in self._compiled
         if compiles:
             self.recorders[0].compiles()
             jax.block_until_ready(states)
         before = time.monotonic()
-        states = train_step(states, data, teacher.inputs if teacher else {}, index, mask, streamed)
+        if compiles:
+            device_memory.check(train_step, *arguments)
+        states = train_step(*arguments)
         for run, state in zip(self.runs, states, strict=True):
             run.now.state = state
             run.now.position.step += steps

@@ -44,7 +44,9 @@ _EXTEND = flags.DEFINE_bool(
     "extend", False, "Train a run with fewer epochs further, to the epochs of the config."
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print what the run would do and how much disk space it needs; write nothing."
+    "dry_run",
+    False,
+    "Print what the run would do, and what time and space it needs; write nothing.",
 )
 _XLA_PROFILE = flags.DEFINE_string(
     "xla_profile",

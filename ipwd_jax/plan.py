@@ -1,6 +1,7 @@
 """What a run will do, in words, before it begins."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -9,10 +10,14 @@ import time
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ipwd_jax import models, parallel, xla
-from ipwd_jax.assemble import Experiment
+from ipwd_jax import config as config_lib
+from ipwd_jax import device_memory, models, parallel, xla
+from ipwd_jax import teacher as teacher_lib
+from ipwd_jax.assemble import Experiment, assemble
 from ipwd_jax.data.resident import resident
+from ipwd_jax.progress import duration
 from ipwd_jax.state import network_shapes
 
 _TIMED = 3  # calls of the step
@@ -38,9 +43,9 @@ def describe(
     shape = dataset.train.images.shape[1:]
     classes = len(dataset.class_names)
     lines = {
-        "data": f"{dataset.name}: {len(dataset.train.labels):,} training and "
-        f"{len(dataset.test.labels):,} test images of {'x'.join(map(str, shape))}, "
-        f"{classes} classes",
+        "data": f"{dataset.name}: {len(dataset.train.labels):,} training"
+        + "".join(f" and {len(s.labels):,} {name}" for name, s in dataset.evaluated.items())
+        + f" images of {'x'.join(map(str, shape))}, {classes} classes",
     }
     if teacher:
         network = models.create(config.teacher.name, classes)
@@ -77,29 +82,63 @@ def describe(
     return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
 
 
-def seconds(experiment: Experiment) -> float:
-    """Estimate how long the epochs of one run take, from a few timed steps of its main stage.
+def costs(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:
+    """Estimate the time and the memory that a run takes, and the time of its teacher; a line each.
 
-    Compilation and evaluation are left out. The program is compiled first, which takes seconds to
-    minutes.
+    The programs are compiled, which takes seconds to minutes, and take a few steps.
 
     Args:
-        experiment: of the run, with its teacher, which can be untrained.
+        experiment: of the run; its teacher is replaced by an untrained one.
+        runs: number of seeds.
+        teacher_workdir: work directory of the teacher, if there is one.
+
+    Raises:
+        UserError: a step does not fit into the memory.
+    """
+    config, dataset, text = experiment.config, experiment.dataset, ""
+    if teacher_workdir:
+        of_teacher = assemble(config_lib.teacher_config(config), dataset, None)
+        variables = of_teacher.initial_state(seed=0).network()
+        # What some terms want to know of a trained teacher is computed from an image of each class.
+        first = np.unique(dataset.train.labels, return_index=True)[1].astype(np.int32)
+        few = dataclasses.replace(dataset, train=dataset.train.take(first))
+        teacher = teacher_lib.from_variables(config, variables, few)
+        any_logits = np.zeros((1, len(dataset.class_names)), np.float32)
+        teacher = dataclasses.replace(teacher, train_logits=any_logits)
+        experiment = assemble(config, dataset, teacher, experiment.pretrained)
+        if not (config.teacher.pretrained or (teacher_workdir / "result.json").exists()):
+            text = f"{duration(_measured(of_teacher)[0])} for the epochs of the teacher, "
+    seconds, size = _measured(experiment)
+    text += f"{duration(runs * seconds)} for those of the student"
+    asked = " that asks the teacher in every step" if teacher_workdir else ""
+    of_seed = " for each seed" if runs > 1 else ""
+    return (
+        f"time     about {text}{asked}; evaluation aside\n"
+        f"memory   {size / 2**20:,.0f} MiB on each device{of_seed}, without cached answers"
+    )
+
+
+def _measured(experiment: Experiment) -> tuple[float, int]:
+    """Estimate the seconds of all epochs, from a few steps of the main stage, and measure its size.
+
+    Compilation and evaluation are left out. The size is the number of bytes on each device.
     """
     index, dataset = len(experiment.stages) - 1, experiment.dataset
     train_step = experiment.train_step(index)
     states = (parallel.replicate(experiment.begin(index, experiment.initial_state(seed=0))),)
     data = parallel.replicate(resident(dataset, dataset.train))
     inputs = experiment.teacher.inputs if experiment.teacher else {}
-    calls, timed = experiment.batches(seed=0, epoch=0), []
+    calls, timed, size = experiment.batches(seed=0, epoch=0), [], 0
     with contextlib.closing(calls):
         for rows in itertools.islice(calls, 1 + _TIMED):
+            arguments = states, data, inputs, *((part,) for part in rows)
+            size = size or device_memory.check(train_step, *arguments)
             started = time.monotonic()
-            states = train_step(states, data, inputs, *((part,) for part in rows))
+            states = train_step(*arguments)
             jax.block_until_ready(states)
             timed.append((time.monotonic() - started) / len(rows[0]))
-    # The first call was compiled; where an epoch is a single call there is no other.
-    return min(timed[1:] or timed) * experiment.total_steps
+    # The first call loads the program; where an epoch is a single call there is no other.
+    return min(timed[1:] or timed) * experiment.total_steps, size
 
 
 def disk(experiment: Experiment) -> int:

@@ -129,8 +129,11 @@ class Recorder:
         """Write the predictions and `result.json` of a finished run; return the latter."""
         run, position = self.run, self.run.now.position
         experiment = run.experiment
-        last_logits, last = run.test_scores(run.now.state.network())
-        best_logits, best = run.test_scores(run.now.best)
+        last_logits, last = run.scores(run.now.state.network(), "test")
+        best_logits, best = run.scores(run.now.best, "test")
+        if experiment.dataset.validation:
+            for scores, network in ((last, run.now.state.network()), (best, run.now.best)):
+                scores["validation_top1"] = run.scores(network, "validation")[1]["top1"]
         labels = experiment.dataset.test.labels
         teacher = experiment.teacher
         writers.write_npz(

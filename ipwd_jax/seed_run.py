@@ -53,7 +53,8 @@ class SeedRun:
             now = Snapshot(state, jax.tree.map(jnp.copy, state.network()), Position())
         self.now = now
         dataset = experiment.dataset
-        self._test = parallel.replicate(resident(dataset, dataset.test))
+        evaluated = {name: resident(dataset, split) for name, split in dataset.evaluated.items()}
+        self._evaluated = parallel.replicate(evaluated)
 
     @property
     def stage(self) -> Stage:
@@ -120,7 +121,8 @@ class SeedRun:
     def end_epoch(self, images_per_second: float) -> dict[str, Any]:
         """Measure the run at the end of an epoch, and return the row of metrics.
 
-        The student is kept if its test accuracy is the best in the main stage so far.
+        The student is kept if its accuracy on the validation set, or on the test set if there is
+        none, is the best in the main stage so far.
         """
         self.check_state()
         experiment, position, stage = self.experiment, self.now.position, self.stage
@@ -135,8 +137,9 @@ class SeedRun:
             "images_per_second": images_per_second,
         }
         if epoch % experiment.config.eval_every_epochs == 0 or epoch == stage.epochs:
-            scores = self.test_scores(self.now.state.network())[1]
-            row |= {f"test_{name}": value for name, value in scores.items()}
+            for split in experiment.dataset.evaluated:  # the last one chooses the best epoch
+                scores = self.scores(self.now.state.network(), split)[1]
+                row |= {f"{split}_{name}": value for name, value in scores.items()}
             if not stage.pretrains and scores["top1"] > position.best_top1:
                 position.best_epoch, position.best_top1 = epoch, float(scores["top1"])
                 self.now.best = jax.tree.map(jnp.copy, self.now.state.network())
@@ -151,23 +154,27 @@ class SeedRun:
             return False
         return position.epochs_of("main") - position.best_epoch >= patience
 
-    def test_scores(self, variables: PyTree) -> tuple[np.ndarray, dict[str, float]]:
-        """Return the logits (N, C) of a network on the test set, and their metrics.
+    def scores(self, variables: PyTree, name: str) -> tuple[np.ndarray, dict[str, float]]:
+        """Return the logits (N, C) of a network on the split `name`, and their metrics.
 
         Raises:
             UserError: some logits are not finite.
         """
-        experiment, test = self.experiment, self.experiment.dataset.test
+        experiment, split = self.experiment, self.experiment.dataset.evaluated[name]
         logits = evaluate.predict_all(
-            self._predict, variables, self._test, test, experiment.config.eval_batch_size
+            self._predict,
+            variables,
+            self._evaluated[name],
+            split,
+            experiment.config.eval_batch_size,
         )
         if not np.isfinite(logits).all():
             raise self._diverged(
-                f"after {self._place(self.now.position.step)}, some logits of the test set are not "
-                "finite"
+                f"after {self._place(self.now.position.step)}, some logits of the {name} set are "
+                "not finite"
             )
         mass = experiment.teacher.class_mass() if experiment.teacher else None
-        return logits, evaluate.score(logits, test.labels, mass)
+        return logits, evaluate.score(logits, split.labels, mass)
 
     def weight_metrics(self) -> dict[str, float]:
         """Return statistics of the per-sample weights, or nothing if the stage is not weighted."""

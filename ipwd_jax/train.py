@@ -1,7 +1,6 @@
 """Carry out a run, from its config to its result: checks, teacher, resumption, training."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -22,13 +21,13 @@ from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
 from ipwd_jax.checkpoint import Checkpoints, checksum, load_network
-from ipwd_jax.data import check_augmentation
+from ipwd_jax.data import check_augmentation, divided
 from ipwd_jax.data import load as load_data
 from ipwd_jax.data.base import Dataset, fingerprint
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
-from ipwd_jax.progress import Progress, duration
+from ipwd_jax.progress import Progress
 from ipwd_jax.recorder import OnEpoch, Recorder
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.state import network_shapes
@@ -107,7 +106,8 @@ def planned(
     Nothing is written. The time is that of a few steps, times their number, on this machine.
 
     Yields:
-        The lines of the plan, and then the line with the time, for which programs are compiled.
+        The lines of the plan, and then those with the time and the memory of the device, for which
+        programs are compiled.
 
     Raises:
         UserError: what `run` would refuse before it begins to train.
@@ -119,27 +119,7 @@ def planned(
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
-    yield f"time     {_times(experiment, len(runs), teacher_workdir)}"
-
-
-def _times(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:
-    """Estimate the time of a run's epochs with an untrained teacher, and of the teacher's own."""
-    config, dataset, text = experiment.config, experiment.dataset, ""
-    if teacher_workdir:
-        of_teacher = assemble(config_lib.teacher_config(config), dataset, None)
-        variables = of_teacher.initial_state(seed=0).network()
-        # What some terms want to know of a trained teacher is computed from an image of each class.
-        first = np.unique(dataset.train.labels, return_index=True)[1].astype(np.int32)
-        few = dataclasses.replace(dataset, train=dataset.train.take(first))
-        teacher = teacher_lib.from_variables(config, variables, few)
-        any_logits = np.zeros((1, len(dataset.class_names)), np.float32)
-        teacher = dataclasses.replace(teacher, train_logits=any_logits)
-        experiment = assemble(config, dataset, teacher, experiment.pretrained)
-        if not (config.teacher.pretrained or (teacher_workdir / "result.json").exists()):
-            text = f"{duration(plan.seconds(of_teacher))} for the epochs of the teacher, "
-    text += f"{duration(runs * plan.seconds(experiment))} for those of the student"
-    asked = " that asks the teacher in every step" if teacher_workdir else ""
-    return f"about {text}{asked}; evaluation aside"
+    yield plan.costs(experiment, len(runs), teacher_workdir)
 
 
 def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = False) -> Experiment:
@@ -149,7 +129,7 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     teacher_lib.check_named(config, teacher_only)
     if teacher_only and not config.teacher.name:
         raise UserError("this config has no teacher; set --config.teacher.name to a network")
-    dataset = dataset or _load(config)
+    dataset = divided(dataset, config.data) if dataset else _load(config)
     check_augmentation(dataset, config)
     check_fit(config, dataset)
     return assemble(config, dataset, None, pretrained_lib.load(config, dataset))

@@ -47,6 +47,7 @@ _RANGES = {
     "data.threads": _NOT_NEGATIVE,
     "data.image_size": _NOT_NEGATIVE,
     "data.long_tail": _NOT_NEGATIVE,
+    "data.validation_fraction": _Range("be in 0 to 0.5", lambda x: 0 <= x <= 0.5),
     "data.crop_padding": _NOT_NEGATIVE,
     "data.std": _POSITIVE,
     "data.rand_augment": _NOT_NEGATIVE,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ipwd_jax import parallel, writers
+from ipwd_jax import device_memory, writers
 from ipwd_jax.progress import Progress, duration
 
 _FLUSH_SECONDS = 60.0
@@ -28,11 +28,7 @@ def shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
             f"it needs {_mib(needed)}, but can use at most 90 % of the {_mib(free)} that are free "
             f"in {folder}"
         )
-    statistics = parallel.devices()[0].memory_stats()
-    if statistics and "bytes_limit" in statistics:
-        free = statistics["bytes_limit"] - statistics["bytes_in_use"]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = device_memory.available()
     if needed > 0.6 * free:
         return (
             f"it needs {_mib(needed)}, but can use at most 60 % of the {_mib(free)} that are free "

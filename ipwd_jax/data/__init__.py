@@ -18,6 +18,7 @@ from ipwd_jax.data.base import (
     Split,
     fingerprint,
     from_arrays,
+    hold_out,
     long_tailed,
 )
 from ipwd_jax.errors import UserError, unknown_name
@@ -28,6 +29,7 @@ __all__ = [
     "Dataset",
     "Split",
     "check_augmentation",
+    "divided",
     "fingerprint",
     "from_arrays",
     "load",
@@ -96,9 +98,26 @@ def load(config: ConfigDict) -> Dataset:
         dataset = streaming.load(config)
     else:
         dataset = found[0](config, argument) if argument else found[0](config)
-    if not config.long_tail:
+    return divided(dataset, config)
+
+
+def divided(dataset: Dataset, config: ConfigDict) -> Dataset:
+    """Return a data set whose training split is thinned out and divided as `config.data` says.
+
+    Raises:
+        UserError: `long_tail` or `validation_fraction` does not suit the data.
+    """
+    if config.long_tail:
+        dataset = dataclasses.replace(dataset, train=long_tailed(dataset.train, config.long_tail))
+    if not config.validation_fraction:
         return dataset
-    return dataclasses.replace(dataset, train=long_tailed(dataset.train, config.long_tail))
+    if dataset.validation is not None:
+        raise UserError(
+            f"config.data.validation_fraction is {config.validation_fraction}, but {dataset.name} "
+            "has validation images already; leave the setting out"
+        )
+    train, validation = hold_out(dataset.train, config.validation_fraction, dataset.name)
+    return dataclasses.replace(dataset, train=train, validation=validation)
 
 
 def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
@@ -135,6 +154,7 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
             f"flip={images.flip}; open them with the same value"
         )
     steps = max(1, config.steps_per_call, config.teacher.look_ahead)
-    tested = min(config.eval_batch_size, len(dataset.test.labels))
+    largest = max(len(split.labels) for split in dataset.evaluated.values())
+    tested = min(config.eval_batch_size, largest)
     most = max(config.batch_size * (streaming.AHEAD + steps), tested * (streaming.AHEAD + 1))
     streaming.check_memory(-(-most // parallel.process_count()), max(height, width))

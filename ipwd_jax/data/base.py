@@ -81,6 +81,8 @@ class Dataset:
         name: its name in messages, results and the default folder of a teacher.
         train: the training split.
         test: the test split.
+        validation: images held out of the training split, on which the best epoch is chosen; None
+            if it is chosen on the test split.
         class_names: one per class, in the order of the labels.
         mean: (channels,) float32, the mean of the training pixels in 0..1.
         std: (channels,) float32, their standard deviation.
@@ -92,6 +94,13 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
+    validation: Split | None = None
+
+    @property
+    def evaluated(self) -> dict[str, Split]:
+        """The splits that no network of the data is trained on, by name."""
+        splits = {"test": self.test, "validation": self.validation}
+        return {name: split for name, split in splits.items() if split}
 
     def description(self) -> dict[str, Any]:
         """Return what the user of a network trained on this data must know, ready for JSON."""
@@ -260,13 +269,11 @@ def hold_out(split: Split, fraction: float, name: str = "the data") -> tuple[Spl
         held[members[(np.arange(count) + 1) * len(members) // (count + 1)]] = True
     if not held.any():
         raise UserError(
-            f"every class has a single image in {name}, so none can be held out for testing; add "
-            "images, or provide a test split"
+            f"every class has a single image in {name}, so none can be held out; add images, or "
+            "provide a test split"
         )
-    return (
-        Split(split.in_memory[~held], split.labels[~held]),
-        Split(split.in_memory[held], split.labels[held]),
-    )
+    rest, out = (split.take(np.flatnonzero(part).astype(np.int32)) for part in (~held, held))
+    return rest, out
 
 
 def long_tailed(split: Split, ratio: float) -> Split:
@@ -316,8 +323,9 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fingerprint(dataset: Dataset) -> str:
     """Return a checksum of all that training and evaluation read, in 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((dataset.train.images.shape, dataset.test.images.shape)).encode())
-    for split in (dataset.train, dataset.test):
+    splits = [dataset.train, *dataset.evaluated.values()]
+    digest.update(repr(tuple(split.images.shape for split in splits)).encode())
+    for split in splits:
         if isinstance(split.images, np.ndarray):
             digest.update(split.images.tobytes())
         else:

@@ -16,13 +16,16 @@ _MANY = 20  # classes, above which a figure names only those at its ends
 
 
 def accuracy(history: list[dict[str, Any]], marks: Marks, teacher: float | None) -> Figure:
-    """Accuracy on the training and the test set after each epoch, with the teacher's."""
+    """Accuracy on the training, the test and any validation set, with the teacher's."""
     epochs = np.arange(1, len(history) + 1)
-    curves = {"training": column(history, "train_top1"), "test": column(history, "test_top1")}
+    names = {"training": "train_top1", "test": "test_top1", "validation": "validation_top1"}
+    curves = {name: column(history, key) for name, key in names.items()}
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    styles = {"training": (VERMILLION, "--"), "test": (BLUE, "-"), "validation": (GREEN, ":")}
 
     def paint(axes: Axes) -> None:
-        for (name, values), line in zip(curves.items(), ("--", "-"), strict=True):
-            colour = BLUE if name == "test" else VERMILLION
+        for name, values in curves.items():
+            colour, line = styles[name]
             _line(axes, epochs, values, label=name, color=colour, linestyle=line)
         if teacher is not None:
             axes.axhline(teacher, color=INK, alpha=0.7, linewidth=1, linestyle="-.")
@@ -31,7 +34,7 @@ def accuracy(history: list[dict[str, Any]], marks: Marks, teacher: float | None)
 
     known = [f"{name} {_ends(values, ' %')}" for name, values in curves.items()]
     alt = f"Accuracy over {len(history)} epochs: {'; '.join(known)}."
-    caption = "Accuracy on the training batches (augmented) and on the test set."
+    caption = "Accuracy on the training batches (augmented) and on held-out images."
     return Figure(draw("accuracy", alt, paint), alt, caption)
 
 

@@ -23,6 +23,22 @@ NOT_MEASURED = "-"
 _CONFIDENCE = 0.95
 
 
+def about_best(results: Sequence[dict[str, Any]]) -> str:
+    """Return what chose the best epoch of runs, from their `result.json`, as a sentence."""
+    validated = {"validation_top1" in result["best"] for result in results}
+    if validated == {True}:
+        return (
+            "The best epoch is the one with the highest accuracy on validation images, which were "
+            "held out of the training set"
+        )
+    return (
+        "The best epoch is the one with the highest accuracy on the test set itself"
+        f"{', except for runs with validation images' if True in validated else ''}, so its "
+        "numbers are too good to be expected of other images; it is shown for comparison with "
+        "papers that report it"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """A column of the table: a data set, a teacher (empty: none) and a student."""

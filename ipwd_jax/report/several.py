@@ -15,6 +15,7 @@ from ipwd_jax.report.methods import (
     Difference,
     Group,
     Pair,
+    about_best,
     changes,
     difference,
     group,
@@ -113,11 +114,8 @@ def _mean(one: Group, epoch: str) -> float:
 def _of_data(key: str, data: str, groups: Sequence[Group], to: str | None) -> list[Section]:
     """The sections about the runs of one data set."""
     pairs = list(dict.fromkeys(one.pair for one in groups))
-    text = [
-        "Mean and sample standard deviation over n seeds. The best epoch is the one with the "
-        "highest accuracy on the test set itself, so its numbers are too good to be expected of "
-        "other images; it is shown for comparison with papers that report it."
-    ]
+    found = about_best([o.run.result for one in groups for o in one.runs.values()])
+    text = [f"Mean and sample standard deviation over n seeds. {found}."]
     results = [_results(data, groups, pairs, epoch) for epoch in _EPOCHS]
     sections = [Section(f"{key}-table", f"Accuracy on {data}", text, tables=results)]
     if published_numbers := _published(key, data, groups, pairs):

@@ -9,7 +9,7 @@ import numpy as np
 from ipwd_jax import metrics
 from ipwd_jax.config import default, flat
 from ipwd_jax.errors import UserError
-from ipwd_jax.report import analysis, curves, pictures
+from ipwd_jax.report import analysis, curves, methods, pictures
 from ipwd_jax.report.content import Report, Section, Table, one_line
 from ipwd_jax.report.load import Loaded
 
@@ -26,6 +26,7 @@ _METRICS = {
     "recall_group2": "recall of the second group (%)",
     "recall_group3": "recall of the third group (%)",
     "recall_group4": "recall of the classes that it favours least (%)",
+    "validation_top1": "top-1 accuracy on the validation images (%)",
 }
 
 # Makes a section from the run, its baseline, the section's key and its title.
@@ -146,10 +147,7 @@ def _results(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> S
         for name, label in _METRICS.items()
         if any(name in scores for scores in columns.values())
     ]
-    text = [
-        "The best epoch is the one with the highest accuracy on the test set itself, so its "
-        "numbers are too good to be expected of other images. All figures are of the last epoch."
-    ]
+    text = [f"{methods.about_best([result])}. All figures are of the last epoch."]
     return Section(
         key, title, text, tables=[Table("Measured on the test set", ["metric", *columns], rows)]
     )

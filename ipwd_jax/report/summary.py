@@ -18,6 +18,7 @@ _UNITS = {
     "recall_group2": "%",
     "recall_group3": "%",
     "recall_group4": "% of those that it favours least",
+    "validation_top1": "% on the validation images",
 }
 
 

@@ -54,7 +54,16 @@ def test_test_settings_count_only_where_images_are_held_out(tmp_path):
 
 def test_every_setting_of_the_data_is_used_or_refused():
     defaults = config_lib.default().data
-    of_all = {"name", "streaming", "long_tail", "mean", "std", "crop_padding", "flip"}
+    of_all = {
+        "name",
+        "streaming",
+        "long_tail",
+        "validation_fraction",
+        "mean",
+        "std",
+        "crop_padding",
+        "flip",
+    }
     of_all |= set(config_lib.STUDENTS_ALONE)
     assert set(data.USED_BY) | of_all == set(defaults)
     assert all(defaults[setting] == data._UNSET.get(setting, TEST_FRACTION)

@@ -83,6 +83,7 @@ class TestLoad:
         ("", {"test_fraction": 0.5}),
         ("train/", {"test_fraction": 0.3}),
         ("first/", {"train_split": "first"}),
+        ("", {"validation_fraction": 0.25, "long_tail": 2.0}),
     ])  # fmt: skip
     def test_the_same_samples_are_held_out(self, tmp_path, folder, settings):
         places = [f"{folder}{'ab'[i % 2]}/{i}.png" for i in range(10)]
@@ -90,7 +91,8 @@ class TestLoad:
         resident = data.load(config(f"folder:{tmp_path}", **settings))
         dataset = data.load(streamed(f"folder:{tmp_path}", **settings))
         assert (dataset.name, dataset.class_names) == (resident.name, resident.class_names)
-        for split in ("train", "test"):
+        assert dataset.evaluated.keys() == resident.evaluated.keys()
+        for split in ("train", *dataset.evaluated):
             wanted, images = getattr(resident, split), getattr(dataset, split).images
             assert getattr(dataset, split).labels.tolist() == wanted.labels.tolist()
             for index, image in enumerate(wanted.images):

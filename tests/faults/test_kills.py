@@ -107,7 +107,7 @@ RUN = {
     "the first stage": ("ipwd_jax.loop:Loop._call", 3, 0.5),
     "a change of stage": ("ipwd_jax.seed_run:SeedRun.begin", 1, 0.3),
     "a checkpoint": CHECKPOINT,
-    "an evaluation": ("ipwd_jax.seed_run:SeedRun.test_scores", 1, 0.1),
+    "an evaluation": ("ipwd_jax.seed_run:SeedRun.scores", 1, 0.1),
     "the files of a run": ("ipwd_jax.writers.write_atomically", 5, 0.02),
 }
 SWEEP = {

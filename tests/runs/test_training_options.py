@@ -5,6 +5,7 @@ All of them go through `train.run` or the command line, with tiny networks.
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ from helpers import rows, settings, squares, stopped_after
 from ipwd_jax import data, plan, train, workdir
 from ipwd_jax.checkpoint import load_network, newest, saved_arrays
 from ipwd_jax.config import default
+from ipwd_jax.data import memory
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch import export_file
 
@@ -206,10 +208,29 @@ def test_plan_estimates_the_time_and_writes_nothing(term, tmp_path, monkeypatch)
     if term:
         config.loss.update({"kd": 0.0, term: 1.0})
         config.weighting.terms = (term,)
-    *_, time = train.planned(config, tmp_path / "run", squares())
+    *_, needs = train.planned(config, tmp_path / "run", squares())
     teacher = "0:03 for the epochs of the teacher, " if term else ""
-    assert time.startswith(f"time     about {teacher}0:06 for those of the student")
+    assert needs.startswith(f"time     about {teacher}0:06 for those of the student")
+    assert re.fullmatch(
+        r"memory   \d+ MiB on each device, without cached answers", needs.splitlines()[-1]
+    )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_does_not_fit_into_the_memory_is_refused(tmp_path, monkeypatch):
+    """Also by a run that resumes, whose checkpoints stay, and by the plan."""
+    config, folder = settings(checkpoint__every_seconds=0.0, **ALONE), tmp_path / "run"
+    with stopped_after(1):
+        train.run(config, folder, squares())
+    saved = newest(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available", lambda: 1000)
+        words = "a training step needs .* GiB of memory .* 0.00 GiB are available"
+        for start in (train.run, lambda *args: list(train.planned(*args))):
+            with pytest.raises(UserError, match=words):
+                start(config, folder, squares())
+    assert newest(folder) == saved
+    assert train.run(config, folder, squares())["last"]["epoch"] == config.epochs
 
 
 def test_identity_tells_all_settings_apart():
