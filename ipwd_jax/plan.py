@@ -42,10 +42,11 @@ def describe(
     config, dataset = experiment.config, experiment.dataset
     shape = dataset.train.images.shape[1:]
     classes = len(dataset.class_names)
+    splits = {"training": dataset.train, **dataset.evaluated}
+    *first, last = (f"{len(split.labels):,} {name}" for name, split in splits.items())
     lines = {
-        "data": f"{dataset.name}: {len(dataset.train.labels):,} training"
-        + "".join(f" and {len(s.labels):,} {name}" for name, s in dataset.evaluated.items())
-        + f" images of {'x'.join(map(str, shape))}, {classes} classes",
+        "data": f"{dataset.name}: {', '.join(first)} and {last} images of "
+        f"{'x'.join(map(str, shape))}, {classes} classes",
     }
     if teacher:
         network = models.create(config.teacher.name, classes)

@@ -16,6 +16,17 @@ def test_perfect_and_hopeless_predictions():
     assert hopeless["aurc"] == pytest.approx(1000) and hopeless["eaurc"] == pytest.approx(0)
 
 
+def test_accuracies_are_those_of_sorted_logits():
+    """With more samples than classes, and more than five classes."""
+    logits = np.random.default_rng(0).normal(size=(50, 20))
+    labels = np.arange(50) % 20
+    ranks = (logits > logits[np.arange(50), labels][:, None]).sum(axis=1)
+    scores = metrics.evaluate(logits, labels)
+    assert 0 < scores["top1"] < scores["top5"] < 100
+    assert scores["top1"] == pytest.approx(100 * (ranks < 1).mean())
+    assert scores["top5"] == pytest.approx(100 * (ranks < 5).mean())
+
+
 def test_fewer_than_five_classes():
     assert metrics.evaluate(np.eye(3), np.array([2, 0, 1]))["top5"] == 100
 

@@ -350,13 +350,17 @@ class TestFiles:
         runs = sweep.load_runs(f"{path}:2.5,3")
         configs = [run["config"] for run in runs if run["seeds"] == (0,)]
         constant = ("kd_times2.5", "kd_times3", "kd_cls_times2.5", "kd_cls_times3")
-        raw = ("ipwd_A_raw", "ipwd_B_raw", "ipwd_A_detached")
-        names = ("ipwd_A", "kd", "ce", "kd_cls", *constant, "ipwd_B", "wsld", *raw)
+        others = ("ipwd_A_raw", "ipwd_B_raw", "wsld", "ipwd_A_detached")
+        names = ("ipwd_A", "kd", "ce", "kd_cls", *constant, "ipwd_B", *others)
         pairs = ("vgg8_resnet8" if name != "ce" else "resnet8" for name in names)
         expected = [f"cifar100_{n}_{p}" for n, p in zip(names, pairs, strict=True)]
         assert [config.name for config in configs] == expected
         assert [run["seeds"] for run in runs] == [
-            (seed,) for count in (9, 4) for seed in (0, 1, 2) for _ in range(count)
+            (seed,)
+            for seeds in ((0, 1), (2,))
+            for count in (9, 4)
+            for seed in seeds
+            for _ in range(count)
         ]
         assert [config.weighting.constant for config in configs[4:8]] == [2.5, 3.0] * 2
         for config in configs:

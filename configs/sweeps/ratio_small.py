@@ -10,8 +10,9 @@ rounded. Images are mirrored but not cropped, so that the teacher's answers to a
 take minutes; with crops, they would take as long as the students. A missing CIFAR-100 is
 downloaded. Two of these commands at the same time share the runs.
 
-The seven methods that decide come first, with all seeds, and the others after them: the scores
-without standardisation, a head that does not train the backbone, and WSLD.
+The seven methods that decide come first, with two seeds, and the others after them: the scores
+without standardisation, whose weights differ much more, WSLD, and a head that does not train the
+backbone. The third seed of all of them comes last.
 
 A weight larger than 1 strengthens distillation as a whole, so two of the arms, one of them with
 IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
@@ -35,23 +36,24 @@ CLS = {"loss__cls": 1.0}
 RAW = {"weighting__standardize": False}
 # Name, method of configs/cifar_baselines.py, and the settings that differ from it.
 OTHERS = [
-    ("wsld", "wsld", {}),
     ("ipwd_A_raw", "ipwd", A | RAW),
     ("ipwd_B_raw", "ipwd", B | RAW),
+    ("wsld", "wsld", {}),
     ("ipwd_A_detached", "ipwd", A | {"terms__cls__source": "detached"}),
 ]
 
 
 def get_runs(constants="1.95"):
-    """The methods that decide, with one seed after the other, and then the other methods.
+    """The methods that decide, seed after seed, and then the others; last, all with the third seed.
 
     Args:
         constants: the constant weights, with commas between them.
     """
     return [
         {"config": _config(*arm), "seeds": (seed,)}
+        for seeds in (SEEDS[:2], SEEDS[2:])
         for part in (_deciding(constants), OTHERS)
-        for seed in SEEDS
+        for seed in seeds
         for arm in part
     ]
 

@@ -93,7 +93,7 @@ def test_patience_waits_for_it(finished, tmp_path):
 
 def test_the_plan_and_the_report_say_so(finished, capsys):
     plan = next(train.planned(settings(**CHANGES), finished.with_name("planned"), misleading()))
-    assert "30 training and 20 test and 10 validation images" in plan
+    assert "30 training, 20 test and 10 validation images" in plan
     ipwd_jax.write_report([finished], finished.with_name("report.html"))
     text = finished.with_name("report.html").read_text()
     assert "highest accuracy on validation images" in text
@@ -105,7 +105,7 @@ def test_settings_of_the_training_set_are_honoured_for_data_from_python(tmp_path
     """They were ignored before."""
     config = settings(data__long_tail=4.0, data__validation_fraction=0.2)
     plan = next(train.planned(config, tmp_path / "run", squares()))
-    assert "20 training and 20 test and 5 validation images" in plan  # of 20 + 5 after the tail
+    assert "20 training, 20 test and 5 validation images" in plan  # of 20 + 5 after the tail
 
 
 def test_two_validation_sets_are_refused(tmp_path):
