@@ -29,6 +29,41 @@ def test_every_view_is_a_crop_of_the_black_bordered_image(padding, flip, views):
     assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize(("padding", "flip"), [(1, True), (2, False), (0, True)])
+def test_rotations_are_those_of_numpy(padding, flip):
+    """SSKD's loader mirrors an image, rotates it, and then crops each rotation by itself."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, (8, 6, 6, 3), np.uint8)
+    index = jnp.arange(8)
+    views = augment.draw_rotated_views(KEY, jnp.int32(1), index, padding, flip)
+    got = augment.apply_rotated_views(jnp.asarray(images), views, padding, flip)
+    assert got.shape == (32, 6, 6, 3) and got.dtype == jnp.uint8
+    border, side = ((padding, padding), (padding, padding), (0, 0)), 2 * padding + 1
+    expected = []
+    for image, of_image in zip(images, views.tolist(), strict=True):
+        mirrored = bool(flip and of_image[0] % 2)
+        for turn, view in enumerate(of_image):
+            row, column = divmod(view // (1 + flip), side)
+            column = side - 1 - column if mirrored else column  # the corner is given unmirrored
+            turned = np.rot90(image[:, ::-1] if mirrored else image, turn)
+            expected.append(np.pad(turned, border)[row : row + 6, column : column + 6])
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_each_rotation_has_a_crop_of_its_own(flip):
+    count, index = augment.num_views(4, flip), jnp.arange(3000)
+    views = np.asarray(augment.draw_rotated_views(KEY, jnp.int32(2), index, 4, flip))
+    assert np.array_equal(views[:, 0], augment.draw_views(KEY, jnp.int32(2), index, count))
+    if flip:  # all four are mirrored, or none is
+        assert (views % 2 == views[:, :1] % 2).all() and 0.4 < (views % 2).mean() < 0.6
+    crops = views // (1 + flip)
+    for first in range(4):
+        assert set(crops[:, first]) == set(range(81))
+        for second in range(first):
+            assert (crops[:, first] == crops[:, second]).mean() < 0.05
+
+
 def test_normalised_border_is_as_black_as_a_black_pixel():
     image = jnp.zeros((1, 4, 4, 3), jnp.uint8).at[:, 1:3, 1:3].set(255)
     mean, std = jnp.array([0.5, 0.4, 0.3]), jnp.array([0.2, 0.25, 0.5])
