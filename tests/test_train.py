@@ -407,6 +407,7 @@ def test_the_clock_waits_for_the_device(dataset, tmp_path, monkeypatch):
             return block(tree)
 
         monkeypatch.setattr(jax, "block_until_ready", wait)
+        dispatch.lower = step.lower
         return dispatch
 
     block, shown = jax.block_until_ready, []
