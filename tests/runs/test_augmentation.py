@@ -62,6 +62,15 @@ def test_what_is_not_defined_for_mixed_images_is_refused(squares, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "constant", "ipwd"])
+def test_what_is_defined_for_mixed_images_is_not(squares, tmp_path, weighting):
+    """MixUp with plain distillation, above all."""
+    config = settings(data__mixup=0.2, weighting__name=weighting)
+    if weighting != "ipwd":
+        config.loss.cls = 0.0
+    assert "0.9 kd" in next(train.planned(config, tmp_path / "run", squares))
+
+
 def test_rotations_are_not_distorted(squares, tmp_path):
     config = settings(data__rand_augment=1, loss__sskd=1.0, first_stage__epochs=1)
     config.first_stage.loss.sskd, config.first_stage.optimizer.milestones = 1.0, ()
