@@ -139,6 +139,23 @@ def test_uniform_and_constant_weights():
     assert np.array_equal(memory["weight"], [2.5, 2.5, 2.5, 2.5, 0])
 
 
+@pytest.mark.parametrize(
+    ("field", "default", "clashes"),
+    [("clip", 0.0, True), ("constant", 2.0, True), ("constant", 1.0, False), ("power", 2.0, False)],
+)
+def test_a_field_cannot_take_the_name_of_another_setting(monkeypatch, field, default, clashes):
+    """Nor of another weighting's field, unless both have the same default."""
+    mine = dataclasses.make_dataclass(
+        "Mine", [(field, float, default)], bases=(losses.weighting.Constant,), frozen=True
+    )
+    monkeypatch.setitem(losses.weighting.WEIGHTINGS, "mine", mine)
+    if clashes:
+        with pytest.raises(ValueError, match=f"'{field}' of the weighting 'mine' clashes with"):
+            losses.weighting.settings()
+    else:
+        assert losses.weighting.settings()[field] == default
+
+
 def test_each_weighting_names_what_it_asks_for():
     config, heads_of_terms = config_lib.default(), {"cls", "kd"}
     fields = {field.name for field in dataclasses.fields(Outputs)}
