@@ -5,6 +5,7 @@ single values (`--config.optimizer.learning_rate=0.1`).
 """
 
 import difflib
+import json
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -207,6 +208,16 @@ def stages(config: ConfigDict) -> list[ConfigDict]:
     main.update({"pretrains": False, "weighted": weighting.weighs})
     first.update({"pretrains": True, "weighted": False})
     return [first, main] if first.epochs else [main]
+
+
+def filled(config: dict, defaults: dict | None = None) -> dict:
+    """Return the `config.json` of an older version with the defaults of settings added since."""
+    defaults = json.loads(default().to_json()) if defaults is None else defaults
+    missing = {key: value for key, value in defaults.items() if key not in config}
+    return missing | {
+        key: filled(value, defaults.get(key, {})) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

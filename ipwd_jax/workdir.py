@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from ipwd_jax import parallel, writers
-from ipwd_jax.config import default, differences
+from ipwd_jax.config import default, differences, filled
 from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.losses import WEIGHTINGS
 
@@ -256,21 +256,13 @@ def _binding(config: dict) -> dict:
     Missing settings get their defaults, for example those of terms that were added to the package
     after the config was written.
     """
-    config = _filled(config, json.loads(default().to_json()))
+    config = filled(config)
     # With `share_order`, the first seed decides the order and the views of the samples.
     shared = list(config["seeds"])[:1] if config["share_order"] else []
     for path in _FREE:
         parent, _, key = path.rpartition(".")
         (config[parent] if parent else config).pop(key, None)
     return {**config, **({"seeds[0]": shared[0]} if shared else {})}
-
-
-def _filled(config: dict, defaults: dict) -> dict:
-    missing = {key: value for key, value in defaults.items() if key not in config}
-    return missing | {
-        key: _filled(value, defaults.get(key, {})) if isinstance(value, dict) else value
-        for key, value in config.items()
-    }
 
 
 def _changed(config: dict, defaults: dict) -> dict:

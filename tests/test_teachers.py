@@ -10,8 +10,9 @@ import shutil
 import numpy as np
 import pytest
 from helpers import settings, squares
+from ml_collections import ConfigDict
 
-from ipwd_jax import data, models, teachers, train
+from ipwd_jax import data, models, teachers, train, validate
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch.convert import load_variables
 from ipwd_jax.teachers.__main__ import main
@@ -127,3 +128,4 @@ def test_those_of_the_package(name):
     variables = load_variables(file, about["network"])
     assert models.create(about["network"], classes=1) and variables["params"]
     assert about["last"]["epoch"] == about["config"]["epochs"]
+    validate.validate(ConfigDict(about["config"]))  # also if settings were added since

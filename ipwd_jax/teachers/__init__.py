@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ipwd_jax import writers
+from ipwd_jax import config, writers
 from ipwd_jax.errors import UserError, unknown_name
 from ipwd_jax.pytorch import files, import_file
 from ipwd_jax.pytorch.convert import load_variables
@@ -34,7 +34,8 @@ def about(name: str) -> dict[str, Any]:
     """
     if name not in names():
         raise unknown_name("teacher", name, names())
-    return json.loads((_FOLDER / f"{name}.json").read_text())
+    found = json.loads((_FOLDER / f"{name}.json").read_text())
+    return {**found, "config": config.filled(found["config"])}
 
 
 def check(pretrained: str, network: str) -> None:
