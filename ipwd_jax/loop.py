@@ -93,7 +93,7 @@ class Loop:
         """Take the steps of one call.
 
         Returns:
-            The seconds that the call took and 0 if it was compiled; else 0 and its images' number.
+            The seconds and 0 if the call was compiled first; otherwise 0 and its number of images.
         """
         index, mask, streamed = zip(*rows, strict=True)
         teacher, steps = self.experiment.teacher, len(index[0])

@@ -63,7 +63,7 @@ def test_what_is_not_defined_for_mixed_images_is_refused(squares, tmp_path, chan
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "constant", "ipwd"])
-def test_what_is_defined_for_mixed_images_is_not(squares, tmp_path, weighting):
+def test_what_is_defined_for_mixed_images_is_accepted(squares, tmp_path, weighting):
     """MixUp with plain distillation, above all."""
     config = settings(data__mixup=0.2, weighting__name=weighting)
     if weighting != "ipwd":
