@@ -1,6 +1,7 @@
 """Runs that are killed or stopped, or whose checkpoints are damaged, resume bitwise."""
 
 import csv
+import gc
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from helpers import ROOT, teacher_folder
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import models, workdir
-from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network
+from ipwd_jax.checkpoint import Checkpoints, Position, Snapshot, load_network, save_network
 from ipwd_jax.errors import UserError
 from ipwd_jax.state import TrainState, network_shapes
 
@@ -284,6 +285,20 @@ class TestCheckpoint:
         assert self.restore(run) == 1
         assert other.exists() and (run / "checkpoints" / "damaged-2-again").exists()
         assert "damaged-2-again" in capsys.readouterr().err
+
+    def test_nothing_is_printed_for_each_array(self, tmp_path, monkeypatch, caplog):
+        """Orbax abandons the reads of the other arrays after the first that fails."""
+        printed = []
+        monkeypatch.setattr("sys.unraisablehook", printed.append)
+        arrays = {str(i): jax.random.normal(jax.random.key(i), (64, 64)) for i in range(60)}
+        save_network(tmp_path, arrays)
+        file = largest_file(tmp_path / "checkpoints" / "0" / "last")
+        file.write_bytes(random.Random(0).randbytes(file.stat().st_size))
+        for _ in range(10):
+            with pytest.raises(UserError, match="last cannot be read"):
+                load_network(tmp_path, "last", jax.eval_shape(lambda: arrays))
+            gc.collect()
+        assert not printed and "asyncio" not in {record.name for record in caplog.records}
 
     def test_one_item(self, run):
         template = jax.eval_shape(lambda: self.state(0).network())
