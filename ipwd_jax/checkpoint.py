@@ -10,12 +10,9 @@ needs only the numbers of `last` or those of `best`.
 import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
 import sys
-import traceback
-import types
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ipwd_jax import parallel
+from ipwd_jax import orbax_reads, parallel
 from ipwd_jax.errors import UserError, first_line
 from ipwd_jax.state import TrainState, not_finite
 from ipwd_jax.typing import PyTree
@@ -149,7 +146,7 @@ class Checkpoints:
         for number in reversed(parallel.from_first(self.steps)):
             restored, problem = None, Exception("another process cannot read it")
             try:
-                with _reading():
+                with orbax_reads.quiet():
                     restored = self._restore(number, template)
             except Exception as error:  # Orbax and TensorStore raise many types
                 problem = error
@@ -212,35 +209,6 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Keep Python from printing a traceback for each array of a checkpoint that cannot be read.
-
-    Orbax reads all arrays at once and raises the first failure. Python prints the exceptions of the
-    other reads, some of them later and from other threads, so they stay hidden after a failure.
-    """
-    print_unraisable, logger = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def unraisable(raised: "sys.UnraisableHookArgs") -> None:
-        closed_loop = str(raised.exc_value) == "Event loop is closed"
-        if not (closed_loop or _in_orbax(raised.exc_traceback)):
-            print_unraisable(raised)
-
-    def worth_logging(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _in_orbax(record.exc_info[2]))
-
-    sys.unraisablehook = unraisable
-    logger.addFilter(worth_logging)
-    yield
-    sys.unraisablehook = print_unraisable
-    logger.removeFilter(worth_logging)
-
-
-def _in_orbax(raised: types.TracebackType | None) -> bool:
-    # The exceptions of TensorStore, which reads for Orbax, have no traceback.
-    return not raised or any("orbax" in frame.filename for frame in traceback.extract_tb(raised))
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
@@ -306,7 +274,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         )
     try:
         shapes_and_devices = parallel.replicated_shapes(template)
-        with _reading():
+        with orbax_reads.quiet():
             variables = ocp.StandardCheckpointer().restore(path, shapes_and_devices)
         variables = parallel.unshared(variables)
         meta_of_run = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "meta")

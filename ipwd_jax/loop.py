@@ -15,10 +15,9 @@ from ipwd_jax.seed_run import SeedRun
 
 
 class Loop:
-    """The training of the runs of one or more seeds of an experiment.
+    """The training of the runs of one or more seeds of an experiment, in one compiled program.
 
-    All runs are part of one compiled program and share the data and the teacher. Each of them gives
-    the same numbers as if it were trained alone.
+    They share the data and the teacher, and give the same numbers as if each were trained alone.
 
     Attributes:
         runs: one run per seed; all of them are at the same step.
@@ -103,8 +102,7 @@ class Loop:
         if compiles:
             self.recorders[0].compiles()
             jax.block_until_ready(states)
-        before = time.monotonic()
-        if compiles:
+            before = time.monotonic()
             device_memory.check(train_step, *arguments)
         states = train_step(*arguments)
         for run, state in zip(self.runs, states, strict=True):
