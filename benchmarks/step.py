@@ -51,6 +51,7 @@ def torch_arms() -> dict[str, dict[str, Any]]:
     arms = {
         "torch_nchw": {"channels_last": False},
         BASELINE: {},
+        f"{BASELINE}_compile": {"compiled": True},
         "torch_bfloat16": {"bfloat16": True},
         "torch_bfloat16_compile": {"bfloat16": True, "compiled": True},
     }

@@ -135,6 +135,14 @@ def test_the_others_run(script, arguments):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("torch")
+def test_every_convolution_of_both_networks():
+    *shapes, ours, theirs = run("convolutions.py", PAIR, "--batch=2", "--repeats=1")
+    assert [sum(shape[role] for shape in shapes) for role in ("teacher", "student")] == [9, 9]
+    assert min(ours["ms_per_step"], theirs["ms_per_step"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch")
 def test_whole_runs_and_the_eager_loop():
     lines = run("end_to_end.py", PAIR, "--size=1024", "--epochs=2", "--torch_steps=3")
     assert [line for line in lines if "skipped" in line] == []
