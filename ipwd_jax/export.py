@@ -199,6 +199,9 @@ def _stablehlo(classifier: Classifier) -> bytes:
     """The bytes from which `jax.export.deserialize` makes the function again."""
     (batch,) = jax_export.symbolic_shape("batch")
     function = jax_export.export(jax.jit(classifier.logits), platforms=PLATFORMS)
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    # The file would otherwise name the source files and folders of this machine.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         return bytes(function(_images(classifier, batch)).serialize())
     except Exception as error:  # JAX raises many kinds, and so does a network of the user's own
@@ -206,6 +209,8 @@ def _stablehlo(classifier: Classifier) -> bytes:
             "the network cannot be exported for any number of images and for the platforms "
             f"{', '.join(PLATFORMS)}: {first_line(error)}"
         ) from error
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def _onnx(classifier: Classifier, entries: Mapping[str, Any]) -> bytes:

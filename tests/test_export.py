@@ -111,6 +111,17 @@ def test_stablehlo_runs_without_the_package(who, which, student, squares, tmp_pa
             np.testing.assert_allclose(found[str(n)], expected[:n], atol=1e-5)
 
 
+def test_stablehlo_does_not_depend_on_where_it_is_made(classifier, tmp_path):
+    def elsewhere(path):
+        export.export_classifier(classifier, path)
+
+    first, second = tmp_path / "first.stablehlo", tmp_path / "second.stablehlo"
+    export.export_classifier(classifier, first)
+    elsewhere(second)
+    assert first.read_bytes() == second.read_bytes()
+    assert b".py" not in first.read_bytes()
+
+
 def test_what_the_json_file_says(student, tmp_path):
     about = export.export_run(student, tmp_path / "a.stablehlo", "best")
     assert files_in(tmp_path) == ["a.stablehlo", "a.stablehlo.json"]

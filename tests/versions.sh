@@ -19,9 +19,10 @@ fi
 
 for versions in "${which[@]}"; do
     folder="build/versions/$versions"
-    pinned=()
+    pinned=() warnings=()
     if [[ "$versions" == "oldest" ]]; then
-        python=3.11 resolution=lowest-direct
+        # Old packages use what newer versions of their own dependencies deprecate.
+        python=3.11 resolution=lowest-direct warnings=(-W ignore::DeprecationWarning)
     elif [[ "$versions" == "locked" ]]; then
         python=3.11 resolution=highest pinned=(-c tests/requirements.lock)
     else
@@ -35,5 +36,5 @@ for versions in "${which[@]}"; do
 import importlib.metadata as m, platform
 names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "scikit-learn", "pillow")
 print("Python", platform.python_version(), *(f"{n} {m.version(n)}" for n in names), sep=", ")')"
-    "$folder/bin/python" -m pytest "$@"
+    "$folder/bin/python" -m pytest "${warnings[@]}" "$@"
 done

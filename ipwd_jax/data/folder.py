@@ -211,7 +211,8 @@ def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        image = to_rgb(file)
+        with file.open("rb") as encoded:  # Pillow leaves a file open that cannot be read
+            image = to_rgb(encoded)
     except UserError as error:
         raise UserError(f"{file} {error}") from error
     except Exception as error:  # Pillow raises many types
@@ -221,7 +222,7 @@ def _decode(file: pathlib.Path, image_size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_rgb(file: pathlib.Path | BinaryIO) -> "Image.Image":
+def to_rgb(file: BinaryIO) -> "Image.Image":
     """Decode a file of any format that Pillow reads to RGB, rotated as its EXIF data says.
 
     Raises:

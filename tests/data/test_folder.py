@@ -1,5 +1,7 @@
 """Folders of images are read whatever lies in them, and what cannot be read is named."""
 
+import gc
+
 import numpy as np
 from data_helpers import fails, load, same, write_image
 from PIL import Image
@@ -109,3 +111,11 @@ def test_links_that_lead_nowhere_are_told(tmp_path, capsys):
     load(f"folder:{tmp_path}")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: 2 broken links") and f"among them {tmp_path}" in line
+
+
+def test_a_file_that_cannot_be_read_is_closed(tmp_path):
+    for place in ("a/1.png", "b/1.png", "b/2.png"):
+        write_image(tmp_path / place)
+    (tmp_path / "a/2.png").symlink_to("/proc/self/mem")  # can be opened, but not read
+    fails(["2.png cannot be read as an image"], f"folder:{tmp_path}")
+    gc.collect()  # would close a file that was left open, with a warning
