@@ -1,6 +1,7 @@
 """The exceptions that Orbax leaves behind when it reads a damaged checkpoint."""
 
 import contextlib
+import inspect
 import logging
 import sys
 import traceback
@@ -19,11 +20,16 @@ def quiet() -> Iterator[None]:
 
     def unraisable(raised: "sys.UnraisableHookArgs") -> None:
         closed_loop = str(raised.exc_value) == "Event loop is closed"
-        if not (closed_loop or _in_orbax(raised.exc_traceback)):
+        unfinished = (
+            inspect.iscoroutine(raised.object) and "orbax" in raised.object.cr_code.co_filename
+        )
+        if not (closed_loop or unfinished or _in_orbax(raised.exc_traceback)):
             print_unraisable(raised)
 
     def worth_logging(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _in_orbax(record.exc_info[2]))
+        # The exceptions of TensorStore, which reads for Orbax, have no traceback.
+        raised = record.exc_info
+        return not raised or (raised[2] is not None and not _in_orbax(raised[2]))
 
     sys.unraisablehook = unraisable
     logger.addFilter(worth_logging)
@@ -33,5 +39,4 @@ def quiet() -> Iterator[None]:
 
 
 def _in_orbax(raised: types.TracebackType | None) -> bool:
-    # The exceptions of TensorStore, which reads for Orbax, have no traceback.
-    return not raised or any("orbax" in frame.filename for frame in traceback.extract_tb(raised))
+    return any("orbax" in frame.filename for frame in traceback.extract_tb(raised))
