@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from helpers import rows, settings
 
 from ipwd_jax import recorder, report, train
@@ -43,6 +44,19 @@ def test_a_first_stage_is_the_same_whatever_the_weighting(
     assert row[column].strip() == "7"
     warnings = [line for line in shown.err.splitlines() if "effective sample size of" in line]
     assert len(warnings) == 1 and "few samples decide the weighted loss" in warnings[0]
+
+
+def test_only_the_terms_that_are_named_are_weighted(squares, tmp_path):
+    """One step from the same parameters: the weights multiply KD, and nothing else."""
+    found = {}
+    for weighting in ("uniform", "constant"):
+        config = settings(epochs=1, batch_size=40, teacher__view_cache="off")
+        config.weighting.update({"name": weighting, "constant": 7.0, "terms": ("kd",)})
+        train.run(config, tmp_path / weighting, squares)
+        (row,) = rows(tmp_path / weighting)
+        found[weighting] = {name: float(row[f"train_{name}"]) for name in ("ce", "cls", "kd")}
+    once = found["uniform"]
+    assert found["constant"] == pytest.approx({**once, "kd": 7 * once["kd"]}, rel=1e-6)
 
 
 def test_a_stage_leaves_a_separate_network_alone_that_it_does_not_train(
