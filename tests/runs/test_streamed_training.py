@@ -74,10 +74,13 @@ def test_a_strong_view_is_made_of_another_crop(root, tmp_path, monkeypatch):
         assert (double[:, 1] != single).any()
 
 
-@pytest.mark.slow
-def test_calls_of_several_steps(root, whole):
-    train.run(streamed(root, steps_per_call=2), whole.parent / "calls")
-    np.testing.assert_allclose(logits(whole.parent / "calls"), logits(whole), atol=2e-5)
+@pytest.mark.parametrize(
+    "setting",
+    ["teacher__look_ahead", pytest.param("steps_per_call", marks=pytest.mark.slow)],
+)
+def test_calls_of_several_steps(setting, root, whole):
+    train.run(streamed(root, **{setting: 2}), whole.parent / setting)
+    np.testing.assert_allclose(logits(whole.parent / setting), logits(whole), atol=2e-5)
 
 
 def test_equal_to_the_same_images_in_memory(root, tmp_path, monkeypatch):
