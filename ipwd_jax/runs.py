@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from ipwd_jax import precision
 from ipwd_jax.checkpoint import load_network
+from ipwd_jax.config import filled
 from ipwd_jax.data import augment
 from ipwd_jax.data.decode import decode_eval
 from ipwd_jax.data.folder import to_rgb
@@ -167,7 +168,7 @@ class Run:
 
     Attributes:
         workdir: the work directory.
-        config: the config of the run.
+        config: the config of the run; settings that are newer than the run have their defaults.
         data: name, class names, image shape, mean and standard deviation of its data; empty if the
             network was imported or trained by an older version.
         result: the content of `result.json`; empty while the run is not finished.
@@ -290,14 +291,14 @@ def load_run(workdir: str | pathlib.Path) -> Run:
     path = workdir / "config.json"
     try:
         noted = json.loads(path.read_text())
-        config, data = ConfigDict(noted["config"]), noted.get("data", {})
+        config, data = ConfigDict(filled(noted["config"])), noted.get("data", {})
         result_path = workdir / "result.json"
         result = json.loads(result_path.read_text()) if result_path.exists() else {}
     except FileNotFoundError:
         raise UserError(
             f"{workdir} is not the work directory of a run: {path} is missing"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); check that {workdir} is the work directory of a run"
         ) from error

@@ -87,9 +87,10 @@ def test_folders_that_hold_no_run(workdir, tmp_path):
     (tmp_path / "older/config.json").write_text(json.dumps(noted))
     with pytest.raises(UserError, match="run its command again"):
         ipwd_jax.load_student(tmp_path / "older")
-    (tmp_path / "older/config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        ipwd_jax.load_run(tmp_path / "older")
+    for damaged in ("{", '{"config": []}'):
+        (tmp_path / "older/config.json").write_text(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            ipwd_jax.load_run(tmp_path / "older")
 
 
 def test_configs_of_files():

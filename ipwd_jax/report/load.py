@@ -174,11 +174,12 @@ def _check_config(run: Run) -> None:
     try:
         int(config.seed), int(config.epochs), dict(config.loss), config.weighting.name
         str(config.name), config.model.name, config.teacher.name, config.data.name
+        str(config.optimizer.schedule), str(config.first_stage.optimizer.schedule)
         known = isinstance(run.data, dict)
         float(sum(config.loss.values()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{run.workdir / 'config.json'} lacks settings that every run has: {error}"
+            f"{run.workdir / 'config.json'} is damaged: a setting is of another type: {error}"
         ) from error
     if not known:
         raise UserError(f"{run.workdir / 'config.json'} is damaged: 'data' is not a section")

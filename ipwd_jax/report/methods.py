@@ -268,8 +268,8 @@ def _described(config: ConfigDict) -> str:
 def _is_plain_distillation(config: ConfigDict) -> bool:
     """Whether the loss is the labels' cross-entropy and Hinton's distillation, unweighted."""
     terms = {name for name, weight in config.loss.items() if weight}
-    first = config.get("first_stage", {}).get("epochs", 0)
-    return terms == {"ce", "kd"} and config.weighting.name == "uniform" and not first
+    plain = terms == {"ce", "kd"} and config.weighting.name == "uniform"
+    return plain and not config.first_stage.epochs
 
 
 def _leaves(config: ConfigDict) -> dict[str, Any]:

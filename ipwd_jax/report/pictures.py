@@ -4,11 +4,9 @@ import base64
 import io
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from ipwd_jax import data
-from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
 from ipwd_jax.report.content import Gallery, Picture, one_line
 from ipwd_jax.report.load import Loaded
@@ -43,7 +41,7 @@ def extremes(loaded: Loaded, weights: np.ndarray, labels: np.ndarray) -> list[Ga
 
 def _training_images(loaded: Loaded, labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """The images (N, H, W, channels) and the names of the classes."""
-    settings = ConfigDict({**default().data.to_dict(), **loaded.run.config.data.to_dict()})
+    settings = loaded.run.config.data.copy_and_resolve_references()
     settings.download = False
     if settings.streaming:
         raise UserError("the images are streamed, not in memory, so none are shown")

@@ -102,7 +102,7 @@ def _check_same_test(loaded: Loaded, baseline: Loaded) -> None:
 
 
 def _unfinished(loaded: Loaded) -> str:
-    epochs = loaded.run.config.epochs + loaded.run.config.get("first_stage", {}).get("epochs", 0)
+    epochs = loaded.run.config.epochs + loaded.run.config.first_stage.epochs
     return (
         f"{loaded.folder} is not finished: {len(loaded.history)} of {epochs} epochs are reported."
         f"{loaded.failure}"
@@ -168,11 +168,8 @@ def _training(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> 
 def _stepped(loaded: Loaded) -> list[str]:
     """The stages whose learning rate falls in steps."""
     config = loaded.run.config
-    optimizers = {
-        "main": config.get("optimizer", {}),
-        "first": config.get("first_stage", {}).get("optimizer", {}),
-    }
-    return [name for name, found in optimizers.items() if found.get("schedule") == "step"]
+    optimizers = {"main": config.optimizer, "first": config.first_stage.optimizer}
+    return [name for name, found in optimizers.items() if found.schedule == "step"]
 
 
 def _confidence(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Section:

@@ -268,6 +268,17 @@ def test_methods_that_share_a_name_are_told_apart(runs):
     assert compared == {"", "ipwd (weighting.clip=0.0)"}
 
 
+def test_a_setting_that_is_newer_than_a_run_is_no_difference(runs):
+    path = runs / "kd_seed0/config.json"
+    noted = json.loads(path.read_text())
+    del noted["config"]["data"]["validation_fraction"], noted["config"]["first_stage"]
+    path.write_text(json.dumps(noted))
+    report.write_report([runs / "kd_seed0", runs / "ipwd_seed0"], runs / "all.html")
+    settings = (runs / "all.md").read_text().partition("## Settings")[2]
+    assert "weighting.name=ipwd" in settings
+    assert "validation" not in settings and "first" not in settings
+
+
 def test_what_cannot_be_reported_is_named(runs, capsys):
     (runs / "none").mkdir()
     shutil.copytree(runs / "ipwd_seed0", runs / "damaged")
