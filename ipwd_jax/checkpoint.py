@@ -237,7 +237,7 @@ def saved_arrays(path: pathlib.Path) -> PyTree:
         UserError: the item is missing or damaged.
     """
     try:
-        return ocp.StandardCheckpointer().metadata(path).item_metadata
+        return ocp.StandardCheckpointHandler().metadata(path)
     except Exception as error:  # Orbax raises many types
         raise UserError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
 

@@ -40,8 +40,9 @@ def test_a_finished_run(workdir, squares):
 
 
 @pytest.mark.parametrize("which", ["last", "best"])
-def test_a_classifier_has_the_logits_of_the_run(which, workdir, squares):
+def test_a_classifier_has_the_logits_of_the_run(which, workdir, squares, caplog):
     student = ipwd_jax.load_run(workdir).classifier(which)
+    assert not caplog.records  # Orbax warns if a checkpoint is read otherwise than it was written
     logits = ipwd_jax.load_run(workdir).predictions()[f"{which}_logits"]
     np.testing.assert_allclose(student.logits(squares.test.images), logits, atol=1e-5)
     found = student.predict(squares.test.images, batch_size=7)
