@@ -132,7 +132,9 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     dataset = divided(dataset, config.data) if dataset else _load(config)
     check_augmentation(dataset, config)
     check_fit(config, dataset)
-    return assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+    experiment = assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+    view_cache.check(experiment)
+    return experiment
 
 
 def _checksums(experiment: Experiment) -> dict[str, str]:
@@ -359,8 +361,6 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         return experiment
     mode = config.teacher.view_cache
     reason = view_cache.reason_against(experiment)
-    if mode in ("all", "drawn") and reason:
-        raise UserError(f"config.teacher.view_cache is {mode}, but {reason}; set it to auto")
     setting = "teacher.view_cache"
     chosen = parallel.from_first(lambda: [workdir_lib.chosen(path, setting) for path in workdirs])
     begun = {*chosen} - {None}

@@ -93,6 +93,16 @@ def with_cache(experiment: Experiment, cache: ViewCache) -> Experiment:
     return dataclasses.replace(experiment, teacher=cached)
 
 
+def check(experiment: Experiment) -> None:
+    """Raise `UserError` if `config.teacher.view_cache` asks for a cache that the run cannot use."""
+    teacher = experiment.config.teacher
+    required = teacher.name and teacher.view_cache in ("all", "drawn")
+    if required and (reason := reason_against(experiment)):
+        raise UserError(
+            f"config.teacher.view_cache is {teacher.view_cache}, but {reason}; set it to auto"
+        )
+
+
 def reason_against(experiment: Experiment) -> str:
     """Return the reason why a run cannot use the cache; empty if it can."""
     taps = experiment.teacher_taps

@@ -148,9 +148,10 @@ def test_an_interrupted_table_is_finished(tmp_path):
         ({"teacher__train_mode": True}, "depends on the batch"),
     ],
 )
-def test_refused_where_it_would_be_wrong(changes, reason, squares, folder):
+def test_refused_where_it_would_be_wrong(changes, reason, squares, tmp_path):
     with pytest.raises(UserError, match=reason):
-        run(f"refused {reason}", squares, folder, teacher__view_cache="all", **changes)
+        train.run(settings(teacher__view_cache="all", **changes), tmp_path / "run", squares)
+    assert not [*tmp_path.iterdir()]  # not even the teacher was trained
 
 
 def test_no_space(squares, folder, monkeypatch):
