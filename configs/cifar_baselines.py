@@ -135,8 +135,11 @@ def get_config(arg: str = "kd,resnet32x4,resnet8x4"):
         base, weighting = method, ""
     config.loss.update(LOSSES[base])
     if weighting:
-        config.weighting.update({"name": weighting, "terms": (base,), "constant": 2.0})
-        config.loss.cls = 1.0 if weighting == "ipwd" else 0.0
+        config.weighting.update({"name": weighting, "terms": (base,)})
+        if weighting == "ipwd":
+            config.loss.cls = 1.0
+        else:
+            config.weighting.constant = 2.0
     _METHOD_SETTINGS.get(base, lambda config, pair: None)(config, (teacher, student))
     return config
 

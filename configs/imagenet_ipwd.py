@@ -72,7 +72,8 @@ def get_config(arg: str = "ipwd,ResNet50_imagenet,MobileNetV1"):
         config.batch_size, config.optimizer.learning_rate = MDISTILLER[method]
         config.optimizer.nesterov = False
     config.loss.update(LOSSES[method])
-    config.terms.kd.update({"temperature": 2.0, "cross_entropy": True})
+    if config.loss.kd:
+        config.terms.kd.update({"temperature": 2.0, "cross_entropy": True})
     if method in ("wsld", "ipwd"):
         config.weighting.name = method
     if method == "dkd":

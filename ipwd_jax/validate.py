@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import limits, losses, models, optim
+from ipwd_jax import limits, losses, models, no_effect, optim
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError, unknown_name
 from ipwd_jax.models.heads import SOURCES as HEAD_SOURCES
@@ -133,8 +133,7 @@ _KINDS = {
 def validate(config: ConfigDict) -> None:
     """Refuse a config that is wrong regardless of the data.
 
-    For each setting that is allowed but has no effect, such as a milestone after the last epoch, a
-    line is printed to standard error.
+    Settings that are allowed but have no effect are named in warnings on standard error.
 
     Raises:
         UserError: a name, a type or a value is wrong, or settings contradict each other.
@@ -166,7 +165,8 @@ def validate(config: ConfigDict) -> None:
         _check_loss(config, stage)
     _check_heads(config)
     _check_weighting(config)
-    _warn_of_what_has_no_effect(config)
+    for line in no_effect.warnings(config):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _of_pattern(table: Mapping[str, Any], path: str) -> Any:
@@ -352,28 +352,6 @@ def _trains(config: ConfigDict, stage: ConfigDict, head: str) -> bool:
     # A prefix inside the head trains a part of it, which is taken to be intended.
     fits = any(path.startswith(p) or p.startswith(path) for p in prefixes)
     return source is not None and (not prefixes or fits)
-
-
-def _warn_of_what_has_no_effect(config: ConfigDict) -> None:
-    weighting, lines = config.weighting, []
-    used = {"": True, "first_stage.": config.first_stage.epochs, "teacher.": config.teacher.name}
-    for prefix in (prefix for prefix, is_used in used.items() if is_used):
-        section = config[prefix.rstrip(".")] if prefix else config
-        late = [m for m in section.optimizer.milestones if m >= section.epochs]
-        if late and section.optimizer.schedule == "step":
-            lines.append(
-                f"config.{prefix}optimizer.milestones has no effect at "
-                f"{', '.join(map(str, late))}, because config.{prefix}epochs is {section.epochs}"
-            )
-    weighs = losses.weighting.create(weighting).weighs
-    if weighs and weighting.start_epoch >= config.epochs:
-        lines.append(
-            f"config.weighting.name={weighting.name} has no effect, because "
-            f"config.weighting.start_epoch is {weighting.start_epoch} and config.epochs is "
-            f"{config.epochs}"
-        )
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def check_fit(config: ConfigDict, dataset: Dataset) -> None:

@@ -50,6 +50,15 @@ def test_reviewkd_has_its_authors_recipe(method, student, rate):
             assert rates(epoch) == pytest.approx(first * 0.1**falls), epoch
 
 
+def test_every_setting_of_a_method_has_an_effect(capsys):
+    for method in BASELINES.METHODS:
+        validate.validate(BASELINES.get_config(f"{method},resnet32x4,resnet8x4"))
+    for method in IMAGENET.LOSSES:
+        pair = "ResNet34_imagenet,ResNet18_imagenet"
+        validate.validate(IMAGENET.get_config(f"{method},{pair}"))
+    assert not capsys.readouterr().err
+
+
 def test_other_methods_have_the_recipe_of_their_table():
     config = BASELINES.get_config("dkd,resnet32x4,resnet8x4")
     assert not config.teacher.train_mode and config.teacher.which == "last"

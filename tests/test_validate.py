@@ -242,6 +242,15 @@ def test_a_term_that_is_off_may_be_missing():
          ["config.first_stage.optimizer.milestones", "config.first_stage.epochs is 5"]),
         ({**IPWD, "weighting.start_epoch": 240}, ["config.weighting.start_epoch is 240"]),
         ({**IPWD, "weighting.start_epoch": 239}, []),
+        ({**KD, "weighting.ratio": "B", "weighting.clip": 3.0},
+         ["config.weighting.clip, config.weighting.ratio have", "weighting.name is uniform"]),
+        ({**IPWD, "weighting.constant": 2.0}, ["weighting.constant has", "weighting.name is ipwd"]),
+        ({**KD, "terms.crd.negatives": 8}, ["config.terms.crd.negatives", "config.loss.crd is 0"]),
+        ({**KD, "terms.kd.temperature": 8.0}, []),
+        ({**FIRST, "first_stage.loss.ce": 1.0, "terms.ce.label_smoothing": 0.1}, []),
+        ({"first_stage.loss.ce": 1.0}, ["config.first_stage.loss.ce", "first_stage.epochs is 0"]),
+        ({"teacher.fold": True}, ["config.teacher.fold", "config.teacher.name is empty"]),
+        ({"data.rand_magnitude": 5}, ["config.data.rand_magnitude", "rand_augment is 0"]),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_one_warning_each(changes, words, capsys):
