@@ -7,7 +7,7 @@ import flax.linen as nn
 import optax
 from ml_collections import ConfigDict
 
-from ipwd_jax import losses, optim, parallel, student
+from ipwd_jax import losses, models, optim, parallel, student
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
@@ -111,8 +111,10 @@ def terms(
     }
     found = losses.create(stage.loss, config.terms, of_run)
     check_images(config, found, dataset)
+    name = config.teacher.name
+    network = models.create(name, len(dataset.class_names)) if name else None
     for term in found.values():
-        term.check(dataset)
+        term.check(dataset, network)
     return {name: term.of_teacher(teacher) if teacher else term for name, term in found.items()}
 
 

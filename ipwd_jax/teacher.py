@@ -84,15 +84,8 @@ class Teacher:
     def preact_norms(self) -> tuple:
         """Return (gammas, betas) of the BatchNorm that feeds each `preact` after the stem.
 
-        Raises:
-            UserError: the network does not declare which BatchNorm layers these are.
+        The network must declare in a method `preact_norms` which BatchNorm layers these are.
         """
-        if not hasattr(self.network, "preact_norms"):
-            raise UserError(
-                "a loss term needs to know which BatchNorm feeds each map of the teacher, but "
-                f"{type(self.network).__name__} does not declare it (`preact_norms`); choose "
-                "another teacher"
-            )
         params = jax.device_get(self.variables["params"])
 
         def leaf(path: tuple[str, ...], name: str) -> tuple[float, ...]:

@@ -82,8 +82,9 @@ class Term(nn.Module):
         return {}
 
     @nn.nowrap
-    def check(self, dataset: "Dataset") -> None:
-        """Raises `UserError` if the term cannot be applied to this data; never by default."""
+    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
+        """Raises `UserError` if this data or teacher, not yet trained, cannot be used; by default
+        never."""
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "Term":

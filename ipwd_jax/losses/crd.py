@@ -137,7 +137,7 @@ class CRD(Term):
     per_sample = False
 
     @nn.nowrap
-    def check(self, dataset: "Dataset") -> None:
+    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
         """Raises `UserError` if a class leaves fewer than `negatives` images of other classes."""
         labels = dataset.train.labels
         others = len(labels) - int(np.bincount(labels).max())

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.scipy.stats import norm
 
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, adaptive_avg_pool
 from ipwd_jax.models.base import BatchNorm, Outputs, conv
 from ipwd_jax.precision import at_least_float32
 
 if TYPE_CHECKING:
+    from ipwd_jax.data.base import Dataset
     from ipwd_jax.teacher import Teacher
 
 
@@ -78,6 +80,16 @@ class OFD(Term):
     paper = "Heo et al., 2019: A comprehensive overhaul of feature distillation"
     teacher_taps = ("preact",)
     mixed_images = True
+
+    @nn.nowrap
+    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
+        """Raises `UserError` if the teacher does not declare which BatchNorm feeds each map."""
+        if not hasattr(teacher, "preact_norms"):
+            raise UserError(
+                "the term ofd needs to know which BatchNorm feeds each map of the teacher, but "
+                f"{type(teacher).__name__} does not declare it (`preact_norms`); choose a resnet, "
+                "a wrn or a vgg as teacher"
+            )
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "OFD":

@@ -95,7 +95,7 @@ class SSKD(Term):
     first_stage_params = ("teacher_head",)
 
     @nn.nowrap
-    def check(self, dataset: "Dataset") -> None:
+    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
         """Raises `UserError` if the images are not square, or are streamed."""
         _, height, width, _ = dataset.train.images.shape
         if height != width:

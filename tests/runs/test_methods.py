@@ -199,6 +199,9 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     config = shortened(BASELINES.get_config("sskd,resnet14,resnet8"))
     with pytest.raises(UserError, match="needs square ones, found 8x12"):
         train.run(config, tmp_path / "sskd", wide)
+    config = shortened(BASELINES.get_config("ofd,tiny_net,resnet8"))
+    with pytest.raises(UserError, match="Tiny does not declare it"):
+        train.run(config, tmp_path / "ofd", digits)
     assert not list(tmp_path.rglob("checkpoints"))
 
 
