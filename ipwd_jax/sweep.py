@@ -19,6 +19,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import io
 import logging as python_logging
 import math
 import pathlib
@@ -37,6 +38,7 @@ from ipwd_jax.api import load_module
 from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.report.summary import mean_and_deviation
 from ipwd_jax.runs import load_run
+from ipwd_jax.validate import validate
 
 # What can be said of a run, in the order of the summary.
 FINISHED = "finished"
@@ -89,7 +91,8 @@ def load_runs(path: str) -> list[Mapping[str, Any]]:
         path: of a file with a function `get_runs`; what follows a colon is its argument.
 
     Raises:
-        UserError: the file is missing, raises an error, or returns no list of mappings.
+        UserError: the file is missing, raises an error, or returns no list of mappings; or a config
+            is wrong regardless of the data, which is found before the first run is trained.
     """
     name, colon, argument = path.partition(":")
     module = load_module(pathlib.Path(name))
@@ -124,6 +127,11 @@ def _check(run: Any, name: str) -> None:
             f"the run {config.name} has the seeds {tuple(run['seeds'])}, and its config has the "
             f"seeds {tuple(config.seeds)}, which train in one program; leave one of them out"
         )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a run repeats its own warnings
+            validate(config)
+    except UserError as error:
+        raise UserError(f"the run {config.name} of {name}: {error}") from error
 
 
 def plan(runs: Sequence[Mapping[str, Any]], out: str | pathlib.Path) -> list[Planned]:

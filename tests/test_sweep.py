@@ -275,13 +275,13 @@ def test_a_run_that_is_refused_does_not_stop_the_others(file, tmp_path, capsys):
         + """
     alone = {"teacher__name": "", "weighting__name": "uniform", "loss__kd": 0.0, "loss__cls": 0.0}
     alone["optimizer__milestones"] = ()
-    wrong = settings(name="wrong", model__name="resnet9", **alone)
+    wrong = settings(name="wrong", data__name="folder:/nowhere", **alone)
     return [{"config": wrong}, {"config": settings(name="right", **alone)}]
 """
     )
     call(f"--config={file}", f"--out={tmp_path}", status=1)
     shown = capsys.readouterr()
-    assert f"error: {tmp_path / 'wrong_seed0'}: unknown network 'resnet9'" in shown.err
+    assert f"error: {tmp_path / 'wrong_seed0'}: " in shown.err and "/nowhere" in shown.err
     assert "2 runs: 1 finished, 1 failed\n" in shown.out
     assert (tmp_path / "right_seed0" / "result.json").exists()
 
@@ -319,6 +319,10 @@ class TestMistakes:
                 "C.update(name='a', seeds=(1, 2))\n"
                 "def get_runs(): return [{'config': C, 'seeds': (1,)}]",
                 "the run a has the seeds (1,), and its config has the seeds (1, 2)",
+            ),
+            (
+                "C.name, C.model.name = 'a', 'resnet9'\ndef get_runs(): return [{'config': C}]",
+                "the run a of FILE: unknown network 'resnet9'",
             ),
         ],
     )
