@@ -354,7 +354,7 @@ class TestFiles:
         runs = sweep.load_runs(f"{path}:2.5,3")
         configs = [run["config"] for run in runs if run["seeds"] == (0,)]
         constant = ("kd_times2.5", "kd_times3", "kd_cls_times2.5", "kd_cls_times3")
-        others = ("ipwd_A_raw", "ipwd_B_raw", "wsld", "ipwd_A_detached")
+        others = ("ipwd_A_raw", "ipwd_B_raw", "wsld", "ipwd_A_detached", "wsld_times0.81")
         names = ("ipwd_A", "kd", "ce", "kd_cls", *constant, "ipwd_B", *others)
         pairs = ("vgg8_resnet8" if name != "ce" else "resnet8" for name in names)
         expected = [f"cifar100_{n}_{p}" for n, p in zip(names, pairs, strict=True)]
@@ -362,7 +362,7 @@ class TestFiles:
         assert [run["seeds"] for run in runs] == [
             (seed,)
             for seeds in ((0, 1), (2,))
-            for count in (9, 4)
+            for count in (9, 5)
             for seed in seeds
             for _ in range(count)
         ]

@@ -11,8 +11,9 @@ take minutes; with crops, they would take as long as the students. A missing CIF
 downloaded. Two of these commands at the same time share the runs.
 
 The seven methods that decide come first, with two seeds, and the others after them: the scores
-without standardisation, whose weights differ much more, WSLD, and a head that does not train the
-backbone. The third seed of all of them comes last.
+without standardisation, whose weights differ much more, WSLD, a head that does not train the
+backbone, and WSLD's loss with the constant that is its mean weight. The third seed of all of them
+comes last.
 
 A weight larger than 1 strengthens distillation as a whole, so two of the arms, one of them with
 IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
@@ -40,6 +41,7 @@ OTHERS = [
     ("ipwd_B_raw", "ipwd", B | RAW),
     ("wsld", "wsld", {}),
     ("ipwd_A_detached", "ipwd", A | {"terms__cls__source": "detached"}),
+    ("wsld_times0.81", "wsld", {"weighting__name": "constant", "weighting__constant": 0.81}),
 ]
 
 
