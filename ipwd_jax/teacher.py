@@ -1,6 +1,7 @@
 """The teacher: where a run finds it, how it is asked, and its logits on the whole data set."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -162,6 +163,29 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
             f"config.teacher.workdir names {workdir}, where there is {found}. Train the teacher "
             "there by running the same command with --mode=teacher, or omit the setting to have "
             "the teacher trained beside the student."
+        )
+
+
+def check_data(config: ConfigDict, data: str) -> None:
+    """Raise `UserError` if the teacher that the config names was trained on other data.
+
+    Of an imported file, the data is not known.
+
+    Args:
+        config: config of the student's run.
+        data: checksum of its data set, as `fingerprint` returns it.
+    """
+    pretrained, workdir = config.teacher.pretrained, config.teacher.workdir
+    path, noted = pathlib.Path(workdir) / "config.json", {}
+    if pretrained in teachers.names():
+        noted = teachers.about(pretrained)["checksums"]
+    elif config.teacher.name and workdir and path.exists():
+        noted = json.loads(path.read_text())["checksums"]
+    if noted.get("data", data) != data:
+        raise UserError(
+            f"the teacher {pretrained or workdir} was trained on other data than that of "
+            "config.data, or on another part of it; choose a teacher of the same images, or leave "
+            "config.teacher.pretrained and config.teacher.workdir empty to train one"
         )
 
 

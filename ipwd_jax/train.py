@@ -76,6 +76,7 @@ def run(
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset, teacher_only)
     dataset, checksums = experiment.dataset, _checksums(experiment)
+    teacher_lib.check_data(config, checksums["data"])
     if extend:
         _check_extension(experiment)
     runs = {} if teacher_only else of_each_seed(config, workdir)
@@ -115,6 +116,7 @@ def planned(
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset)
     runs, checksums = of_each_seed(config, workdir), {"data": fingerprint(experiment.dataset)}
+    teacher_lib.check_data(config, checksums["data"])
     teacher_workdir = teacher_lib.find_workdir(config, workdir, experiment.dataset.name, checksums)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
@@ -253,7 +255,7 @@ def _ensure_teacher(
     """Return the result of the teacher's run, which is trained first unless it is finished.
 
     A finished teacher that `config.teacher` names by `workdir` or `pretrained` is taken as it is,
-    however it was trained, on the same data; of an imported file the data is not known.
+    however it was trained.
     """
     config_of_teacher = config_lib.teacher_config(config)
     if pretrained := config.teacher.pretrained:
@@ -262,9 +264,6 @@ def _ensure_teacher(
 
     def finished() -> dict[str, Any] | None:
         if pretrained or (config.teacher.workdir and (workdir / "result.json").exists()):
-            noted = json.loads((workdir / "config.json").read_text())["checksums"]
-            if noted.get("data", checksums["data"]) != checksums["data"]:
-                raise UserError(f"the teacher in {workdir} was trained on other data")
             return _result(workdir)
         if workdir_lib.holds(workdir, config_of_teacher, checksums):
             return _result(workdir)

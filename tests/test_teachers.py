@@ -97,8 +97,10 @@ def test_what_does_not_fit_is_refused(run, folder, tmp_path):
     others = data.from_arrays(
         255 - two.train.images, two.train.labels, two.test.images, two.test.labels, name="others"
     )
-    with pytest.raises(UserError, match="trained on other data"):
-        train.run(config(), tmp_path / "a/student", others)
+    for command in (train.run, lambda *given: next(train.planned(*given))):
+        with pytest.raises(UserError, match="trained on other data"):
+            command(config(), tmp_path / "a/student", others)
+    assert not (tmp_path / "a").exists()
     shutil.copytree(run, tmp_path / f"b/{NAME}")
     with pytest.raises(UserError, match="was not imported from"):
         train.run(config(), tmp_path / "b/student", two)

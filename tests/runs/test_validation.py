@@ -70,7 +70,7 @@ def test_nothing_is_trained_on_it(finished, tmp_path):
     with pytest.raises(UserError, match="was trained on other data"):
         teacher = next(path for path in (tmp_path).glob("squares_tiny_net_*"))
         config = settings(teacher__workdir=str(teacher), **CHANGES)
-        train.run(config, tmp_path / "other", dataset)
+        next(train.planned(config, tmp_path / "other", dataset))
 
 
 def test_it_is_the_same_after_a_stop(finished, tmp_path):
