@@ -167,7 +167,7 @@ def _run(config: ConfigDict) -> None:
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
     if _DRY_RUN.value:
-        for text in train.planned(config, workdir):
+        for text in train.planned(config, workdir, extend=_EXTEND.value):
             print(text, flush=True)
         return
     if _MODE.value == "eval":

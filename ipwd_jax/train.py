@@ -75,21 +75,19 @@ def run(
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset, teacher_only)
-    dataset, checksums = experiment.dataset, _checksums(experiment)
-    teacher_lib.check_data(config, checksums["data"])
-    if extend:
-        _check_extension(experiment)
+    dataset, checksums = experiment.dataset, _checksums(experiment, extend)
     runs = {} if teacher_only else of_each_seed(config, workdir)
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
         _claim(runs, checksums, dataset, extend)
         teacher = None
-        teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, checksums)
+        of_data = {"data": checksums["data"]}  # all that a teacher depends on, beside its recipe
+        teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, of_data)
         if not all((folder / "result.json").exists() for folder in runs):
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
         if teacher_workdir:
-            teacher_result = _ensure_teacher(config, teacher_workdir, dataset, checksums)
+            teacher_result = _ensure_teacher(config, teacher_workdir, dataset, of_data)
             if teacher_only:
                 return teacher_result
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
@@ -100,7 +98,10 @@ def run(
 
 
 def planned(
-    config: ConfigDict, workdir: str | pathlib.Path, dataset: Dataset | None = None
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    dataset: Dataset | None = None,
+    extend: bool = False,
 ) -> Iterator[str]:
     """Describe what `run` would do with the same arguments, and the time and space that it needs.
 
@@ -115,9 +116,12 @@ def planned(
     """
     workdir = pathlib.Path(workdir)
     experiment = _checked(config, dataset)
-    runs, checksums = of_each_seed(config, workdir), {"data": fingerprint(experiment.dataset)}
-    teacher_lib.check_data(config, checksums["data"])
-    teacher_workdir = teacher_lib.find_workdir(config, workdir, experiment.dataset.name, checksums)
+    checksums = _checksums(experiment, extend)
+    runs = of_each_seed(config, workdir)
+    for folder, own in runs.items():
+        workdir_lib.check(folder, own, checksums, extend)
+    name, of_data = experiment.dataset.name, {"data": checksums["data"]}
+    teacher_workdir = teacher_lib.find_workdir(config, workdir, name, of_data)
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
@@ -139,8 +143,12 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     return experiment
 
 
-def _checksums(experiment: Experiment) -> dict[str, str]:
+def _checksums(experiment: Experiment, extend: bool) -> dict[str, str]:
+    """Return the checksums of the inputs of a run, after the checks that need them."""
     checksums = {"data": fingerprint(experiment.dataset)}
+    teacher_lib.check_data(experiment.config, checksums["data"])
+    if extend:
+        _check_extension(experiment)
     if experiment.pretrained is not None:
         checksums["pretrained"] = checksum(experiment.pretrained)
     return checksums

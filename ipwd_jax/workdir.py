@@ -126,6 +126,53 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
         lock.close()
 
 
+def check(
+    workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str], extend: bool = False
+) -> dict[str, Any]:
+    """Return what `config.json` in a work directory records of this run; empty if it is new there.
+
+    Args:
+        workdir: work directory of the run.
+        config: config of the run.
+        checksums: checksums of the inputs of the run (`data`, `teacher`).
+        extend: whether the run that is there may have fewer epochs.
+
+    Raises:
+        UserError: the directory belongs to a run with another config, other data or another
+            teacher, and the message says what differs; or it is not known to which run it belongs.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        if any(workdir.glob("checkpoints/*")):
+            raise UserError(
+                f"{workdir} holds checkpoints but no {path.name}, so it is not known to which run "
+                "they belong; choose another --workdir"
+            )
+        return {}
+    try:
+        there = json.loads(path.read_text())
+        noted = there["checksums"]
+        before, now = _binding(there["config"]), _binding(json.loads(config.to_json_best_effort()))
+        if longer := before["epochs"] < now["epochs"]:
+            longer = not differences({**before, "epochs": now["epochs"]}, now)
+        lines = [] if longer and extend else differences(before, now, "config.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); choose another --workdir") from error
+    lines += differences(
+        {name: noted.get(name, value) for name, value in checksums.items()},
+        dict(checksums),
+        "checksum of the ",
+    )
+    if lines:
+        raise UserError(
+            f"{workdir} holds another run:\n  "
+            + "\n  ".join(lines)
+            + "\nChoose another --workdir, or delete this one if it is not needed."
+            + (" To train that run for more epochs, add --extend." if longer else "")
+        )
+    return there
+
+
 def claim(
     workdir: pathlib.Path,
     config: ConfigDict,
@@ -133,57 +180,27 @@ def claim(
     data: Mapping[str, Any] = MappingProxyType({}),
     extend: bool = False,
 ) -> None:
-    """Record in `config.json` which run a work directory belongs to, or refuse the directory.
+    """Record in `config.json` which run a work directory belongs to.
 
     Args:
-        workdir: work directory of the run.
-        config: config of the run.
-        checksums: checksums of the inputs of the run (`data`, `teacher`). Others that are already
-            recorded are kept.
+        workdir: as for `check`.
+        config: as for `check`.
+        checksums: as for `check`. Others that are already recorded are kept.
         data: what a user of the trained network must know about the data, which is
             `Dataset.description()`. If it is empty, what is already recorded is kept.
-        extend: whether the run that is there may have fewer epochs. Its results are then kept under
-            names that end in the number of its epochs.
+        extend: as for `check`. The results of a run with fewer epochs are kept under names that
+            end in the number of its epochs.
 
     Raises:
-        UserError: the directory belongs to a run with another config, other data or another
-            teacher, and the message says what differs; or it is not known to which run it belongs.
+        UserError: as `check`.
     """
-    path = workdir / "config.json"
+    there = check(workdir, config, checksums, extend)
+    if there and (epochs := there["config"]["epochs"]) < config.epochs:
+        _keep_results(workdir, epochs)
     plain = json.loads(config.to_json_best_effort())
-    noted, kept = {}, {}
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-            noted = there["checksums"]
-            before, now = _binding(there["config"]), _binding(plain)
-            if longer := before["epochs"] < now["epochs"]:
-                longer = not differences({**before, "epochs": now["epochs"]}, now)
-            lines = [] if longer and extend else differences(before, now, "config.")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); choose another --workdir") from error
-        lines += differences(
-            {name: noted.get(name, value) for name, value in checksums.items()},
-            dict(checksums),
-            "checksum of the ",
-        )
-        if lines:
-            raise UserError(
-                f"{workdir} holds another run:\n  "
-                + "\n  ".join(lines)
-                + "\nChoose another --workdir, or delete this one if it is not needed."
-                + (" To train that run for more epochs, add --extend." if longer else "")
-            )
-        if longer:
-            _keep_results(workdir, before["epochs"])
-        kept = {key: there[key] for key in ("data", "chosen") if key in there}
-    elif any(workdir.glob("checkpoints/*")):
-        raise UserError(
-            f"{workdir} holds checkpoints but no {path.name}, so it is not known to which run they "
-            "belong; choose another --workdir"
-        )
-    note = {"config": plain, "checksums": {**noted, **checksums}, **kept}
-    writers.write_json(path, note | ({"data": dict(data)} if data else {}))
+    note = {"config": plain, "checksums": {**there.get("checksums", {}), **checksums}}
+    note |= {key: there[key] for key in ("data", "chosen") if key in there}
+    writers.write_json(workdir / "config.json", note | ({"data": dict(data)} if data else {}))
 
 
 def _keep_results(workdir: pathlib.Path, epochs: int) -> None:

@@ -13,7 +13,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from helpers import rows, settings, squares, stopped_after
+from helpers import rows, settings, squares, stopped_after, teacher_folder
 
 from ipwd_jax import data, plan, train, workdir
 from ipwd_jax.checkpoint import load_network, newest, saved_arrays
@@ -85,6 +85,11 @@ class TestPretrained:
             before, after = variables(workdir), variables(tmp_path / str(number))
             jax.tree.map(np.testing.assert_array_equal, before["params"], after["params"])
 
+    def test_its_teacher_is_that_of_other_students(self, finished, tmp_path):
+        for name, source in (("drawn", ""), ("pretrained", str(finished[0]))):
+            train.run(settings(model__pretrained=source, epochs=1), tmp_path / name, squares())
+        assert teacher_folder(tmp_path, "tiny_net").is_dir()  # the only one
+
     def test_another_number_of_classes_draws_a_new_classifier(self, finished, tmp_path, capsys):
         config = settings(**ALONE, model__pretrained=str(finished[0]), epochs=1)
         config.optimizer.learning_rate = 1e-30
@@ -142,8 +147,10 @@ class TestExtend:
         train.run(settings(**ALONE), tmp_path / "run", squares())
         before = json.loads((tmp_path / "run" / "result.json").read_text())
         longer = settings(**ALONE, epochs=4)
-        with pytest.raises(UserError, match=r"config\.epochs: 2 there, 4 here(.|\n)*--extend"):
-            train.run(longer, tmp_path / "run", squares())
+        for start in (train.run, lambda *given: next(train.planned(*given))):
+            with pytest.raises(UserError, match=r"config\.epochs: 2 there, 4 here(.|\n)*--extend"):
+                start(longer, tmp_path / "run", squares())
+        assert "4 epochs" in next(train.planned(longer, tmp_path / "run", squares(), extend=True))
         train.run(longer, tmp_path / "run", squares(), extend=True)
         train.run(longer, tmp_path / "whole", squares())
         assert_equal(tmp_path / "run", tmp_path / "whole")
