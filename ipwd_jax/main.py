@@ -151,6 +151,9 @@ def _main(argv: list[str]) -> None:
     if described != ("", None, None) and not _DISTRIBUTED.value:
         words = "--coordinator, --num_processes and --process_id need --distributed"
         raise app.UsageError(words, exitcode=2)
+    if _MODE.value != "train" and (_DRY_RUN.value or _EXTEND.value):
+        words = f"--dry_run and --extend are for whole runs, not for --mode={_MODE.value}"
+        raise app.UsageError(words, exitcode=2)
     from ipwd_jax import parallel, xla
 
     logging.set_verbosity(logging.ERROR)

@@ -51,6 +51,8 @@ def test_help_explains_the_command(flag):
         ([DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "no checkpoint in /nonexistent"),
         ([DIGITS, "extra"], "unexpected argument 'extra'"),
         ([DIGITS, "--num_processes=2"], "--num_processes and --process_id need --distributed"),
+        ([DIGITS, "--mode=eval", "--dry_run"], "--dry_run and --extend are for whole runs, not"),
+        ([DIGITS, "--mode=teacher", "--extend"], "not for --mode=teacher"),
         ([DIGITS, "--distributed"], "Use --distributed under srun, mpirun or in"),
         (["--config=nope.py", "--config.epochs=3"], "nope.py does not exist"),
         (["--config=configs"], "configs cannot be read"),
