@@ -54,6 +54,8 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
     parser.add_argument("--top", type=int, default=3, help="how many classes to print of each")
     given = parser.parse_args(argv)
+    if given.top < 1:
+        parser.error(f"--top must be at least 1, found {given.top}")
     from absl import logging
 
     from ipwd_jax.errors import UserError

@@ -44,6 +44,7 @@ def test_predict(squares, tmp_path, monkeypatch, capsys):
     found = ipwd_jax.load_student(tmp_path / "run").predict(image)
     shown = f"a.png: {found.names[0]} {found.probabilities.max():.1%}\n"
     assert capsys.readouterr().out.endswith(shown)
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "predict", str(tmp_path / "none"), "a.png")
-    assert "config.json is missing" in capsys.readouterr().err
+    for arguments, words in ((["none"], "config.json is missing"), (["run", "--top=0"], "found 0")):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, "predict", str(tmp_path / arguments[0]), "a.png", *arguments[1:])
+        assert words in capsys.readouterr().err
