@@ -13,6 +13,7 @@
 
 import argparse
 import importlib
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -53,16 +54,22 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
     parser.add_argument("--top", type=int, default=3, help="how many classes to print of each")
+    parser.add_argument(
+        "--config", help="config file that adds the network, if ipwd_jax does not have it"
+    )
     given = parser.parse_args(argv)
     if given.top < 1:
         parser.error(f"--top must be at least 1, found {given.top}")
     from absl import logging
 
+    from ipwd_jax.api import load_module
     from ipwd_jax.errors import UserError
     from ipwd_jax.runs import load_student
 
     logging.set_verbosity(logging.ERROR)
     try:
+        if given.config:
+            load_module(pathlib.Path(given.config.partition(":")[0]))
         student = load_student(given.run, given.which)
         found = student.predict(given.images)
     except UserError as error:

@@ -47,6 +47,8 @@ def _reason(config: ConfigDict, path: str) -> str:
         return "config.first_stage.epochs is 0"
     if section == "teacher" and name in _OF_TEACHER and not config.teacher.name:
         return "config.teacher.name is empty"
+    if path == "steps_per_call" and config.teacher.look_ahead:
+        return f"config.teacher.look_ahead is {config.teacher.look_ahead}"
     if path == "data.rand_magnitude" and not config.data.rand_augment:
         return "config.data.rand_augment is 0"
     if section == "terms":

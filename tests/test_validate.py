@@ -250,6 +250,7 @@ def test_a_term_that_is_off_may_be_missing():
         ({**FIRST, "first_stage.loss.ce": 1.0, "terms.ce.label_smoothing": 0.1}, []),
         ({"first_stage.loss.ce": 1.0}, ["config.first_stage.loss.ce", "first_stage.epochs is 0"]),
         ({"teacher.fold": True}, ["config.teacher.fold", "config.teacher.name is empty"]),
+        ({**KD, "steps_per_call": 4, "teacher.look_ahead": 2}, ["teacher.look_ahead is 2"]),
         ({"data.rand_magnitude": 5}, ["config.data.rand_magnitude", "rand_augment is 0"]),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, stopped_after
+from PIL import Image
 
 from ipwd_jax import (
     assemble,
+    cli,
     config,
     convert,
     data,
@@ -162,6 +165,11 @@ def test_a_network_that_is_not_known_here_is_exported_with_its_config(whole, tmp
     convert.main(["import", str(file), f"--workdir={tmp_path / 'again'}", own])
     result = json.loads((tmp_path / "again" / "result.json").read_text())
     assert (result["network"], result["classes"]) == ("plain", 2)
+    image = tmp_path / "grey.png"
+    Image.new("L", (8, 8), 90).save(image)
+    capsys.readouterr()
+    cli.predict([str(whole), str(image), own])
+    assert re.fullmatch(rf"{image}: \d \d+\.\d%, \d \d+\.\d%\n", capsys.readouterr().out)
 
 
 def test_a_config_that_cannot_be_run_is_said_to_be(whole, tmp_path, capsys):
