@@ -121,7 +121,7 @@ def legend_below(axes: Axes, columns: int = 3) -> None:
     _, labels = axes.get_legend_handles_labels()
     if labels:
         figure = axes.figure
-        figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1)
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1)
 
 
 def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
