@@ -83,8 +83,12 @@ class Term(nn.Module):
 
     @nn.nowrap
     def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
-        """Raises `UserError` if this data or teacher, not yet trained, cannot be used; by default
-        never."""
+        """Raises `UserError` if the term does not fit the data or the teacher; never by default.
+
+        Args:
+            dataset: data set of the run.
+            teacher: the network of the teacher, which may not be trained yet; None without one.
+        """
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "Term":
