@@ -167,7 +167,7 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
 
 
 def check_data(config: ConfigDict, data: str) -> None:
-    """Raise `UserError` if the teacher that the config names was trained on other data.
+    """Raise `UserError` if the teacher that the config names is damaged, or is of other data.
 
     Of an imported file, the data is not known.
 
@@ -180,7 +180,10 @@ def check_data(config: ConfigDict, data: str) -> None:
     if pretrained in teachers.names():
         noted = teachers.about(pretrained)["checksums"]
     elif config.teacher.name and workdir and path.exists():
-        noted = json.loads(path.read_text())["checksums"]
+        try:
+            noted = dict(json.loads(path.read_text())["checksums"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); choose another teacher") from error
     if noted.get("data", data) != data:
         raise UserError(
             f"the teacher {pretrained or workdir} was trained on other data than that of "

@@ -101,6 +101,12 @@ def test_what_does_not_fit_is_refused(run, folder, tmp_path):
         with pytest.raises(UserError, match="trained on other data"):
             command(config(), tmp_path / "a/student", others)
     assert not (tmp_path / "a").exists()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/result.json").write_text("{}")
+    (tmp_path / "damaged/config.json").write_text("{")
+    damaged = config(teacher__workdir=str(tmp_path / "damaged"), teacher__pretrained="")
+    with pytest.raises(UserError, match=r"damaged/config\.json cannot be read"):
+        train.run(damaged, tmp_path / "student", two)
     shutil.copytree(run, tmp_path / f"b/{NAME}")
     with pytest.raises(UserError, match="was not imported from"):
         train.run(config(), tmp_path / "b/student", two)
