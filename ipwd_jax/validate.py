@@ -6,6 +6,7 @@ several settings must agree on. A pattern in a table matches the whole path of a
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
@@ -170,7 +171,13 @@ def validate(config: ConfigDict) -> None:
 
 
 def _of_pattern(table: Mapping[str, Any], path: str) -> Any:
-    return next((table[pattern] for pattern in table if fnmatchcase(path, pattern)), None)
+    pattern = _pattern(tuple(table), path)
+    return None if pattern is None else table[pattern]
+
+
+@functools.cache  # a sweep validates hundreds of configs, which have the same paths
+def _pattern(patterns: tuple[str, ...], path: str) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(path, pattern)), None)
 
 
 def _younger(config: ConfigDict) -> set[str]:
