@@ -10,10 +10,11 @@ For example:
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -101,17 +102,24 @@ class Classifier:
             UserError: a file cannot be read, an array has another shape or type, or there is no
                 image.
         """
-        pixels = self._pixels(images)
-        compiled = jax.jit(lambda x: jax.nn.softmax(self.logits(x)))
-        parts = []
+        pixels, parts = self._pixels(images), []
         for start in range(0, len(pixels), batch_size):
             rows = pixels[start : start + batch_size]
             missing = min(batch_size, len(pixels)) - len(rows)  # for a single compilation
             padded = np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), np.uint8)])
-            parts.append(np.asarray(compiled(jnp.asarray(padded)))[: len(rows)])
+            parts.append(np.asarray(self._softmax(padded))[: len(rows)])
         probabilities = np.concatenate(parts)
         labels = probabilities.argmax(axis=1)
         return Predictions(probabilities, labels, [self.class_names[label] for label in labels])
+
+    @functools.cached_property
+    def _softmax(self) -> Callable[[np.ndarray], jax.Array]:
+        """The compiled function from images to probabilities, with the variables on the device."""
+
+        def compute(variables: PyTree, images: jax.Array) -> jax.Array:
+            return jax.nn.softmax(dataclasses.replace(self, variables=variables).logits(images))
+
+        return functools.partial(jax.jit(compute), jax.device_put(self.variables))
 
     def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
         """Return the images as one array (N, H, W, channels) uint8."""

@@ -12,6 +12,7 @@ from PIL import Image
 import ipwd_jax
 from ipwd_jax import train
 from ipwd_jax.errors import UserError
+from ipwd_jax.runs import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,19 @@ def test_a_classifier_has_the_logits_of_the_run(which, workdir, squares, caplog)
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits), atol=1e-5)
     assert found.labels.tolist() == logits.argmax(axis=1).tolist()
     assert found.names == [str(label) for label in found.labels]
+
+
+def test_the_network_is_compiled_once_for_each_number_of_images(workdir, squares, monkeypatch):
+    student, traced, logits = ipwd_jax.load_student(workdir), [], Classifier.logits
+
+    def counted(self, images):
+        traced.append(len(images))
+        return logits(self, images)
+
+    monkeypatch.setattr(Classifier, "logits", counted)
+    for count in (1, 1, 2, 1, 2):
+        student.predict(squares.test.images[:count])
+    assert traced == [1, 2]
 
 
 def test_files_and_pillow_images_are_those_of_the_arrays(workdir, squares, tmp_path):
