@@ -17,6 +17,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from ipwd_jax import signals
+
 # Command -> module whose `main` it runs, and what is put before the arguments.
 _COMMANDS: dict[str, tuple[str, list[str]]] = {
     "train": ("main", []),
@@ -36,7 +38,8 @@ def main() -> None:
     elif command in _COMMANDS:
         module, before = _COMMANDS[command]
         sys.argv = [f"ipwd-jax {command}", *before, *sys.argv[2:]]
-        importlib.import_module(f"ipwd_jax.{module}").main()
+        with signals.exit_statuses(resumes=command in ("train", "sweep")):
+            importlib.import_module(f"ipwd_jax.{module}").main()
     elif command in ("-h", "--help", "help"):
         print(__doc__)
     else:
@@ -60,21 +63,17 @@ def predict(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.top < 1:
         parser.error(f"--top must be at least 1, found {given.top}")
-    from absl import logging
+    with signals.exit_statuses(resumes=False):
+        from absl import logging
 
-    from ipwd_jax.api import load_module
-    from ipwd_jax.errors import UserError
-    from ipwd_jax.runs import load_student
+        from ipwd_jax.api import load_module
+        from ipwd_jax.runs import load_student
 
-    logging.set_verbosity(logging.ERROR)
-    try:
+        logging.set_verbosity(logging.ERROR)
         if given.config:
             load_module(pathlib.Path(given.config.partition(":")[0]))
         student = load_student(given.run, given.which)
         found = student.predict(given.images)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     for image, row in zip(given.images, found.probabilities, strict=True):
         best = row.argsort()[::-1][: given.top]
         shown = ", ".join(f"{student.class_names[label]} {row[label]:.1%}" for label in best)

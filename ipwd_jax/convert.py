@@ -17,12 +17,11 @@ whole computation, from uint8 images to logits, and run without ipwd_jax (see `i
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import logging
 
-from ipwd_jax import export
+from ipwd_jax import export, signals
 from ipwd_jax.api import load_module
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch import export_file, import_file
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     given = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)
-    try:
+    with signals.exit_statuses(resumes=False):
         if given.config:
             load_module(given.config)
         if given.command == "import":
@@ -64,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             network, classes = _export(given.workdir, given.file, given.which)
             print(f"{network}, {classes} classes, written to {given.file}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _export(workdir: pathlib.Path, file: pathlib.Path, which: str) -> tuple[str, int]:

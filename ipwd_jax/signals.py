@@ -39,10 +39,13 @@ def _acknowledge(reader: int) -> None:
 
 
 @contextlib.contextmanager
-def exit_statuses() -> Iterator[None]:
+def exit_statuses(resumes: bool = True) -> Iterator[None]:
     """End the process with one line and a status in place of a traceback.
 
     The status is 2 for a mistake of the user, and 128 plus the number of a signal that stopped it.
+
+    Args:
+        resumes: whether the command goes on from where it was stopped, which the line then says.
     """
     try:
         yield
@@ -51,8 +54,8 @@ def exit_statuses() -> Iterator[None]:
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt) as stop:
         number = stop.signum if isinstance(stop, Interrupted) else signal.SIGINT
-        said = str(stop) or "stopped"
-        print(f"\n{said}; the same command resumes from here", file=sys.stderr)
+        then = "; the same command resumes from here" if resumes else ""
+        print(f"\n{str(stop) or 'stopped'}{then}", file=sys.stderr)
         sys.exit(128 + number)
 
 

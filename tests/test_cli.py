@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from helpers import settings
@@ -32,6 +33,21 @@ def test_an_unknown_command(monkeypatch, capsys):
     assert "unknown command 'trian'; valid: train, eval" in capsys.readouterr().err
     run(monkeypatch)
     assert "ipwd-jax predict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("ipwd_jax.report.__main__.write_report", ["report", "run"]),
+        ("ipwd_jax.convert.export_file", ["export", "run", "student.pth"]),
+        ("ipwd_jax.runs.load_student", ["predict", "run", "a.png"]),
+    ],
+)
+def test_an_interrupt_of_what_does_not_resume(function, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(function, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        run(monkeypatch, *arguments)
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_predict(squares, tmp_path, monkeypatch, capsys):

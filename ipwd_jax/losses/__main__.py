@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ipwd_jax import losses, models
+from ipwd_jax import losses, models, signals
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, as_seen
 from ipwd_jax.models.base import Outputs
@@ -138,8 +138,5 @@ def _count(tree: PyTree) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with signals.exit_statuses(resumes=False):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend import core
 
-from ipwd_jax import models
-from ipwd_jax.errors import UserError
+from ipwd_jax import models, signals
 from ipwd_jax.typing import PyTree
 
 
@@ -74,8 +73,5 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with signals.exit_statuses(resumes=False):
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

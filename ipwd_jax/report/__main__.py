@@ -15,7 +15,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from ipwd_jax.errors import UserError
+from ipwd_jax import signals
 from ipwd_jax.report import write_report
 
 
@@ -40,11 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--figures", action="store_true", help="write the figures as SVG files too, for Markdown"
     )
     given = parser.parse_args(argv)
-    try:
+    with signals.exit_statuses(resumes=False):
         written = write_report(given.runs, given.out, given.baseline, given.figures)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     for problem in written.problems:
         print(f"warning: {problem}", file=sys.stderr)
     print(f"Written to {', '.join(str(file) for file in written.files)}")
