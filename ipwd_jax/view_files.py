@@ -47,7 +47,7 @@ def remove_old_tables(folder: pathlib.Path) -> None:
     A run that needs one of them again builds it again.
     """
     notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    drawn = [path for path in notes if json.loads(path.read_text())["identity"]["views"] != "all"]
+    drawn = [path for path in notes if _noted(path)["identity"].get("views", "all") != "all"]
     for note in drawn[_DRAWN_TABLES - 1 :]:
         table = note.with_suffix(".npy")
         if table.exists():
@@ -57,6 +57,15 @@ def remove_old_tables(folder: pathlib.Path) -> None:
             )
         note.unlink()
         table.unlink(missing_ok=True)
+
+
+def _noted(note: pathlib.Path) -> dict[str, Any]:
+    """Return the content of a note, with an empty identity if it is missing or damaged."""
+    try:
+        said = json.loads(note.read_text())
+        return {**said, "identity": dict(said["identity"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"identity": {}}
 
 
 class TableFiles:
@@ -70,11 +79,8 @@ class TableFiles:
 
     def _read(self, note: pathlib.Path) -> dict[str, Any]:
         """Return the content of a note; empty if it is missing, damaged or of another table."""
-        try:
-            said = json.loads(note.read_text())
-            return said if said["identity"] == self.identity else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        said = _noted(note)
+        return said if said["identity"] == self.identity else {}
 
     def complete(self) -> bool:
         """Return whether the table is complete, judged by its note and its size."""

@@ -108,6 +108,17 @@ def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
     assert files.complete() and (files.load() == sums(*PAIRS)).all()
 
 
+def test_a_table_whose_note_is_damaged_is_built_again(squares, folder, capsys):
+    changes = {"teacher__view_cache": "drawn", "epochs": 1, "seed": 8}
+    run("undamaged", squares, folder, **changes)
+    note = max(views(folder).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    note.write_text("{")
+    capsys.readouterr()
+    run("damaged", squares, folder, **changes)
+    assert "Teacher's answers to 40 views computed" in capsys.readouterr().out
+    assert json.loads(note.read_text())["identity"]["views"] == {"seeds": [8], "epochs": 1}
+
+
 @pytest.mark.slow
 def test_the_file_is_reused(online, squares, folder, capsys):
     changes = {"teacher__view_cache": "all", "epochs": 1}
