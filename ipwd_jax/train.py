@@ -286,7 +286,14 @@ def _ensure_teacher(
 
 
 def _result(workdir: pathlib.Path) -> dict[str, Any]:
-    return json.loads((workdir / "result.json").read_text())
+    path = workdir / "result.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); delete it, and the same command writes it again "
+            "from the checkpoint"
+        ) from error
 
 
 def _train(

@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import re
+import shutil
 from unittest import mock
 
 import jax
@@ -23,6 +24,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Term
 from ipwd_jax.pytorch import files
 from ipwd_jax.pytorch.names import to_torch
+from ipwd_jax.runs import load_run
 from ipwd_jax.state import network_shapes, not_finite
 
 
@@ -88,6 +90,16 @@ def test_a_disk_that_is_full_at_every_write_of_two_stages(squares, tmp_path):
     full, undisturbed = tmp_path / "full", tmp_path / "undisturbed"
     for run in ("student", teacher_folder(full, "tiny_net").name):
         assert contents(full / run) == contents(undisturbed / run)
+
+
+def test_a_damaged_result_is_named_and_written_again(undisturbed, squares, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "student")
+    (run / "result.json").write_text('{"last":')
+    with pytest.raises(UserError, match=r"student/result\.json cannot be read .* delete it"):
+        train.run(labels_only(epochs=1), run, squares)
+    (run / "result.json").unlink()
+    again, before = train.run(labels_only(epochs=1), run, squares), load_run(undisturbed).result
+    assert (again["last"], again["best"]) == (before["last"], before["best"])
 
 
 def test_the_old_content_survives_a_full_disk(tmp_path):
