@@ -13,7 +13,14 @@ from ipwd_jax.report.analysis import groups_by_mass
 from ipwd_jax.report.content import Figure, Section, Table, one_line
 from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
-from ipwd_jax.report.methods import NOT_MEASURED, Group, Pair, difference, interval
+from ipwd_jax.report.methods import (
+    NOT_MEASURED,
+    Difference,
+    Group,
+    Pair,
+    difference,
+    interval,
+)
 
 _GROUPS = 4
 
@@ -35,10 +42,13 @@ def by_mass(
     """
     tables, figures = [], []
     for number, pair in enumerate(pairs):
-        cells = [one for one in groups if one.pair == pair]
-        recalls = _group_recalls(cells)
-        if to not in recalls:
+        noted = _class_recalls([one for one in groups if one.pair == pair])
+        if to not in noted:
             continue
+        recalls = {
+            method: {seed: _of_groups(*found) for seed, found in of_seeds.items()}
+            for method, of_seeds in noted.items()
+        }
         rows, gains = [], {}
         for method, of_seeds in recalls.items():
             shares = [
@@ -55,8 +65,9 @@ def by_mass(
             texts = [f"{share:.2f}" for share in shares]
             if method != to:
                 texts = [f"{a} ({interval(b)})" for a, b in zip(texts, found, strict=True)]
-            rows.append([method, *texts])
+            rows.append([method, *texts, interval(_gain_with_mass(noted[method], noted[to]))])
         head = ["method", "most favoured", "second group", "third group", "least favoured"]
+        head.append("correlation of gain and mass")
         caption = f"Recall (%) of the classes of {data} at the last epoch, {pair}; in brackets the "
         tables.append(Table(f"{caption}difference from {to}", head, rows))
         others = {method: found for method, found in gains.items() if method != to and found}
@@ -67,7 +78,9 @@ def by_mass(
     text = [
         "The classes are ranked by the teacher's mass, which is the sum of the probabilities that "
         "it gives them on the training set, and cut into four groups of equal size. A method that "
-        "closes the transfer gap gains most for the classes that the teacher favours least."
+        "closes the transfer gap gains most for the classes that the teacher favours least. Over "
+        "all classes, the rank correlation (Spearman) of this gain with the teacher's mass is then "
+        "negative."
     ]
     title = f"Gains of favoured and neglected classes on {data}"
     return Section(key, title, text, figures, tables=tables)
@@ -126,22 +139,40 @@ def _runs(one: Group) -> list[Loaded]:
     return list(one.runs.values())
 
 
-def _group_recalls(cells: Sequence[Group]) -> dict[str, dict[int, list[float]]]:
-    """Method -> seed -> mean recall of the four groups; runs that have not noted it are left out.
+def _class_recalls(cells: Sequence[Group]) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    """Method -> seed -> recall and mass of each class; runs that have not noted it are left out.
 
-    A run without a teacher is cut by the mass that the teacher of the other runs gives the classes.
+    A run without a teacher has the mass that the teacher of the other runs gives the classes.
     """
     noted = [_noted(run, "teacher_mass") for one in cells for run in _runs(one)]
     masses = [mass for mass in noted if mass is not None and len(mass) >= _GROUPS]
-    found: dict[str, dict[int, list[float]]] = {}
+    found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for one in cells if masses else ():
         for seed, run in one.runs.items():
             recall, mass = _noted(run, "recall_last"), _noted(run, "teacher_mass")
-            parts = groups_by_mass(masses[0] if mass is None else mass, _GROUPS)
-            if recall is not None and len(recall) == sum(map(len, parts)):
-                means = [float(np.nanmean(recall[part])) for part in parts]
-                found.setdefault(one.method, {})[seed] = means
+            mass = masses[0] if mass is None else mass
+            if recall is not None and len(recall) == len(mass):
+                found.setdefault(one.method, {})[seed] = recall, mass
     return found
+
+
+def _of_groups(recall: np.ndarray, mass: np.ndarray) -> list[float]:
+    return [float(np.nanmean(recall[part])) for part in groups_by_mass(mass, _GROUPS)]
+
+
+def _gain_with_mass(
+    ours: Mapping[int, tuple[np.ndarray, np.ndarray]],
+    theirs: Mapping[int, tuple[np.ndarray, np.ndarray]],
+) -> Difference | None:
+    """The rank correlation over classes of the gain in recall and the mass, over common seeds."""
+    correlations = {}
+    for seed in ours.keys() & theirs.keys():
+        gain, mass = ours[seed][0] - theirs[seed][0], ours[seed][1]
+        known = np.isfinite(gain)  # a class without test images has no recall
+        found = metrics.rank_correlation(gain[known], mass[known]) if known.any() else np.nan
+        if np.isfinite(found):
+            correlations[seed] = found
+    return difference(correlations, dict.fromkeys(correlations, 0.0))
 
 
 def _noted(run: Loaded, name: str) -> np.ndarray | None:
