@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from ipwd_jax import signals
+from ipwd_jax.errors import UserError
 
 # Command -> module whose `main` it runs, and what is put before the arguments.
 _COMMANDS: dict[str, tuple[str, list[str]]] = {
@@ -33,23 +34,26 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
 def main() -> None:
     """Run the command line; exit with 2 on a user's mistake."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command == "predict":
-        predict(sys.argv[2:])
-    elif command in _COMMANDS:
-        module, before = _COMMANDS[command]
-        sys.argv = [f"ipwd-jax {command}", *before, *sys.argv[2:]]
-        with signals.exit_statuses(resumes=command in ("train", "sweep")):
+    with signals.exit_statuses(resumes=command in ("train", "sweep")):
+        if command == "predict":
+            predict(sys.argv[2:])
+        elif command in _COMMANDS:
+            module, before = _COMMANDS[command]
+            sys.argv = [f"ipwd-jax {command}", *before, *sys.argv[2:]]
             importlib.import_module(f"ipwd_jax.{module}").main()
-    elif command in ("-h", "--help", "help"):
-        print(__doc__)
-    else:
-        known = ", ".join([*_COMMANDS, "predict"])
-        print(f"error: unknown command {command!r}; valid: {known}", file=sys.stderr)
-        sys.exit(2)
+        elif command in ("-h", "--help", "help"):
+            print(__doc__)
+        else:
+            known = ", ".join([*_COMMANDS, "predict"])
+            raise UserError(f"unknown command {command!r}; valid: {known}")
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Print, for each image file, the most probable classes and their probabilities."""
+    """Print, for each image file, the most probable classes and their probabilities.
+
+    Raises:
+        UserError: the run, its network or an image cannot be read.
+    """
     parser = argparse.ArgumentParser(
         prog="ipwd-jax predict", description="Classify images with the network of a run."
     )
@@ -63,17 +67,16 @@ def predict(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.top < 1:
         parser.error(f"--top must be at least 1, found {given.top}")
-    with signals.exit_statuses(resumes=False):
-        from absl import logging
+    from absl import logging
 
-        from ipwd_jax.api import load_module
-        from ipwd_jax.runs import load_student
+    from ipwd_jax.api import load_module
+    from ipwd_jax.runs import load_student
 
-        logging.set_verbosity(logging.ERROR)
-        if given.config:
-            load_module(pathlib.Path(given.config.partition(":")[0]))
-        student = load_student(given.run, given.which)
-        found = student.predict(given.images)
+    logging.set_verbosity(logging.ERROR)
+    if given.config:
+        load_module(pathlib.Path(given.config.partition(":")[0]))
+    student = load_student(given.run, given.which)
+    found = student.predict(given.images)
     for image, row in zip(given.images, found.probabilities, strict=True):
         best = row.argsort()[::-1][: given.top]
         shown = ", ".join(f"{student.class_names[label]} {row[label]:.1%}" for label in best)

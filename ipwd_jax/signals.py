@@ -43,12 +43,19 @@ def exit_statuses(resumes: bool = True) -> Iterator[None]:
     """End the process with one line and a status in place of a traceback.
 
     The status is 2 for a mistake of the user, and 128 plus the number of a signal that stopped it.
+    If nothing reads the output any more, as after `| head`, it is that of SIGPIPE, without a line.
 
     Args:
         resumes: whether the command goes on from where it was stopped, which the line then says.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

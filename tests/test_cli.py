@@ -1,11 +1,12 @@
 """The short command hands its arguments to the modules, and classifies images."""
 
+import signal
 import subprocess
 import sys
 from unittest import mock
 
 import pytest
-from helpers import settings
+from helpers import ROOT, settings
 from PIL import Image
 
 import ipwd_jax
@@ -48,6 +49,16 @@ def test_an_interrupt_of_what_does_not_resume(function, arguments, monkeypatch, 
     with pytest.raises(SystemExit, match="130"):
         run(monkeypatch, *arguments)
     assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_output_that_nothing_reads(tmp_path):
+    command = ["sweep", "--config=configs/sweeps/digits.py", f"--out={tmp_path}", "--dry_run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ipwd_jax.cli", *command],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)
 
 
 def test_predict(squares, tmp_path, monkeypatch, capsys):
