@@ -3,7 +3,8 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_long_tail.py --out=runs/long_tail
 
 The first class has 100 times as many training images as the last one, and 10,847 are left of
-50,000. Four times as many epochs make up for this in part. The teacher is trained on them too.
+50,000. Twice as many epochs of the teacher, which is trained on them too, and four times as many of the
+students make up for this in part.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ def get_runs(constants="1.95"):
         config = run["config"]
         config.data.long_tail = 100.0
         config.teacher.pretrained = ""
-        config.teacher.epochs, config.teacher.optimizer.milestones = 64, (40, 48, 56)
+        config.teacher.epochs, config.teacher.optimizer.milestones = 32, (20, 24, 28)
         config.epochs *= 4
         config.optimizer.milestones = tuple(4 * m for m in config.optimizer.milestones)
     return runs
