@@ -3,8 +3,8 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_long_tail.py --out=runs/long_tail
 
 The first class has 100 times as many training images as the last one, and 10,847 are left of
-50,000. Twice as many epochs of the teacher, which is trained on them too, and four times as many of the
-students make up for this in part.
+50,000. Twice as many epochs of the teacher, which is trained on them too, and four times as many
+of the students make up for this in part.
 """
 
 from pathlib import Path
