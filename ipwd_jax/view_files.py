@@ -103,9 +103,10 @@ class TableFiles:
         """Ask about every pair of image and view, resuming where an earlier attempt was stopped."""
         index, view = pairs
         table_path, note_path = self._unfinished
-        done = self._read(note_path).get("done", 0)
-        shape = (len(index), columns)
-        if done and table_path.exists():
+        noted = self._read(note_path)
+        done, shape = noted.get("done", 0), (len(index), columns)
+        # NumPy would fill up a file that was cut off with zeros.
+        if done and table_path.exists() and table_path.stat().st_size == noted.get("bytes"):
             table = np.lib.format.open_memmap(table_path, mode="r+")
         else:
             done = 0
@@ -121,7 +122,9 @@ class TableFiles:
             seconds = time.monotonic() - started
             if seconds - flushed > _FLUSH_SECONDS:
                 table.flush()
-                writers.write_json(note_path, {"identity": self.identity, "done": done})
+                size = table_path.stat().st_size
+                note = {"identity": self.identity, "bytes": size, "done": done}
+                writers.write_json(note_path, note)
                 flushed = seconds
             passing = f"teacher's answers: {done:,} of {len(index):,} views"
             progress.count(done, "teacher's answers", passing)

@@ -128,7 +128,8 @@ def test_the_file_is_reused(online, squares, folder, capsys):
     assert "Reading the teacher's answers from" in capsys.readouterr().out
 
 
-def test_an_interrupted_table_is_finished(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_table_is_finished(damaged, tmp_path):
     asked = []
 
     def asker(index, view):
@@ -143,8 +144,11 @@ def test_an_interrupted_table_is_finished(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             files.build(3, PAIRS, asker, 30)
         assert not files.complete()
+        if damaged:
+            (unfinished,) = tmp_path.glob(".*.npy")
+            unfinished.write_bytes(unfinished.read_bytes()[:-8])
         table = files.build(3, PAIRS, asker, 30)
-    assert asked == [30, 30, 30, 30, 10]
+    assert asked == [30, 30, 30] + (3 * [30] if damaged else [30]) + [10]
     np.testing.assert_array_equal(table, sums(*PAIRS))
     assert files.complete()
     assert not view_files.TableFiles(tmp_path, {"a": 2}).complete()
