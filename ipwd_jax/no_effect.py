@@ -51,6 +51,11 @@ def _reason(config: ConfigDict, path: str) -> str:
         return f"config.teacher.look_ahead is {config.teacher.look_ahead}"
     if path == "data.rand_magnitude" and not config.data.rand_augment:
         return "config.data.rand_augment is 0"
+    if path.endswith(("optimizer.milestones", "optimizer.decay")):
+        recipe = f"{path.rpartition('.')[0]}.schedule"
+        schedule = config_lib.flat(config)[recipe]
+        unread = schedule != "step" and (section != "teacher" or config.teacher.name)
+        return f"config.{recipe} is {schedule}" if unread else ""
     if section == "terms":
         term = name.partition(".")[0]
         used = any(stage.loss.get(term, 0) for stage in config_lib.stages(config))

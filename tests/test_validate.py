@@ -236,6 +236,9 @@ def test_a_term_that_is_off_may_be_missing():
     [
         ({"epochs": 180}, ["config.optimizer.milestones", "180, 210", "config.epochs is 180"]),
         ({"epochs": 3, "optimizer.schedule": "cosine"}, []),
+        ({"optimizer.schedule": "cosine", "optimizer.milestones": (9,), "optimizer.decay": 0.2},
+         ["config.optimizer.decay, config.optimizer.milestones have", "schedule is cosine"]),
+        ({"teacher.optimizer.schedule": "cosine", "teacher.optimizer.milestones": (9,)}, []),
         ({"teacher.epochs": 210}, []),
         ({**KD, "teacher.epochs": 210}, ["config.teacher.optimizer.milestones", "210"]),
         ({**FIRST, "first_stage.loss.ce": 1.0, "first_stage.optimizer.milestones": (4, 5)},
