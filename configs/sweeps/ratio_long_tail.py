@@ -27,5 +27,6 @@ def get_runs(constants="1.95"):
         config.teacher.pretrained = ""
         config.teacher.epochs, config.teacher.optimizer.milestones = 32, (20, 24, 28)
         config.epochs *= 4
+        config.eval_every_epochs = 4  # the test set is as large as the training set
         config.optimizer.milestones = tuple(4 * m for m in config.optimizer.milestones)
     return runs
