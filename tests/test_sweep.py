@@ -376,10 +376,13 @@ class TestFiles:
         with pytest.raises(sweep.UserError, match="takes numbers after the colon, found 'two'"):
             sweep.load_runs(f"{path}:two")
 
-    def test_stored_runs_of_the_ratio_are_not_trained_again(self, tmp_path):
-        stored = ROOT / "docs" / "results" / "ratio"
-        out = shutil.copytree(stored, tmp_path / "ratio")
-        runs = sweep.plan(sweep.load_runs(str(ROOT / "configs/sweeps/ratio_small.py")), out)
+    @pytest.mark.parametrize(
+        ("file", "folder"), [("ratio_small", "ratio"), ("ratio_long_tail", "long_tail")]
+    )
+    def test_stored_runs_are_not_trained_again(self, file, folder, tmp_path):
+        stored = ROOT / "docs" / "results" / folder
+        out = shutil.copytree(stored, tmp_path / folder)
+        runs = sweep.plan(sweep.load_runs(str(ROOT / f"configs/sweeps/{file}.py")), out)
         found = {run.workdir.name for run in runs if run.state() == sweep.FINISHED}
         assert found == {folder.name for folder in stored.iterdir()}
 
