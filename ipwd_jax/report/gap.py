@@ -13,14 +13,7 @@ from ipwd_jax.report.analysis import groups_by_mass
 from ipwd_jax.report.content import Figure, Section, Table, one_line
 from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
-from ipwd_jax.report.methods import (
-    NOT_MEASURED,
-    Difference,
-    Group,
-    Pair,
-    difference,
-    interval,
-)
+from ipwd_jax.report.methods import NOT_MEASURED, Difference, Group, Pair, difference, interval
 
 _GROUPS = 4
 
