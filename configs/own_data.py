@@ -10,7 +10,8 @@ and `train_labels` (N,), and optionally `test_images` and `test_labels`. A fifth
 test split is held out.
 
 The settings are those of CIFAR-100 with fewer epochs and a cosine schedule, for images of objects
-that may be mirrored; for characters, for example, add --config.data.flip=False.
+that may be mirrored; for characters, for example, add --config.data.flip=False. A teacher that was
+imported from PyTorch needs its own --config.data.mean and --config.data.std.
 """
 
 import pathlib

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,7 +40,14 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
     module = load_module(pathlib.Path(name))
     if not hasattr(module, "get_config"):
         raise UserError(f"{name} has no function get_config, which every config file needs")
-    config = module.get_config(argument) if colon else module.get_config()
+    try:
+        config = module.get_config(argument) if colon else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file raises
+        raise UserError(f"get_config() of {name} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {name} returns {config!r}, not the config")
     for key, value in changes.items():
         key = key.replace("__", ".")
         if not has_key(config, key):
@@ -58,10 +66,11 @@ def load_module(path: pathlib.Path) -> Any:
         UserError: the file is missing or raises an error.
     """
     try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(f"ipwd_jax_config_{path.stem}", path)
         if spec is None or spec.loader is None:
             raise ImportError("not the name of a Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look up there what an annotation means
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file raises
         raise UserError(

@@ -250,6 +250,8 @@ def assemble(
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
+    for name in filter(None, (config.model.name, config.teacher.name) if teacher is None else ()):
+        student.check_network(name, classes, dataset.train.images.shape[1:])
     network = student.network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
     terms = [stages.terms(config, part, dataset, teacher) for part in parts]

@@ -41,14 +41,16 @@ def default() -> ConfigDict:
     config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
     # where the data has other classes in number, the classifier starts afresh
     config.model.classifier_bias = True  # False: no bias, and a kernel as CAT-KD's authors draw it
-    config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows
+    config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows, in
+    # the networks alone: the modules of loss terms always normalise by the global batch
 
     config.teacher = _teacher()
     config.deterministic = False  # same bits in every run on a GPU too, which costs speed
     config.precision = "float32"  # of convolutions; see ipwd_jax.precision
     config.steps_per_call = 0  # steps of one compiled call; 0: 1 on a CPU, else log_every_steps
     config.epochs = 240
-    config.patience = 0  # stop after so many epochs without a new best one; 0: train all epochs
+    config.patience = 0  # stop after so many epochs without a new best one; 0: train all epochs.
+    # This is decided after epochs that are evaluated.
     config.batch_size = 64  # images of a step over all devices
     config.optimizer = _optimizer()
     config.trainable = ()  # prefixes such as "student/fc" or "student/features" (all but the
@@ -257,6 +259,8 @@ def unknown_key(path: str, config: ConfigDict) -> UserError:
         hint = f" Did you mean config.{parent}{'.' if parent else ''}{near[0]}?"
     elif parent and section:
         hint = f" config.{parent} has: {', '.join(sorted(map(_name, section)))}."
+    elif parent in known:
+        hint = f" config.{parent} has no settings; a field of a loss term needs an annotation."
     else:
         names = difflib.get_close_matches(name, [_name(k) for k in known], n=1)
         found = [k for k in known if _name(k) in names]

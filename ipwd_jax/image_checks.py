@@ -4,10 +4,18 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from ipwd_jax import config as config_lib
+from ipwd_jax import losses
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Term
+
+
+def sees_strong_views(config: ConfigDict) -> bool:
+    """Return whether a term of any stage asks for strong views of the images."""
+    weights = (item for stage in config_lib.stages(config) for item in stage.loss.items())
+    return any(losses.TERMS[name].strong_view for name, weight in weights if weight)
 
 
 def check_images(config: ConfigDict, terms: Mapping[str, Term], dataset: Dataset) -> None:
@@ -19,15 +27,32 @@ def check_images(config: ConfigDict, terms: Mapping[str, Term], dataset: Dataset
         dataset: data set of the run.
     """
     for name, term in terms.items():
-        if term.rotations and config.data.rand_augment:
-            raise UserError(
-                f"the loss term {name} sees four rotations of each image, which "
-                "config.data.rand_augment would distort differently; leave one of them out"
-            )
+        if term.rotations:
+            _check_rotations(config, name, dataset)
         if term.strong_view:
             _check_strong_view(config, name, terms, dataset)
     if config.data.mixup or config.data.cutmix:
         _check_mixing(config, terms)
+
+
+def _check_rotations(config: ConfigDict, name: str, dataset: Dataset) -> None:
+    """Raise `UserError` if a term cannot see four rotations of each image."""
+    _, height, width, _ = dataset.train.images.shape
+    if config.data.rand_augment:
+        raise UserError(
+            f"the loss term {name} sees four rotations of each image, which "
+            "config.data.rand_augment would distort differently; leave one of them out"
+        )
+    if height != width:
+        raise UserError(
+            f"the loss term {name} rotates images and needs square ones, found {height}x{width}; "
+            "crop or resize them to squares"
+        )
+    if dataset.train.streamed:
+        raise UserError(
+            f"the loss term {name} crops each rotation of an image separately, which streamed "
+            "images do not allow; set --config.data.streaming=False"
+        )
 
 
 def _check_strong_view(

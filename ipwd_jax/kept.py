@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,12 +18,14 @@ def arrays(
 ) -> dict[str, np.ndarray]:
     """Return the arrays in a file, which is written first if it is missing or damaged.
 
+    If it cannot be written, a warning says so.
+
     Args:
         path: an `.npz` file, whose name identifies everything on which the arrays depend.
         compute: returns the arrays by name. All processes call it, or none.
 
     Raises:
-        UserError: the file cannot be written, or of several processes only the first can read it.
+        UserError: of several processes only the first can read the file.
     """
     found = _read(path)
     if parallel.from_first(lambda: found is not None):
@@ -30,7 +33,10 @@ def arrays(
             raise UserError(f"{path} cannot be read, but the first process read it there")
         return found
     computed = compute()
-    writers.write_npz(path, **computed)
+    try:
+        writers.write_npz(path, **computed)
+    except UserError as error:  # for example in the folder of somebody else's teacher
+        print(f"warning: {error}; the next run computes it again", file=sys.stderr, flush=True)
     return computed
 
 

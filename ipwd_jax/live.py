@@ -49,7 +49,7 @@ def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             for seed, rows in seen.items():
                 # Where an epoch was not evaluated, the line has no point.
-                points = [(number, r[name]) for number, r in enumerate(rows, 1) if name in r]
+                points = [(_number(r, rows), r[name]) for r in rows if name in r]
                 epochs, values = zip(*points, strict=True) if points else ((), ())
                 ax.plot(epochs, values, marker=".", label=f"seed {seed}")
             if len(seen) > 1:
@@ -57,6 +57,12 @@ def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
         shown.update(Image(_png(figure)))
 
     return on_epoch
+
+
+def _number(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int:
+    """The number of an epoch, counted from the first stage on if that was seen."""
+    before = [r["epoch"] for r in rows if r["stage"] != row["stage"] and r["step"] < row["step"]]
+    return row["epoch"] + max(before, default=0)
 
 
 def _png(figure: Figure) -> bytes:

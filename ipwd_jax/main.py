@@ -106,6 +106,11 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
         name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
         if argument.lstrip("-").startswith("config.") and not has_key(default(), name):
             return unknown_key(name, default())
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return UserError(
+            f"{path} has no function get_config, which every config file needs; a file with "
+            "get_runs is for `ipwd-jax sweep`"
+        )
     if _CONFIG.present and not isinstance(_CONFIG.value, ConfigDict):
         return UserError(f"get_config() of {path} returns {_CONFIG.value}, not the config")
     return UserError(f"the config {path} cannot be read: {error}")
@@ -169,6 +174,7 @@ def _run(config: ConfigDict) -> None:
 
     suffix = "" if config.get("seeds") else f"_seed{config.get('seed')}"
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.get('name') or 'run'}{suffix}")
+    workdir = workdir.expanduser()  # the shell leaves `--workdir=~/runs` as it is
     if _DRY_RUN.value:
         for text in train.planned(config, workdir, extend=_EXTEND.value):
             print(text, flush=True)
@@ -179,6 +185,8 @@ def _run(config: ConfigDict) -> None:
         teacher_only = _MODE.value == "teacher"
         result = train.run(config, workdir, teacher_only=teacher_only, extend=_EXTEND.value)
     print(report.summary(result))
+    if _MODE.value == "teacher":
+        return
     workdirs = f"{workdir}{'_seed*' if 'seeds' in result else ''}"
     print(f"Written to {workdirs}")
     if _MODE.value == "train":

@@ -47,6 +47,8 @@ def _reason(config: ConfigDict, path: str) -> str:
         return "config.first_stage.epochs is 0"
     if section == "teacher" and name in _OF_TEACHER and not config.teacher.name:
         return "config.teacher.name is empty"
+    if path == "seed" and config.seeds:
+        return f"config.seeds is {tuple(config.seeds)}"
     if path == "steps_per_call" and config.teacher.look_ahead:
         return f"config.teacher.look_ahead is {config.teacher.look_ahead}"
     if path == "data.rand_magnitude" and not config.data.rand_augment:
@@ -58,14 +60,20 @@ def _reason(config: ConfigDict, path: str) -> str:
         return f"config.{recipe} is {schedule}" if unread else ""
     if section == "terms":
         term = name.partition(".")[0]
-        used = any(stage.loss.get(term, 0) for stage in config_lib.stages(config))
-        return "" if used else f"config.loss.{term} is 0"
+        if not any(stage.loss.get(term, 0) for stage in config_lib.stages(config)):
+            return f"config.loss.{term} is 0"
+        (instance,) = losses.create({term: 1.0}, config.terms, {}).values()
+        other = instance.unread().get(name.partition(".")[2])
+        return f"config.terms.{term}.{other} is {config.terms[term][other]}" if other else ""
     if section == "weighting" and name != "name":
         kind = losses.WEIGHTINGS[config.weighting.name]
         own = {field.name for field in dataclasses.fields(kind)}
         of_others = name in losses.weighting.settings().keys() - own
-        if of_others or not kind.weighs:
+        useless = name == "average" and not kind.varies
+        if of_others or not kind.weighs or useless:
             return f"config.weighting.name is {config.weighting.name}"
+        if name in own and not kind.varies and config.weighting.batch_normalize:
+            return "config.weighting.batch_normalize is True"
     return ""
 
 

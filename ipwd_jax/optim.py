@@ -84,8 +84,10 @@ def arguments(name: str) -> tuple[str, ...]:
     """Return which of `momentum`, `nesterov`, `b1`, `b2` and `eps` an optimiser has."""
     if name == "sgd":
         return ("momentum", "nesterov")
-    takes = inspect.signature(getattr(optax, name)).parameters
-    return tuple(argument for argument in ARGUMENTS if argument in takes)
+    function = getattr(optax, name)
+    takes = inspect.signature(function).parameters
+    bound = getattr(function, "keywords", {})  # optax.nadam is optax.adam with nesterov=True
+    return tuple(argument for argument in ARGUMENTS if argument in takes and argument not in bound)
 
 
 def elementwise(name: str) -> bool:
@@ -132,6 +134,11 @@ def trainable_mask(
         UserError: a prefix matches nothing; the message lists the prefixes that exist.
     """
     modules = {f"student/{m}" for m in params["student"]}
+    if "student/features" in prefixes and (lost := {*head_modules} - {*params["student"]}):
+        raise UserError(
+            f"the network's head_modules name {min(lost)!r}, but its modules are "
+            f"{', '.join(params['student'])}; name those behind the last map"
+        )
     features = sorted(modules - {f"student/{m}" for m in head_modules})
     wanted = [p for x in prefixes for p in (features if x == "student/features" else [x])]
     used = set(empty)

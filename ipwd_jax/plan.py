@@ -6,6 +6,7 @@ import itertools
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -46,7 +47,7 @@ def describe(
     *first, last = (f"{len(split.labels):,} {name}" for name, split in splits.items())
     lines = {
         "data": f"{dataset.name}: {', '.join(first)} and {last} images of "
-        f"{'x'.join(map(str, shape))}, {classes} classes",
+        f"{'x'.join(map(str, shape))}, {classes} classes ({_listed(dataset.class_names)})",
     }
     if teacher:
         network = models.create(config.teacher.name, classes)
@@ -81,6 +82,11 @@ def describe(
         )
     lines["folder"] = ", ".join(map(str, workdirs))
     return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of some names, and an ellipsis if there are more."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def costs(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:
@@ -144,11 +150,15 @@ def _measured(experiment: Experiment) -> tuple[float, int]:
 
 def disk(experiment: Experiment) -> int:
     """Return the bytes that the checkpoints of one run take at most."""
-    state = jax.eval_shape(lambda: experiment.initial_state(seed=0))
-    leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf.dtype, "itemsize")]
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    # Parameters, momentum and the best network; one more while the newest is written.
-    return (experiment.config.checkpoint.keep + 2) * 3 * size
+
+    def size(stage: int) -> int:
+        state = jax.eval_shape(lambda: experiment.begin(stage, experiment.initial_state(seed=0)))
+        leaves = jax.tree.leaves([state, state.network(), state.network()])  # `last` and `best`
+        numbers = [leaf for leaf in leaves if hasattr(leaf.dtype, "itemsize")]
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in numbers)
+
+    kept = experiment.config.checkpoint.keep + 1  # one more while the newest is written
+    return kept * max(map(size, range(len(experiment.stages))))
 
 
 def _cost(network: nn.Module, shape: tuple[int, ...]) -> str:

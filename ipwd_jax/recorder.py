@@ -39,9 +39,11 @@ class Recorder:
         """
         self.run, self._on_epoch = run, on_epoch
         self._progress = progress
-        folder = run.workdir / "tensorboard"
+        self._tensorboard_folder = run.workdir / "tensorboard"
         purge_step, write = run.number() + 1, parallel.is_first()
-        self._tensorboard = SummaryWriter(str(folder), purge_step=purge_step, write_to_disk=write)
+        self._tensorboard = SummaryWriter(
+            str(self._tensorboard_folder), purge_step=purge_step, write_to_disk=write
+        )
         self._warned: set[str] = set()
         self.start()
 
@@ -104,10 +106,11 @@ class Recorder:
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Write and show the metrics of an epoch."""
         writers.write_csv(self.run.workdir / "metrics.csv", self.run.now.position.history)
-        for name, value in row.items():
-            if name not in ("stage", "step") and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, row["step"])
-        self._tensorboard.flush()
+        with writers.explained(self._tensorboard_folder):
+            for name, value in row.items():
+                if name not in ("stage", "step") and math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, row["step"])
+            self._tensorboard.flush()
         self.show(row["images_per_second"], row)
         for kind, text in _warnings(self.run, row):
             if kind not in self._warned:
@@ -178,7 +181,8 @@ class Recorder:
 
     def close(self) -> None:
         """End the threads that write."""
-        self._tensorboard.close()
+        with writers.explained(self._tensorboard_folder):
+            self._tensorboard.close()
 
 
 def _warnings(run: SeedRun, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

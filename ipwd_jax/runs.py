@@ -102,6 +102,8 @@ class Classifier:
             UserError: a file cannot be read, an array has another shape or type, or there is no
                 image.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, found {batch_size}")
         pixels, parts = self._pixels(images), []
         for start in range(0, len(pixels), batch_size):
             rows = pixels[start : start + batch_size]
@@ -159,10 +161,16 @@ def _opened(image: str | pathlib.Path | Image.Image) -> Image.Image:
 
 
 def _encoded(image: str | pathlib.Path | Image.Image) -> bytes:
-    """Return the bytes of a file, or of a PNG file with the pixels of a Pillow image."""
+    """Return the bytes of a file, or of a PNG file with the pixels of a Pillow image, upright."""
     if isinstance(image, Image.Image):
-        file = io.BytesIO()
-        image.save(file, "PNG")
+        file, upright = io.BytesIO(), ImageOps.exif_transpose(image)
+        if upright.mode in ("I", "F"):
+            raise UserError(
+                f"a Pillow image of mode {upright.mode} has pixels of unknown range; convert it to "
+                "8 bits per channel"
+            )
+        keeps = upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA") or "16" in upright.mode
+        (upright if keeps else upright.convert("RGB")).save(file, "PNG")
         return file.getvalue()
     try:
         return pathlib.Path(image).read_bytes()

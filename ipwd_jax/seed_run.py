@@ -148,9 +148,13 @@ class SeedRun:
         return row
 
     def has_converged(self) -> bool:
-        """Return whether `config.patience` epochs have passed since the best epoch."""
+        """Return whether `config.patience` epochs have passed since the best epoch.
+
+        This is decided only after an epoch that was evaluated.
+        """
         position, patience = self.now.position, self.experiment.config.patience
-        if not patience or self.stage.pretrains:
+        evaluated = any("test_top1" in row for row in position.history[-1:])
+        if not patience or self.stage.pretrains or not evaluated:
             return False
         return position.epochs_of("main") - position.best_epoch >= patience
 

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import optax
 from ml_collections import ConfigDict
 
 from ipwd_jax import losses, models, optim, parallel, student
 from ipwd_jax.data.base import Dataset
+from ipwd_jax.errors import UserError
 from ipwd_jax.image_checks import check_images
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
@@ -88,6 +90,26 @@ def create(
         stages.append(stage)
         first_step += part.epochs * steps_per_epoch
     return tuple(stages)
+
+
+def check_trained(stages: Sequence[Stage]) -> None:
+    """Raise `UserError` if a term of the main stage has parameters that no stage trains."""
+    for name, term in stages[-1].terms.items():
+        for part in stages[-1].trainable["terms"].get(name, {}):
+            if any(jax.tree.leaves([s.trainable["terms"][name][part] for s in stages])):
+                continue
+            path = f"terms/{name}/{part}"
+            if part in term.first_stage_params:
+                advice = (
+                    "train it in a first stage, with --config.first_stage.epochs, "
+                    f"--config.first_stage.loss.{name} and --config.first_stage.trainable"
+                )
+            else:
+                advice = f"add 'terms/{name}' to config.trainable"
+            raise UserError(
+                f"config.loss.{name} needs {path}, which no stage trains, so the loss would "
+                f"compare with random numbers; {advice}"
+            )
 
 
 def terms(

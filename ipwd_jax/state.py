@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+import traceback
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term, as_seen
+from ipwd_jax.losses.base import Batch, Term, as_seen, only_declared
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.typing import PyTree
@@ -141,7 +143,9 @@ def init_state(
     )
     weighting.check(weighting_config, student, teacher_outputs, batch)
     term_variables = {
-        name: _init_term(jax.random.fold_in(init_key, i), term, student, teacher_outputs, batch)
+        name: _init_term(
+            jax.random.fold_in(init_key, i), name, term, student, teacher_outputs, batch
+        )
         for i, (name, term) in enumerate(sorted(terms.items()))
     }
 
@@ -189,13 +193,28 @@ def outputs_of_zeros(network: nn.Module, image: jax.Array) -> Outputs:
 
 
 def _init_term(
-    key: jax.Array, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
+    key: jax.Array, name: str, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
-    """Return the variables of a term."""
-    seen = [as_seen(term, outputs) for outputs in (student, teacher)]
+    """Return the variables of a term, which is shown only what it declares of the teacher."""
+    declared = only_declared(teacher, term.teacher_taps) if teacher and term.teacher_taps else None
+    seen = [as_seen(term, outputs) for outputs in (student, declared)]
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
-    return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+    try:
+        return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the loss term {name} cannot be computed{_place(error, type(term))}: "
+            f"{type(error).__name__}: {error}. Of the teacher it sees only what its teacher_taps "
+            f"name: {', '.join(term.teacher_taps) or 'nothing'}."
+        ) from error
+
+
+def _place(error: Exception, kind: type) -> str:
+    """Return where in the file of a class an error was raised; empty if it was raised elsewhere."""
+    file = inspect.unwrap(kind.__call__).__code__.co_filename
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if line.filename == file]
+    return f" ({file}, line {lines[-1].lineno})" if lines else ""
 
 
 def with_network(

@@ -22,7 +22,7 @@ from ipwd_jax import precision
 from ipwd_jax.data import views
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch, Term, only_declared
 from ipwd_jax.models.base import Outputs, frozen_norms
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.packing import Packing
@@ -33,12 +33,6 @@ from ipwd_jax.typing import Answer, PyTree
 # Fields of a `Batch` that have one row per sample.
 _ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share", "strong_image")
 # Fields of the teacher's `Outputs` that are dropped if nothing reads them, and their empty values.
-_OPTIONAL_TAPS: Mapping[str, PyTree] = {
-    "features": (),
-    "preact": (),
-    "pre_pool": None,
-    "classifier": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +202,8 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
         return None
     assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
-    # Maps that nothing reads are dropped here, so that they are never computed.
-    unread = {tap: no for tap, no in _OPTIONAL_TAPS.items() if tap not in spec.teacher_taps}
-    read = dataclasses.replace(answers, **unread)
-    if answers.strong is not None:
-        read = read.with_strong(dataclasses.replace(answers.strong, **unread))
+    # What nothing reads is dropped here, so that it is never computed.
+    read = only_declared(answers, spec.teacher_taps)
     return precision.at_least_float32(read)
 
 

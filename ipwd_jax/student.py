@@ -1,6 +1,7 @@
 """The network that a run trains: `config.model.name`, or this network with the head of a term."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses, models
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.base import he_normal_fan_out
+from ipwd_jax.models.base import Outputs, he_normal_fan_out
 from ipwd_jax.models.with_head import WithHead
 from ipwd_jax.state import outputs_of_zeros
 from ipwd_jax.typing import PyTree
@@ -102,3 +103,31 @@ def network_of(
         raise UserError(str(error)) from error
     assert head is not None
     return WithHead(network, head)
+
+
+def check_network(name: str, classes: int, image_shape: tuple[int, ...]) -> None:
+    """Raise `UserError` if a network that a config file adds cannot be called as a step calls it.
+
+    Args:
+        name: of the network.
+        classes: number of classes.
+        image_shape: (H, W, channels).
+    """
+    network = models.create(name, classes)
+    if type(network).__module__.startswith("ipwd_jax."):
+        return
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+
+    def step(images: jax.Array) -> Any:
+        variables, mask = network.init(jax.random.key(0), images), jnp.ones(2)
+        return network.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])[0]
+
+    needs = "a network is called as net(x, train=True, mask=mask), and returns Outputs"
+    try:
+        returned = jax.eval_shape(step, images)
+    except Exception as error:  # whatever the network raises
+        raise UserError(
+            f"the network {name} cannot be trained: {type(error).__name__}: {error}; {needs}"
+        ) from error
+    if not isinstance(returned, Outputs):
+        raise UserError(f"the network {name} returns {type(returned).__name__}; {needs}")

@@ -25,6 +25,7 @@ import math
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,6 +123,13 @@ def _check(run: Any, name: str) -> None:
         raise UserError(f"{where}; found a config that does not start from default(): {config!r}")
     if not config.get("name"):
         raise UserError(f"get_runs() of {name} returns a run without config.name; give it one")
+    seeds = run.get("seeds", (0,))
+    whole = isinstance(seeds, Sequence) and {type(seed) for seed in seeds} == {int}
+    if not whole or not 0 <= min(seeds) <= max(seeds) < 2**32:
+        raise UserError(
+            f"the seeds of the run {config.name} of {name} must be a tuple of whole numbers in 0 "
+            f"to {2**32 - 1}; found {seeds!r}"
+        )
     if config.seeds and tuple(run.get("seeds", config.seeds)) != tuple(config.seeds):
         raise UserError(
             f"the run {config.name} has the seeds {tuple(run['seeds'])}, and its config has the "
@@ -209,13 +217,15 @@ def _attempt(run: Planned, budget: "_Budget") -> str:
     except InUse:
         print(f"{run.workdir} is {IN_USE}", flush=True)
         return IN_USE
-    except UserError as error:
-        print(f"error: {run.workdir}: {error}", file=sys.stderr, flush=True)
-        return FAILED
     except (Interrupted, KeyboardInterrupt):
         if not budget.spent:
             raise
         return run.state()
+    except Exception as error:
+        if not isinstance(error, UserError):  # an error of XLA, say; other runs may be possible
+            traceback.print_exc()
+        print(f"error: {run.workdir}: {error}", file=sys.stderr, flush=True)
+        return FAILED
     finally:
         jax.clear_caches()  # each program takes memory, and no other run needs it
 
@@ -356,6 +366,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--xla_profile", default="", help="compiler settings, as for ipwd_jax.main")
     parser.add_argument("--dry_run", action="store_true", help="list the runs and stop")
     given = parser.parse_args(argv)
+    given.out = given.out.expanduser()
     if given.count < 1 or not 0 <= given.index < given.count:
         parser.error(
             f"--index must be in 0 to --count - 1, found --index={given.index} and "

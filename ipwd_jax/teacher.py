@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from ipwd_jax import class_distances, evaluate, kept, models, parallel, precision, teachers
@@ -24,6 +25,7 @@ from ipwd_jax.losses.base import Batch
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.fold import apply_folded, fold
 from ipwd_jax.packing import output_first, output_last
+from ipwd_jax.pytorch.convert import load_variables
 from ipwd_jax.state import network_shapes
 from ipwd_jax.typing import Answer, PyTree
 
@@ -189,6 +191,37 @@ def check_data(config: ConfigDict, data: str) -> None:
             f"the teacher {pretrained or workdir} was trained on other data than that of "
             "config.data, or on another part of it; choose a teacher of the same images, or leave "
             "config.teacher.pretrained and config.teacher.workdir empty to train one"
+        )
+
+
+def check_network(config: ConfigDict, dataset: Dataset) -> None:
+    """Raise `UserError` if the teacher that the config names has another network or other classes.
+
+    Args:
+        config: config of the student's run.
+        dataset: data set of the run.
+    """
+    pretrained, workdir = config.teacher.pretrained, pathlib.Path(config.teacher.workdir)
+    named = bool(config.teacher.workdir) and (workdir / "result.json").exists()
+    if not config.teacher.name or not (named or pathlib.Path(pretrained).is_file()):
+        return
+    network = models.create(config.teacher.name, len(dataset.class_names))
+    template = network_shapes(network, dataset.train.images.shape[1:])
+    try:
+        if named:
+            load_network(workdir, config.teacher.which, template)
+            return
+        found = load_variables(pathlib.Path(pretrained), config.teacher.name)
+    except UserError as error:
+        raise UserError(f"the teacher cannot be used: {error}") from error
+    wanted, there = (
+        {key: x.shape for key, x in flatten_dict(tree).items()} for tree in (template, found)
+    )
+    if differ := [key for key in wanted if there.get(key) != wanted[key]]:
+        raise UserError(
+            f"the teacher {pretrained} does not fit {dataset.name} with its "
+            f"{len(dataset.class_names)} classes: {'/'.join(differ[0])} has the shape "
+            f"{there.get(differ[0])}, and {wanted[differ[0]]} is needed; choose another teacher"
         )
 
 

@@ -4,34 +4,30 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import evaluate, parallel, plan, signals, teachers, view_cache, writers, xla
+from ipwd_jax import evaluate, parallel, plan, signals, stages, teachers, view_cache, writers, xla
 from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
-from ipwd_jax.checkpoint import Checkpoints, checksum, load_network
-from ipwd_jax.data import check_augmentation, divided
+from ipwd_jax.checkpoint import Checkpoints, checksum
+from ipwd_jax.data import Dataset, check_augmentation, check_queues, fingerprint, given
 from ipwd_jax.data import load as load_data
-from ipwd_jax.data.base import Dataset, fingerprint
-from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
+from ipwd_jax.image_checks import sees_strong_views
 from ipwd_jax.loop import Loop
+from ipwd_jax.models import check_input
 from ipwd_jax.progress import Progress
 from ipwd_jax.recorder import OnEpoch, Recorder
 from ipwd_jax.seed_run import SeedRun
-from ipwd_jax.state import network_shapes
-from ipwd_jax.student import network_of
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.validate import check_fit, validate
 
@@ -80,19 +76,21 @@ def run(
     with contextlib.ExitStack() as locks:
         for folder in runs:
             locks.enter_context(workdir_lib.locked(folder))
-        _claim(runs, checksums, dataset, extend)
+        # An extended run is not touched before its teacher is known to be the same.
+        _claim(runs, checksums, dataset, extend, check_only=extend)
         teacher = None
         of_data = {"data": checksums["data"]}  # all that a teacher depends on, beside its recipe
-        teacher_workdir = teacher_lib.find_workdir(config, workdir, dataset.name, of_data)
-        if not all((folder / "result.json").exists() for folder in runs):
+        teacher_workdir = _teacher_folder(experiment, workdir, runs, of_data)
+        finished = runs and not extend and all((f / "result.json").exists() for f in runs)
+        if not finished:
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
-        if teacher_workdir:
+        if teacher_workdir and not (finished and _is_gone(config, teacher_workdir)):
             teacher_result = _ensure_teacher(config, teacher_workdir, dataset, of_data)
             if teacher_only:
                 return teacher_result
             teacher = teacher_lib.load(config, teacher_workdir, dataset)
             checksums["teacher"] = teacher.checksum
-            _claim(runs, checksums, dataset)
+        _claim(runs, checksums, dataset, extend)
         results = _train(config, runs, dataset, teacher, experiment.pretrained, on_epoch)
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
@@ -118,10 +116,8 @@ def planned(
     experiment = _checked(config, dataset)
     checksums = _checksums(experiment, extend)
     runs = of_each_seed(config, workdir)
-    for folder, own in runs.items():
-        workdir_lib.check(folder, own, checksums, extend)
-    name, of_data = experiment.dataset.name, {"data": checksums["data"]}
-    teacher_workdir = teacher_lib.find_workdir(config, workdir, name, of_data)
+    _claim(runs, checksums, experiment.dataset, extend, check_only=True)
+    teacher_workdir = _teacher_folder(experiment, workdir, runs, {"data": checksums["data"]})
     megabytes = len(runs) * plan.disk(experiment) / 2**20
     text = plan.describe(experiment, list(runs), teacher_workdir, costs=True)
     yield f"{text}\ndisk     {megabytes:,.0f} MiB at most, without the teacher and its answers"
@@ -135,18 +131,41 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     teacher_lib.check_named(config, teacher_only)
     if teacher_only and not config.teacher.name:
         raise UserError("this config has no teacher; set --config.teacher.name to a network")
-    dataset = divided(dataset, config.data) if dataset else _load(config)
+    dataset = given(dataset, config.data) if dataset else _load(config)
     check_augmentation(dataset, config)
+    check_queues(dataset, config, crops=1 + sees_strong_views(config))
     check_fit(config, dataset)
     experiment = assemble(config, dataset, None, pretrained_lib.load(config, dataset))
+    stages.check_trained(experiment.stages)
     view_cache.check(experiment)
     return experiment
+
+
+def _teacher_folder(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    runs: Iterable[pathlib.Path],
+    of_data: Mapping[str, str],
+) -> pathlib.Path | None:
+    """Return the folder of the teacher's run, which must not be that of a student."""
+    config, name = experiment.config, experiment.dataset.name
+    found = teacher_lib.find_workdir(config, workdir, name, of_data)
+    if found and found.resolve() in [folder.resolve() for folder in runs]:
+        raise UserError(f"{found} is to hold the student and its teacher; choose another --workdir")
+    return found
+
+
+def _is_gone(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Return whether the teacher that was trained beside its students has been removed."""
+    there = parallel.from_first((workdir / "result.json").exists)
+    return not (config.teacher.workdir or config.teacher.pretrained or there)
 
 
 def _checksums(experiment: Experiment, extend: bool) -> dict[str, str]:
     """Return the checksums of the inputs of a run, after the checks that need them."""
     checksums = {"data": fingerprint(experiment.dataset)}
     teacher_lib.check_data(experiment.config, checksums["data"])
+    teacher_lib.check_network(experiment.config, experiment.dataset)
     if extend:
         _check_extension(experiment)
     if experiment.pretrained is not None:
@@ -163,15 +182,12 @@ def _load(config: ConfigDict) -> Dataset:
 def _check_extension(experiment: Experiment) -> None:
     """Raise `UserError` if more epochs would have changed the epochs that a run has finished."""
     stage, schedule = experiment.stages[-1], experiment.config.optimizer.schedule
-    if schedule != "step":
+    depending = [f"the loss term {x}" for x, term in stage.terms.items() if hasattr(term, "epochs")]
+    depending += [f"config.optimizer.schedule={schedule}"] if schedule != "step" else []
+    if depending:
         raise UserError(
-            f"config.optimizer.schedule={schedule} depends on the number of epochs, so the run "
-            "cannot be extended; start a new one with --config.model.pretrained=FOLDER instead"
-        )
-    if depending := [name for name, term in stage.terms.items() if hasattr(term, "epochs")]:
-        raise UserError(
-            f"the loss term {depending[0]} depends on the number of epochs, so the run cannot be "
-            "extended; start a new one with --config.model.pretrained=FOLDER instead"
+            f"{depending[0]} depends on the number of epochs, so the run cannot be extended; start "
+            "a new one with --config.model.pretrained=FOLDER instead"
         )
 
 
@@ -179,10 +195,15 @@ def of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path
     """Return, by work directory, the config of each seed's run as if it were trained alone."""
     if not config.seeds:
         return {workdir: config}
+    if workdir.name in ("", ".."):
+        raise UserError(
+            f"--workdir={workdir} has no name, to which _seed{config.seeds[0]} could be added; "
+            "choose a folder with a name"
+        )
     runs = {}
     for seed in config.seeds:
         own = config.copy_and_resolve_references()
-        own.seed = seed
+        own.seed = int(seed)
         runs[workdir.with_name(f"{workdir.name}_seed{seed}")] = own
     return runs
 
@@ -191,10 +212,15 @@ def _claim(
     runs: Mapping[pathlib.Path, ConfigDict],
     checksums: Mapping[str, str],
     dataset: Dataset,
-    extend: bool = False,
+    extend: bool,
+    check_only: bool = False,
 ) -> None:
+    """Record in each folder which run it belongs to, once all are known to fit."""
+
     def claim() -> None:
         for workdir, config in runs.items():
+            workdir_lib.check(workdir, config, checksums, extend)
+        for workdir, config in () if check_only else runs.items():
             workdir_lib.claim(workdir, config, checksums, dataset.description(), extend)
 
     parallel.from_first(claim)
@@ -206,7 +232,8 @@ def evaluate_run(
     """Evaluate the newest checkpoint of a run on the test set of `config.data`.
 
     Args:
-        config: names the network and the data, which may be another split than in training.
+        config: names the network and the data, which may be another split than in training, with
+            the same classes. The images are normalised as in training.
         workdir: of the run, as given to `run`.
         dataset: in place of `config.data.name`.
 
@@ -215,7 +242,8 @@ def evaluate_run(
         `eval.json`; with `config.seeds` `{"name": ..., "seeds": [...]}` with those of each.
 
     Raises:
-        UserError: the checkpoint is missing, unreadable or of another network.
+        UserError: the checkpoint is missing, unreadable or of another network, or the data has
+            other classes.
 
     Examples:
         >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
@@ -224,37 +252,10 @@ def evaluate_run(
     workdir = pathlib.Path(workdir)
     validate(config)
     dataset = dataset or _load(config)
-    check_fit(config, dataset)
+    check_input(config.model.name, *dataset.train.images.shape[1:3])
     runs = of_each_seed(config, workdir)
-    results = [_evaluate(own, folder, dataset) for folder, own in runs.items()]
+    results = [evaluate.of_run(own, folder, dataset) for folder, own in runs.items()]
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
-
-
-def _evaluate(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> dict[str, Any]:
-    image_shape = dataset.train.images.shape[1:]
-    network = network_of(config, len(dataset.class_names), image_shape)
-    template = network_shapes(network, image_shape)
-    predict = evaluate.make_predict(network.apply)
-    data = parallel.replicate(resident(dataset, dataset.test))
-    result: dict[str, Any] = {
-        "data": dataset.name,
-        "network": config.model.name,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(template["params"])),
-        "seed": config.seed,
-    }
-    for which in ("last", "best"):
-        variables, position = load_network(workdir, which, template)
-        logits = evaluate.predict_all(
-            predict, variables, data, dataset.test, config.eval_batch_size
-        )
-        epochs = {"last": position.epochs_of("main"), "best": position.best_epoch}
-        result[which] = {
-            "epoch": epochs[which],
-            **evaluate.score(logits, dataset.test.labels),
-        }
-    result = writers.plain(result)
-    writers.write_json(workdir / "eval.json", result)
-    return result
 
 
 def _ensure_teacher(
@@ -277,10 +278,12 @@ def _ensure_teacher(
             return _result(workdir)
         return None
 
+    if config.teacher.workdir and (result := parallel.from_first(finished)) is not None:
+        return result  # without a lock, because the folder may be read-only
     with workdir_lib.locked(workdir, wait=True):
         if (result := parallel.from_first(finished)) is not None:
             return result
-        _claim(runs, checksums, dataset)
+        _claim(runs, checksums, dataset, extend=False)
         print(f"Teacher {config.teacher.name} in {workdir}", flush=True)
         return _train(config_of_teacher, runs, dataset, None)[0]
 
@@ -315,13 +318,16 @@ def _train(
     left = {workdir: own.seed for workdir, own in runs.items() if workdir not in results}
     if left:
         experiment = assemble(config, dataset, teacher, pretrained)
-        experiment = _with_view_cache(experiment, list(left))
+        experiment = _with_view_cache(experiment, left)
         with contextlib.ExitStack() as stack:
             recorders = _recorders(experiment, left, stack, on_epoch)
             stack.enter_context(workdir_lib.failures_noted(left))
-            _train_together(recorders, stack.enter_context(signals.collected()))
+            stopped_by = stack.enter_context(signals.collected())
+            _train_together(recorders, stopped_by)
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
+            if signum := parallel.largest(stopped_by[0] if stopped_by else 0):
+                raise signals.Interrupted(signum)  # it came too late to stop this run
     return [results[workdir] for workdir in runs]
 
 
@@ -337,8 +343,8 @@ def _recorders(
     predict, recorders = evaluate.make_predict(experiment.network.apply), []
     progress = Progress(experiment.total_steps, unit="step")
     stack.callback(progress.close)
+    parallel.from_first(functools.partial(workdir_lib.check_space, seeds.keys(), needed))
     for workdir, seed in seeds.items():
-        parallel.from_first(functools.partial(workdir_lib.check_space, workdir, needed))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep))
         run = SeedRun(experiment, seed, workdir, checkpoints, predict)
         overview = parameter_overview.get_parameter_overview(run.now.state.params)
@@ -364,7 +370,7 @@ def _train_together(recorders: Sequence[Recorder], stopped_by: list[int]) -> Non
     loop(recorders).train()
 
 
-def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -> Experiment:
+def _with_view_cache(experiment: Experiment, seeds: Mapping[pathlib.Path, int]) -> Experiment:
     """Return the experiment with a teacher whose answers are cached, if possible and wanted.
 
     Runs that have begun keep to what they began with: an answer in the step may differ from one
@@ -376,7 +382,7 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
     mode = config.teacher.view_cache
     reason = view_cache.reason_against(experiment)
     setting = "teacher.view_cache"
-    chosen = parallel.from_first(lambda: [workdir_lib.chosen(path, setting) for path in workdirs])
+    chosen = parallel.from_first(lambda: [workdir_lib.chosen(path, setting) for path in seeds])
     begun = {*chosen} - {None}
     if mode == "auto" and len(begun) > 1:
         raise UserError(
@@ -386,8 +392,9 @@ def _with_view_cache(experiment: Experiment, workdirs: Sequence[pathlib.Path]) -
         )
     cache = None
     if not (reason or mode == "off" or (mode == "auto" and begun == {"off"})):
-        cache = view_cache.load_or_build(experiment, required=mode != "auto" or bool(begun))
-    for workdir in workdirs:
+        required = mode != "auto" or bool(begun)
+        cache = view_cache.load_or_build(experiment, required, tuple(seeds.values()))
+    for workdir in seeds:
         choice = workdir, setting, "cached" if cache else "off"
         parallel.from_first(functools.partial(workdir_lib.choose, *choice))
     return view_cache.with_cache(experiment, cache) if cache else experiment

@@ -50,7 +50,8 @@ _RANGES = {
     "data.long_tail": _NOT_NEGATIVE,
     "data.validation_fraction": _Range("be in 0 to 0.5", lambda x: 0 <= x <= 0.5),
     "data.crop_padding": _NOT_NEGATIVE,
-    "data.std": _POSITIVE,
+    "data.mean": _Range("be in [0, 1], like the pixels", lambda x: 0 <= x <= 1),
+    "data.std": _Range("be in (0, 1], like the pixels", lambda x: 0 < x <= 1),
     "data.rand_augment": _NOT_NEGATIVE,
     "data.rand_magnitude": _Range("be in 0 to 30", lambda x: 0 <= x <= 30),
     "data.mixup": _NOT_NEGATIVE,
@@ -104,6 +105,7 @@ _RANGES = {
     "terms.*.iterations": _AT_LEAST_1,
     "terms.*.regularization": _POSITIVE,
     "terms.*.decay_from": _NOT_NEGATIVE,
+    "terms.*.first_epoch": _Range("be 0 or 1", lambda x: x in (0, 1)),
 }
 _CHOICES = {
     "precision": PRECISIONS,
@@ -200,6 +202,14 @@ def _choices(path: str) -> Collection[str]:
     return _of_pattern(_CHOICES, path) or ()
 
 
+def _of_term(path: str) -> _Range | None:
+    """Return the range that a loss term declares for one of its hyper-parameters."""
+    section, _, name = path.rpartition(".")
+    if not section.startswith("terms."):
+        return None
+    return _NOT_NEGATIVE if name in losses.TERMS[section[6:]].not_negative else None
+
+
 def _unknown(path: str, reference: ConfigDict) -> UserError:
     parent, _, name = path.rpartition(".")
     if parent in ("loss", "first_stage.loss", "terms"):
@@ -208,7 +218,10 @@ def _unknown(path: str, reference: ConfigDict) -> UserError:
 
 
 def _missing(path: str) -> UserError:
-    return UserError(f"config.{path} is missing; start from ipwd_jax.config.default()")
+    return UserError(
+        f"config.{path} is missing; start from ipwd_jax.config.default(), and set single values as "
+        "in --config.optimizer.learning_rate=0.1, because a dictionary replaces a whole section"
+    )
 
 
 def _check_type(path: str, value: Any, default: Any) -> None:
@@ -238,7 +251,7 @@ def _check_value(path: str, value: Any) -> None:
     several = isinstance(value, tuple | list)
     for text in (x for x in (value if several else [value]) if isinstance(x, str)):
         limits.check_text(path, text)
-    allowed = _of_pattern(_RANGES, path)
+    allowed = _of_pattern(_RANGES, path) or _of_term(path)
     for number in (x for x in (value if several else [value]) if _is_a(float, x)):
         found = f"found {number}{f' in {tuple(value)}' if several else ''}"
         if not limits.is_finite(number):
@@ -315,6 +328,11 @@ def _check_loss(config: ConfigDict, stage: ConfigDict) -> None:
 def _check_weighting(config: ConfigDict) -> None:
     weighting, kind = config.weighting, losses.weighting.create(config.weighting)
     for name in weighting.terms:
+        if "," in name:
+            raise UserError(
+                f"config.weighting.terms must be a tuple of names, found {weighting.terms}; write "
+                "\"--config.weighting.terms=('kd','at')\""
+            )
         if name not in losses.TERMS:
             raise unknown_name("loss term in config.weighting.terms", name, losses.TERMS)
         if not losses.TERMS[name].per_sample and kind.weighs:

@@ -31,7 +31,7 @@ from ipwd_jax.models.base import Outputs
 from ipwd_jax.progress import duration
 from ipwd_jax.state import augment_key
 from ipwd_jax.typing import PyTree
-from ipwd_jax.view_files import TableFiles, remove_old_tables, shortage
+from ipwd_jax.view_files import TableFiles, shortage
 
 _FORMAT = 1
 _LONG_SECONDS = 10.0
@@ -135,13 +135,16 @@ def drawn_views(config: ConfigDict, seeds: Sequence[int], epochs: int, size: int
     return used
 
 
-def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
+def load_or_build(
+    experiment: Experiment, required: bool, seeds: Sequence[int] = ()
+) -> ViewCache | None:
     """Load the cache for a run from the folder of its teacher, or build it there.
 
     Args:
         experiment: an experiment for which `reason_against` returns nothing, and in which
             `config.teacher.view_cache` is not "off".
         required: whether the run cannot do without the cache.
+        seeds: the seeds that are not finished; by default all those of the config.
 
     Returns:
         The cache, on all devices. None, with a printed line, if it is not required and there is not
@@ -153,9 +156,12 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     teacher = experiment.teacher
     assert teacher is not None
     folder = teacher.workdir / "views"
-    files, used = _files_and_views(experiment, folder)
+    config = experiment.config
+    seeds = seeds or tuple(config.seeds) or (config.seed,)
+    seeds = config.seeds[:1] if config.share_order else seeds
+    files, used = _files_and_views(experiment, folder, seeds)
     index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
-    asked = answers_asked(experiment)
+    asked = answers_asked(experiment, len(seeds))
     if not required and not parallel.from_first(files.complete) and len(index) > _WORTH * asked:
         print(
             f"The teacher is asked in the steps: a cache would need {len(index):,} answers, and "
@@ -168,7 +174,7 @@ def load_or_build(experiment: Experiment, required: bool) -> ViewCache | None:
     data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
     columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
     needed = len(index) * columns * 4
-    lacking = parallel.from_first(lambda: shortage(folder, needed, on_disk=not files.complete()))
+    lacking = parallel.from_first(lambda: shortage(files, needed))
     if lacking and not required:
         print(f"Training without a cache of the teacher's answers: {lacking}", flush=True)
         return None
@@ -197,11 +203,11 @@ def _load(files: TableFiles, build: Callable[[], np.ndarray]) -> np.ndarray:
         table = files.load() if files.complete() else None
         if table is not None:
             return
-        folder = files.table.parent
-        with workdir.locked(folder, wait=True):  # only one of several students builds the table
+        # Only one of several students builds the table.
+        with workdir.locked(files.table.parent, wait=True):
             table = files.load() if files.complete() else None
             if table is None:
-                remove_old_tables(folder)
+                files.make_room()
                 table = build()
 
     parallel.from_first(find_or_build)
@@ -212,10 +218,13 @@ def _load(files: TableFiles, build: Callable[[], np.ndarray]) -> np.ndarray:
     return table
 
 
-def answers_asked(experiment: Experiment) -> int:
-    """Return how many answers the teacher gives during a run if none are cached."""
-    config = experiment.config
-    orders = 1 if config.share_order else max(1, len(config.seeds))
+def answers_asked(experiment: Experiment, orders: int) -> int:
+    """Return how many answers the teacher gives during runs if none are cached.
+
+    Args:
+        experiment: the runs.
+        orders: number of orders in which they see the images: one for each seed, or for all.
+    """
     stages = enumerate(experiment.stages)
     epochs = sum(s.epochs for i, s in stages if experiment.step_spec(i).teacher_taps)
     return orders * epochs * len(experiment.dataset.train.labels)
@@ -239,13 +248,13 @@ def _say_what_it_takes(
         )
 
 
-def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple[TableFiles, np.ndarray]:
-    """Return the files of the table for a run, and which views it has: (N, V) bool."""
+def _files_and_views(
+    experiment: Experiment, folder: pathlib.Path, seeds: Sequence[int]
+) -> tuple[TableFiles, np.ndarray]:
+    """Return the files of the table for runs of some seeds, and which views it has: (N, V) bool."""
     config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
     assert teacher is not None
     epochs = max(stage.epochs for stage in experiment.stages)
-    seeds = config.seeds or (config.seed,)
-    seeds = seeds[:1] if config.share_order else seeds
     size = len(dataset.train.labels)
     views = augment.num_views(config.data.crop_padding, config.data.flip)
     identity = {
@@ -270,6 +279,9 @@ def _files_and_views(experiment: Experiment, folder: pathlib.Path) -> tuple[Tabl
         return whole, np.ones((size, views), bool)
     drawn = {"seeds": list(seeds), "epochs": epochs}
     files = TableFiles(folder, {**identity, "views": drawn})
+    of_all = TableFiles(folder, {**identity, "views": {**drawn, "seeds": list(config.seeds)}})
+    if len(seeds) < len(config.seeds) and parallel.from_first(of_all.complete):
+        files, seeds = of_all, config.seeds  # of runs that were stopped while they finished
     return files, drawn_views(config, seeds, epochs, size)
 
 

@@ -19,11 +19,17 @@ _FLUSH_SECONDS = 60.0
 _DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
 
 
-def shortage(folder: pathlib.Path, needed: int, on_disk: bool) -> str:
-    """Return a description of what is lacking for `needed` bytes; empty if they fit."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if on_disk and needed > 0.9 * free:
+def shortage(files: "TableFiles", needed: int) -> str:
+    """Return a description of what is lacking for a table of `needed` bytes; empty if it fits."""
+    folder = files.table.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder} cannot be made: {error.strerror or error}"
+    if not (files.complete() or os.access(folder, os.W_OK)):
+        return f"{folder} is not writable"
+    free = shutil.disk_usage(folder).free + files.replaceable()
+    if not files.complete() and needed > 0.9 * free:
         return (
             f"it needs {_mib(needed)}, but can use at most 90 % of the {_mib(free)} that are free "
             f"in {folder}"
@@ -41,22 +47,8 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def remove_old_tables(folder: pathlib.Path) -> None:
-    """Remove the least recently used tables of drawn views, to make room for one more.
-
-    A run that needs one of them again builds it again.
-    """
-    notes = sorted(folder.glob("[!.]*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    drawn = [path for path in notes if _noted(path)["identity"].get("views", "all") != "all"]
-    for note in drawn[_DRAWN_TABLES - 1 :]:
-        table = note.with_suffix(".npy")
-        if table.exists():
-            print(
-                f"Removing {table} ({_mib(table.stat().st_size)}), which can be built again",
-                flush=True,
-            )
-        note.unlink()
-        table.unlink(missing_ok=True)
+def _size(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _noted(note: pathlib.Path) -> dict[str, Any]:
@@ -81,6 +73,33 @@ class TableFiles:
         """Return the content of a note; empty if it is missing, damaged or of another table."""
         said = _noted(note)
         return said if said["identity"] == self.identity else {}
+
+    def _old(self) -> list[pathlib.Path]:
+        """Return the least recently used tables of drawn views and unfinished tables.
+
+        They make room for this table if it is built; a run that needs one again builds it again.
+        """
+        folder, used = self.table.parent, {}
+        for note in folder.glob("[!.]*.json"):
+            if _noted(note)["identity"].get("views", "all") != "all":
+                used[note.with_suffix(".npy")] = note.stat().st_mtime
+        for table in folder.glob(".*.npy"):
+            used[table] = table.stat().st_mtime
+        others = used.keys() - {self.table, self._unfinished[0]}
+        return sorted(others, key=lambda table: used[table], reverse=True)[_DRAWN_TABLES - 1 :]
+
+    def replaceable(self) -> int:
+        """Return the size of the files that this table takes the place of, in bytes."""
+        return sum(map(_size, [*self._old(), self._unfinished[0]]))
+
+    def make_room(self) -> None:
+        """Remove old tables."""
+        for table in self._old():
+            if table.exists():
+                size = _mib(table.stat().st_size)
+                print(f"Removing {table} ({size}), which can be built again", flush=True)
+            table.with_suffix(".json").unlink(missing_ok=True)
+            table.unlink(missing_ok=True)
 
     def complete(self) -> bool:
         """Return whether the table is complete, judged by its note and its size."""

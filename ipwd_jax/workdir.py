@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from ipwd_jax.losses import WEIGHTINGS
 FAILURE = "failed.json"  # the note about a run that could not be trained
 # Settings that can change when a run is started again: they do not change its numbers, or the data
 # and the teacher that they select are compared by checksum.
-_FREE = (
+FREE = (
     "checkpoint",
     "data.dir",
     "data.download",
@@ -54,7 +54,7 @@ def locked(workdir: pathlib.Path, wait: bool = False) -> Iterator[None]:
         UserError: the directory cannot be written to.
         InUse: another process is using it.
     """
-    made = not workdir.exists() and parallel.is_first()
+    made = not os.path.exists(workdir) and parallel.is_first()
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
@@ -111,7 +111,7 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
             raise UserError(f"cannot write to the work directory {workdir}: {error}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             if not wait:
                 lock.close()
                 raise InUse(
@@ -120,6 +120,12 @@ def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
                 ) from None
             print(f"Waiting for another process that is using {workdir}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            lock.close()
+            raise UserError(
+                f"{path} cannot be locked ({error}), so that two processes could write to this "
+                "folder at once; choose one on another file system"
+            ) from error
         # The other process may have removed the directory, and with it the file locked here.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(lock.fileno())):
             return lock
@@ -142,8 +148,8 @@ def check(
             teacher, and the message says what differs; or it is not known to which run it belongs.
     """
     path = workdir / "config.json"
-    if not path.exists():
-        if any(workdir.glob("checkpoints/*")):
+    if not os.path.exists(path):  # also if the name is too long
+        if os.path.exists(workdir / "checkpoints") and any(workdir.glob("checkpoints/*")):
             raise UserError(
                 f"{workdir} holds checkpoints but no {path.name}, so it is not known to which run "
                 "they belong; choose another --workdir"
@@ -169,6 +175,12 @@ def check(
             + "\n  ".join(lines)
             + "\nChoose another --workdir, or delete this one if it is not needed."
             + (" To train that run for more epochs, add --extend." if longer else "")
+        )
+    if longer and before["epochs"] % now["eval_every_epochs"]:
+        raise UserError(
+            f"{workdir} has evaluated its last epoch, {before['epochs']}, as a longer run with "
+            f"config.eval_every_epochs={now['eval_every_epochs']} would not, so it cannot be "
+            "extended; start a new run with --config.model.pretrained=FOLDER instead"
         )
     return there
 
@@ -276,7 +288,7 @@ def _binding(config: dict) -> dict:
     config = filled(config)
     # With `share_order`, the first seed decides the order and the views of the samples.
     shared = list(config["seeds"])[:1] if config["share_order"] else []
-    for path in _FREE:
+    for path in FREE:
         parent, _, key = path.rpartition(".")
         (config[parent] if parent else config).pop(key, None)
     return {**config, **({"seeds[0]": shared[0]} if shared else {})}
@@ -285,15 +297,20 @@ def _binding(config: dict) -> dict:
 def _changed(config: dict, defaults: dict) -> dict:
     """Return the settings that differ from their defaults."""
     return {
-        key: _changed(value, defaults[key]) if isinstance(value, dict) else value
+        key: _changed(value, defaults.get(key, {})) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in defaults or value != defaults[key]
     }
 
 
-def check_space(workdir: pathlib.Path, needed: int) -> None:
-    """Raise `UserError` if fewer than `needed` bytes are free on the disk of `workdir`."""
-    free = shutil.disk_usage(workdir).free
+def check_space(workdirs: Collection[pathlib.Path], needed: int) -> None:
+    """Raise `UserError` if the checkpoints of runs, of `needed` bytes, do not fit on their disk.
+
+    Those that are there already count as free, because new ones take their place.
+    """
+    workdir = next(iter(workdirs))
+    there = [p for folder in workdirs for p in folder.glob("checkpoints/**/*") if p.is_file()]
+    free = shutil.disk_usage(workdir).free + sum(path.stat().st_size for path in there)
     if free < needed:
         raise UserError(
             f"{workdir} has {free / 2**20:.0f} MiB free; the checkpoints of this run need "

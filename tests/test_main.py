@@ -48,6 +48,8 @@ def test_help_explains_the_command(flag):
         ([f"{DIGITS}:resnet20"], "takes TEACHER,STUDENT after the colon, found 'resnet20'"),
         ([DIGITS, "--config.model.name=resnet9"], "unknown network 'resnet9'"),
         ([DIGITS, "--mode=trian"], "<train|teacher|eval>"),
+        (["--config=configs/sweeps/digits.py"], "has no function get_config"),
+        ([DIGITS, "--config.terms.at.p=0"], "config.terms.at has no settings"),
         ([DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "no checkpoint in /nonexistent"),
         ([DIGITS, "extra"], "unexpected argument 'extra'"),
         ([DIGITS, "--num_processes=2"], "--num_processes and --process_id need --distributed"),

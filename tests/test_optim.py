@@ -75,6 +75,25 @@ def test_every_optimizer_descends(name):
     assert (jnp.abs(after_two_steps(params)) < jnp.abs(params)).all()
 
 
+@pytest.mark.parametrize("name", ["nadam", "nadamw"])
+def test_nadam_follows_its_equations(name):
+    """Dozat, 2016, with a constant momentum: a step of Adam that looks one gradient ahead."""
+    optimizer = settings(name=name, learning_rate=0.1, weight_decay=0.0, milestones=())
+    nadam = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
+    params = jnp.array([1.0, -2.0])
+    state = nadam.init(params)
+    p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for step in range(1, 4):
+        grads = jnp.array([0.3, -0.1]) * step
+        updates, state = nadam.update(grads, state, params)
+        params = params + updates
+        g = np.asarray(grads, np.float64)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        ahead = 0.9 * m / (1 - 0.9 ** (step + 1)) + 0.1 * g / (1 - 0.9**step)
+        p = p - 0.1 * ahead / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(params, p, rtol=1e-5)
+
+
 def test_step_schedule_falls_once_a_milestone_is_finished():
     rate = optim.schedule(settings(milestones=(150, 180, 210)), steps_per_epoch=782, epochs=240)
     epochs = {1: 0.05, 150: 0.05, 151: 5e-3, 180: 5e-3, 181: 5e-4, 210: 5e-4, 211: 5e-5, 240: 5e-5}
@@ -99,6 +118,8 @@ def test_trainable_mask():
     assert optim.trainable_mask(params, ())["heads"]["cls"]
     features = optim.trainable_mask(params, ("student/features",), head_modules=("fc",))
     assert features["student"] == {"fc": {"kernel": False}, "fc2": {"kernel": True}}
+    with pytest.raises(UserError, match="head_modules name 'classifier', but its modules are fc"):
+        optim.trainable_mask(params, ("student/features",), head_modules=("classifier",))
     frozen = optim.trainable_mask(params, (), frozen=("student/fc",))
     assert frozen["student"] == {"fc": {"kernel": False}, "fc2": {"kernel": True}}
     with pytest.raises(UserError, match=r"student/fc3.*there is only student/features, student/fc"):

@@ -1,5 +1,6 @@
 """Use from Python: configs, finished runs, and the classifiers that they leave."""
 
+import dataclasses
 import json
 import shutil
 
@@ -121,6 +122,46 @@ def test_configs_of_files():
         ipwd_jax.load_config(ROOT / "configs/digits_ipwd.py", epochs="many")
     with pytest.raises(UserError, match=r"none\.py cannot be run"):
         ipwd_jax.load_config("none.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("1 / 0", "fails: ZeroDivisionError"), ("return None", "returns None, not the config")],
+)
+def test_configs_of_files_that_fail(body, words, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
+    with pytest.raises(UserError, match=words):
+        ipwd_jax.load_config(tmp_path / "mine.py")
+
+
+def test_a_file_may_define_a_network_whose_annotations_are_strings(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "import flax.linen as nn\n"
+        "from ipwd_jax.config import default\n\n"
+        "class Net(nn.Module):\n    classes: int\n\n"
+        "def get_config():\n    return default()\n"
+    )
+    assert ipwd_jax.load_config(tmp_path / "mine.py").model.name == "resnet8x4"
+
+
+def test_pillow_images_are_treated_like_files(workdir, tmp_path):
+    """Also if they are to be turned, as photos of a telephone are, or printed in CMYK."""
+    student = ipwd_jax.load_student(workdir)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "print.jpg")
+    for classifier in (student, dataclasses.replace(student, centre_crop=True)):
+        for file in (tmp_path / "turned.jpg", tmp_path / "print.jpg"):
+            expected = classifier.predict(file).probabilities
+            found = classifier.predict(Image.open(file)).probabilities
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(UserError, match="mode F"):
+        student.predict(Image.fromarray(np.ones((8, 8), np.float32)))
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        student.predict(np.zeros((1, *student.image_shape), np.uint8), batch_size=0)
 
 
 def test_everything_that_the_package_names_is_there():

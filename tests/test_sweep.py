@@ -286,6 +286,22 @@ def test_a_run_that_is_refused_does_not_stop_the_others(file, tmp_path, capsys):
     assert (tmp_path / "right_seed0" / "result.json").exists()
 
 
+def test_an_error_that_nobody_foresaw_does_not_stop_the_others(file, tmp_path, capsys, monkeypatch):
+    run, calls = sweep.train.run, []
+
+    def fails_once(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return run(*given)
+
+    monkeypatch.setattr(sweep.train, "run", fails_once)
+    call(f"--config={file}", f"--out={tmp_path}", status=1)
+    shown = capsys.readouterr()
+    assert "Traceback" in shown.err and "error: " in shown.err
+    assert "1 failed" in shown.out and len(calls) > 1
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "words"),
@@ -319,6 +335,14 @@ class TestMistakes:
                 "C.update(name='a', seeds=(1, 2))\n"
                 "def get_runs(): return [{'config': C, 'seeds': (1,)}]",
                 "the run a has the seeds (1,), and its config has the seeds (1, 2)",
+            ),
+            (
+                "C.name = 'a'\ndef get_runs(): return [{'config': C, 'seeds': 5}]",
+                "the seeds of the run a of FILE must be a tuple",
+            ),
+            (
+                "C.name = 'a'\ndef get_runs(): return [{'config': C, 'seeds': (0, -1)}]",
+                "4294967295; found (0, -1)",
             ),
             (
                 "C.name, C.model.name = 'a', 'resnet9'\ndef get_runs(): return [{'config': C}]",

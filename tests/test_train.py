@@ -1,6 +1,7 @@
 """A whole run on a small data set learns, writes its files, and reuses its teacher."""
 
 import csv
+import dataclasses
 import json
 import math
 import time
@@ -184,6 +185,19 @@ class TestResult:
             assert scores[which]["epoch"] == result[which]["epoch"]
             assert scores[which]["nll"] == pytest.approx(result[which]["nll"], rel=1e-4)
         assert json.loads((workdir / "eval.json").read_text())["last"]["top1"] > 60
+
+    def test_evaluation_on_other_data_normalises_as_in_training(self, done, dataset):
+        """The test images of a data set of 20 training images with another mean."""
+        workdir, result = done
+        small = data.Split(dataset.train.images[:20], dataset.train.labels[:20])
+        other = dataclasses.replace(
+            dataset, train=small, mean=dataset.mean + 0.2, class_names=("a", "b", "c", "d")
+        )
+        scores = train.evaluate_run(settings(), workdir, other)
+        assert scores["last"]["nll"] == pytest.approx(result["last"]["nll"], rel=1e-4)
+        other = dataclasses.replace(dataset, class_names=("1", "0", "2", "3"))
+        with pytest.raises(UserError, match=r"trained on 4 classes.*'1' is not '0'"):
+            train.evaluate_run(settings(), workdir, other)
 
 
 class TestTeacher:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,7 +161,10 @@ def test_an_interrupted_table_is_finished(damaged, tmp_path):
     [
         ({"loss__at": 1.0}, r"reads the teacher's maps \(features\)"),
         ({"loss__cat_kd": 1.0}, r"reads the teacher's maps \(pre_pool\)"),
-        ({"loss__sskd": 1.0}, "rotates the images"),
+        (
+            {"loss__sskd": 1.0, "first_stage__epochs": 1, "first_stage__loss__sskd": 1.0},
+            "rotates the images",
+        ),
         ({"teacher__train_mode": True}, "depends on the batch"),
     ],
 )
@@ -167,6 +172,61 @@ def test_refused_where_it_would_be_wrong(changes, reason, squares, tmp_path):
     with pytest.raises(UserError, match=reason):
         train.run(settings(teacher__view_cache="all", **changes), tmp_path / "run", squares)
     assert not [*tmp_path.iterdir()]  # not even the teacher was trained
+
+
+def test_a_seed_that_is_added_is_asked_about_alone(squares, folder, capsys):
+    def seeds(*numbers):
+        config = settings(seeds=numbers, teacher__view_cache="drawn", epochs=1)
+        config.optimizer.milestones = ()
+        train.run(config, folder / "added", squares)
+        return capsys.readouterr().out
+
+    seeds(0)
+    found = seeds(0, 1)
+    assert "Finished already" in found and "answers to 40 views" in found
+    shutil.rmtree(folder / "added_seed1")
+    assert "Reading" in seeds(0, 1)
+
+
+class TestFiles:
+    """Tables in a folder of its own; each of ten answers has two numbers, and so 80 bytes."""
+
+    @staticmethod
+    def build(files, stop=False):
+        def ask(index, view):
+            if stop and index[0]:
+                raise KeyboardInterrupt
+            return np.stack([index, view], axis=1).astype(np.float32)
+
+        files.make_room()
+        pairs = np.divmod(np.arange(10, dtype=np.int32), 5)
+        return files.build(2, pairs, ask, 5)
+
+    @staticmethod
+    def table(folder, seed):
+        return view_files.TableFiles(folder, {"views": {"seeds": [seed], "epochs": 1}})
+
+    def test_what_a_table_replaces_counts_as_free(self, tmp_path, monkeypatch):
+        for seed in range(2):
+            self.build(self.table(tmp_path, seed))
+            time.sleep(0.02)
+        with pytest.raises(KeyboardInterrupt):
+            self.build(self.table(tmp_path, 2), stop=True)
+        free = SimpleNamespace(free=100)
+        monkeypatch.setattr(view_files.shutil, "disk_usage", lambda folder: free)
+        size = (tmp_path / self.table(tmp_path, 0).table).stat().st_size
+        needed = int(0.9 * (100 + size))
+        assert view_files.shortage(self.table(tmp_path, 2), needed) == ""  # its own beginning
+        assert view_files.shortage(self.table(tmp_path, 3), needed) == ""  # that of seed 0
+        assert "it needs" in view_files.shortage(self.table(tmp_path, 2), needed + 2)
+
+    def test_unfinished_tables_are_removed_like_old_ones(self, tmp_path):
+        for seed in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                self.build(self.table(tmp_path, seed), stop=True)
+            time.sleep(0.02)
+        self.build(self.table(tmp_path, 3))
+        assert len([*tmp_path.glob(".*.npy")]) == 2
 
 
 def test_no_space(squares, folder, monkeypatch):

@@ -5,6 +5,7 @@ in `USED_BY`.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -29,9 +30,10 @@ __all__ = [
     "Dataset",
     "Split",
     "check_augmentation",
-    "divided",
+    "check_queues",
     "fingerprint",
     "from_arrays",
+    "given",
     "load",
 ]
 
@@ -98,10 +100,46 @@ def load(config: ConfigDict) -> Dataset:
         dataset = streaming.load(config)
     else:
         dataset = found[0](config, argument) if argument else found[0](config)
-    return divided(dataset, config)
+        if not isinstance(dataset, Dataset):
+            raise UserError(
+                f"the data source {config.name} must return a Dataset, as from_arrays makes it; "
+                f"found {type(dataset).__name__}"
+            )
+    return _divided(dataset, config)
 
 
-def divided(dataset: Dataset, config: ConfigDict) -> Dataset:
+def given(dataset: Dataset, config: ConfigDict) -> Dataset:
+    """Return a data set that takes the place of `config.name`, divided as `config` says.
+
+    A warning names the settings of sources, which have no effect on it.
+
+    Raises:
+        UserError: `config.streaming`, `long_tail` or `validation_fraction` does not suit the data.
+    """
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            "the data set must be a Dataset, as ipwd_jax.from_arrays makes it; found "
+            f"{type(dataset).__name__}"
+        )
+    if config.streaming != dataset.train.streamed:
+        kind = "streamed" if dataset.train.streamed else "in memory"
+        raise UserError(
+            f"config.data.streaming is {config.streaming}, but the images of the data set that was "
+            f"passed are {kind}; set it to {dataset.train.streamed}"
+        )
+    of_sources = {**_UNSET, "mean": (), "std": ()}
+    changed = [f"config.data.{k}" for k, x in of_sources.items() if config[k] and config[k] != x]
+    if changed:
+        print(
+            f"warning: {', '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect on "
+            "the data set that was passed in place of config.data.name",
+            file=sys.stderr,
+            flush=True,
+        )
+    return _divided(dataset, config)
+
+
+def _divided(dataset: Dataset, config: ConfigDict) -> Dataset:
     """Return a data set whose training split is thinned out and divided as `config.data` says.
 
     Raises:
@@ -121,7 +159,7 @@ def divided(dataset: Dataset, config: ConfigDict) -> Dataset:
 
 
 def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
-    """Raise `UserError` if the augmentation or the batches of a run do not suit its images.
+    """Raise `UserError` if the augmentation of a run does not suit its images.
 
     Args:
         dataset: the data set that the run trains on.
@@ -153,8 +191,21 @@ def check_augmentation(dataset: Dataset, config: ConfigDict) -> None:
             f"config.data.flip is {config.data.flip}, but the streamed images were opened with "
             f"flip={images.flip}; open them with the same value"
         )
+
+
+def check_queues(dataset: Dataset, config: ConfigDict, crops: int) -> None:
+    """Raise `UserError` if the streamed batches of a run do not fit into the memory.
+
+    Args:
+        dataset: the data set that the run trains on.
+        config: the whole config of the run.
+        crops: number of crops of each training image in a batch.
+    """
+    if not dataset.train.streamed:
+        return
     steps = max(1, config.steps_per_call, config.teacher.look_ahead)
+    trained = config.batch_size * (streaming.AHEAD + steps) * crops * max(1, len(config.seeds))
     largest = max(len(split.labels) for split in dataset.evaluated.values())
-    tested = min(config.eval_batch_size, largest)
-    most = max(config.batch_size * (streaming.AHEAD + steps), tested * (streaming.AHEAD + 1))
-    streaming.check_memory(-(-most // parallel.process_count()), max(height, width))
+    tested = min(config.eval_batch_size, largest) * (streaming.AHEAD + 1)
+    most = -(-max(trained, tested) // parallel.process_count())
+    streaming.check_memory(most, max(dataset.train.images.shape[1:3]))

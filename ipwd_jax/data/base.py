@@ -150,6 +150,8 @@ def from_arrays(
     """
     train = _split(f"{name} training", train_images, train_labels)
     if test_images is None:
+        if test_labels is not None:
+            raise UserError(f"{name} has test labels, but no test images; pass both or neither")
         train, test = hold_out(train, test_fraction, name)
     else:
         test = _split(f"{name} test", test_images, test_labels)
@@ -158,14 +160,15 @@ def from_arrays(
             f"{name}: the training images have the shape {train.images.shape[1:]}, but the test "
             f"images have {test.images.shape[1:]}; both need the same shape"
         )
-    classes = len(class_names) if class_names else int(train.labels.max()) + 1
+    classes = int(train.labels.max()) + 1 if class_names is None else len(class_names)
     check_classes(name, classes, train.labels, test.labels)
+    mean, std = np.atleast_1d(mean), np.atleast_1d(std)
     if not (len(mean) and len(std)):
         computed = _statistics(train.in_memory)
         mean, std = (mean if len(mean) else computed[0]), (std if len(std) else computed[1])
     mean, std = checked_statistics(name, train.images.shape[-1], mean, std)
-    class_names = tuple(class_names or map(str, range(classes)))
-    return Dataset(name, train, test, class_names, mean, std)
+    names = range(classes) if class_names is None else class_names
+    return Dataset(name, train, test, tuple(map(str, names)), mean, std)
 
 
 def check_classes(
@@ -213,6 +216,11 @@ def checked_statistics(
         raise UserError(
             f"{name} has {channels} channels; mean and std must have one finite value per channel, "
             f"and std must be above 0; found mean {mean.tolist()} and std {std.tolist()}"
+        )
+    if mean.min() < 0 or mean.max() > 1 or std.max() > 1:
+        raise UserError(
+            f"mean and std of {name} must be in 0..1, like the pixels after a division by 255; "
+            f"found mean {mean.tolist()} and std {std.tolist()}"
         )
     return mean, std
 
@@ -298,7 +306,8 @@ def long_tailed(split: Split, ratio: float) -> Split:
         )
     keep = np.zeros(len(split.labels), bool)
     for label in range(len(sizes)):
-        wanted = int(sizes.max() * ratio ** (-label / max(1, len(sizes) - 1)))
+        wanted = sizes.max() * ratio ** (-label / max(1, len(sizes) - 1))
+        wanted = int(wanted + 1e-9)  # 49 * 49 ** -1 is less than 1
         keep[np.flatnonzero(split.labels == label)[:wanted]] = True
     return split.take(np.flatnonzero(keep).astype(np.int32))
 

@@ -23,6 +23,7 @@ from ipwd_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+_SPLITS = {"test", "testing", "training", "val", "valid", "validation"}  # besides "train"
 _SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -126,15 +127,42 @@ def _split_folders(
                 f"config.data.test_split is {config.test_split!r}, but {root} has no folder "
                 "'train' beside it; name the training split with --config.data.train_split"
             )
+        _check_no_split(root)
         return root, None
+    if config.test_split and root / config.test_split == train:
+        raise UserError(
+            f"config.data.test_split is {config.test_split!r}, like the training split; choose "
+            "another folder"
+        )
     candidates = [config.test_split] if config.test_split else ["test", "val", "validation"]
+    candidates = [name for name in candidates if root / name != train]
     test = next((root / name for name in candidates if (root / name).is_dir()), None)
+    unused = [x for x in class_folders(root) if x in _SPLITS and root / x not in (train, test)]
+    if unused and not config.test_split:
+        tested = test or "images held out of the training split"
+        print(
+            f"warning: {root} has the folder {unused[0]!r} too, which is not used: the test images "
+            f"are {tested}; choose others with --config.data.test_split",
+            file=sys.stderr,
+            flush=True,
+        )
     if test is not None and config.test_fraction != TEST_FRACTION:
         raise UserError(
             f"config.data.test_fraction is {config.test_fraction}, but nothing is held out because "
             f"there is a test split, {test}; leave the setting out"
         )
     return train, test
+
+
+def _check_no_split(root: pathlib.Path) -> None:
+    """Raise `UserError` if a folder that is to hold class folders seems to hold splits."""
+    for name in class_folders(root):
+        if name.lower() in _SPLITS and class_folders(root / name):
+            raise UserError(
+                f"{root} has the folder {name!r} with folders in it, which looks like a split, but "
+                "no folder 'train'; name the splits with --config.data.train_split and "
+                "--config.data.test_split"
+            )
 
 
 def class_folders(root: pathlib.Path) -> list[str]:

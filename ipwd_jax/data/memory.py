@@ -6,8 +6,17 @@ import pathlib
 
 from ipwd_jax.errors import UserError
 
-# Memory limits of a container, in versions 2 and 1 of Linux's control groups.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# The folder of a container's limits in versions 2 and 1 of Linux's control groups, the files there
+# with the limit and the use, and the part of the use, in memory.stat, that gives way to arrays.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
 
 
 def available() -> int:
@@ -21,10 +30,14 @@ def available() -> int:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         # MemFree is too small: the page cache takes most memory, and gives way to arrays.
         found.append(int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0]) * 1024)
-    for path in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # the limit may be "max"
-            found.append(int(pathlib.Path(path).read_text()))
-    return min(found)
+    for folder, limit, use, yielding in _GROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # the limit may be "max"
+            group = pathlib.Path(folder)
+            most, used = (int((group / name).read_text()) for name in (limit, use))
+            lines = (group / "memory.stat").read_text().splitlines()
+            used -= int(dict(line.split() for line in lines)[yielding])
+            found.append(most - used)
+    return max(0, min(found))
 
 
 def check(what: str, needed: int, remedy: str) -> None:

@@ -119,11 +119,18 @@ def tfds_records(name: str, data_dir: str, split: str) -> Records:
         fingerprint = f"{zlib.crc32(identity.encode()):08x}"
         kept = pathlib.Path(builder.data_path) / f"ipwd_jax_labels_{fingerprint}.npz"
         labels, order = _labels(source, label, kept)
+
+    def read(index: int) -> bytes:
+        try:
+            return source[int(order[index])][image]
+        except Exception as error:  # array_record raises many types
+            raise UserError(f"cannot be read: {error}") from error
+
     return Records(
         name=f"tfds:{name} {split}",
         labels=labels[order],
         class_names=tuple(builder.info.features[label].names),
-        read=lambda index: source[int(order[index])][image],
+        read=read,
         fingerprint=fingerprint,
     )
 

@@ -11,8 +11,9 @@ If a term has one of the fields in `RUN_FIELDS`, the run sets it. A term sees th
 device; a term that compares rows must first call `gather_rows`, and must ignore padding rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, overload
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import flax.linen as nn
 import flax.struct
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from ipwd_jax.data.base import Dataset
     from ipwd_jax.teacher import Teacher
 
+# The fields of a teacher's outputs that can be declared, and what replaces those that are not.
+TAPS: dict[str, Any] = {"features": (), "preact": ()}
+TAPS |= dict.fromkeys(("logits", "embedding", "pre_pool", "classifier"))
 RUN_FIELDS = {
     "axis_name": "mapped axis over which the global batch is distributed; None: one device",
     "train_size": "number of training samples",
@@ -64,6 +68,7 @@ class Term(nn.Module):
         mixed_images: whether the term is defined for images that MixUp or CutMix has mixed. If it
             reads the labels, it must do so by `Batch.over_labels`.
         choices: the allowed values of each hyper-parameter that has only a few.
+        not_negative: names of hyper-parameters that must not be negative.
     """
 
     paper: ClassVar[str] = ""
@@ -75,10 +80,19 @@ class Term(nn.Module):
     first_stage_params: ClassVar[tuple[str, ...]] = ()
     mixed_images: ClassVar[bool] = False
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    not_negative: ClassVar[tuple[str, ...]] = ()
 
     @property
     def heads(self) -> Mapping[str, str]:
         """The extra heads that the term reads, none by default; see the class attributes."""
+        return {}
+
+    @nn.nowrap
+    def unread(self) -> Mapping[str, str]:
+        """The hyper-parameters that have no effect because of another one, which is named by each.
+
+        A run whose config changes one of them prints a warning.
+        """
         return {}
 
     @nn.nowrap
@@ -193,6 +207,15 @@ class Batch:
             of(self.label),
             of(self.partner_label),
         )
+
+
+def only_declared(outputs: Outputs, taps: Collection[str]) -> Outputs:
+    """A teacher's outputs without the fields that `taps` does not name; maps are () then."""
+    unread = {name: empty for name, empty in TAPS.items() if name not in taps}
+    read = dataclasses.replace(outputs, **unread)
+    if outputs.strong is not None:
+        read = read.with_strong(dataclasses.replace(outputs.strong, **unread))
+    return read
 
 
 def as_seen(term: Term, outputs: Outputs | None) -> Outputs | None:

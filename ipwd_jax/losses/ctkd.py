@@ -59,6 +59,7 @@ class CTKD(Term):
     paper = "Li et al., 2023: Curriculum temperature for knowledge distillation"
     teacher_taps = ("logits",)
     choices = {"form": ("kd", "dkd")}  # noqa: RUF012
+    not_negative = ("alpha", "beta")
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
@@ -74,6 +75,11 @@ class CTKD(Term):
 
     def _temperature(self, share: jax.Array) -> jax.Array:
         return self.start_temperature + self.temperature_range * share
+
+    @nn.nowrap
+    def unread(self) -> dict[str, str]:
+        """The weights of DKD's parts, if the loss is that of KD."""
+        return {"alpha": "form", "beta": "form"} if self.form == "kd" else {}
 
     @nn.nowrap
     def scalars(self, variables: Mapping[str, PyTree]) -> dict[str, float]:

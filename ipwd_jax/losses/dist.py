@@ -75,6 +75,7 @@ class DIST(Term):
 
     paper = "Huang et al., 2022: Knowledge distillation from a stronger teacher"
     teacher_taps = ("logits",)
+    not_negative = ("beta",)
     mixed_images = True
     per_sample = False
 

@@ -91,6 +91,7 @@ class DKD(Term):
 
     paper = "Zhao et al., 2022: Decoupled knowledge distillation"
     teacher_taps = ("logits",)
+    not_negative = ("alpha", "beta")
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         settings = self.alpha, self.beta, self.temperature, self.standardize

@@ -39,7 +39,7 @@ class FitNet(Term):
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
-        """The loss, (B,). Raises `ValueError` if one of the two networks has no such map."""
+        """The loss, (B,). Raises `ValueError` if there is no such map or the maps do not fit."""
         maps = min(len(student.features), len(teacher.features))
         if not -maps <= self.layer < maps:
             raise ValueError(
@@ -50,5 +50,12 @@ class FitNet(Term):
             at_least_float32(x)
             for x in (student.features[self.layer], teacher.features[self.layer])
         )
-        regressor = ConvRegressor(t.shape, self.axis_name, name="regressor")
-        return hint_loss(regressor(s, batch.mask), t)
+        fitted = ConvRegressor(t.shape, self.axis_name, name="regressor")(s, batch.mask)
+        if fitted.shape != t.shape:
+            found, wanted = (" x ".join(map(str, x.shape[1:3])) for x in (fitted, t))
+            raise ValueError(
+                f"the regressor of fitnet makes maps of {found} pixels of the student's, but the "
+                f"teacher's have {wanted}; choose another config.terms.fitnet.layer, or square "
+                "images"
+            )
+        return hint_loss(fitted, t)

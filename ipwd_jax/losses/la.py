@@ -76,6 +76,11 @@ class KDLA(Term):
     mixed_images = True
 
     @nn.nowrap
+    def unread(self) -> dict[str, str]:
+        """How the prior is computed and applied, if the strength of the adjustment is 0."""
+        return {} if self.tau else {"prior_temperature": "tau", "after_temperature": "tau"}
+
+    @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "KDLA":
         """The term with the teacher's mean probabilities as its class prior."""
         mass = teacher.class_mass(self.prior_temperature)

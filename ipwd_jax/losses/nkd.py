@@ -121,6 +121,7 @@ class USKD(Term):
 
     paper = "Yang et al., 2023: From knowledge distillation to self-knowledge distillation"
     per_sample = False
+    not_negative = ("alpha", "beta")
 
     @nn.compact
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> jax.Array:

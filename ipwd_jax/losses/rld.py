@@ -87,6 +87,7 @@ class RLD(Term):
 
     paper = "Sun et al., 2024: Knowledge distillation with refined logits"
     teacher_taps = ("logits",)
+    not_negative = ("alpha", "beta")
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         loss = rld_loss(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from ipwd_jax.losses.base import (
     Batch,
@@ -111,6 +112,13 @@ class SDD(Term):
     paper = "Wei et al., 2024: Scale decoupled distillation"
     teacher_taps = ("pre_pool", "classifier")
     choices = {"base": ("kd", "dkd", "nkd")}  # noqa: RUF012
+    not_negative = ("alpha", "beta")
+
+    @nn.nowrap
+    def unread(self) -> dict[str, str]:
+        """The weights that the loss of a region does not have."""
+        used = {"kd": (), "dkd": ("alpha", "beta"), "nkd": ("beta",)}[self.base]
+        return {name: "base" for name in ("alpha", "beta") if name not in used}
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         """The loss, (B,). Raises `ValueError` for scales without 1, or if a tap is missing."""

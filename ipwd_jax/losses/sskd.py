@@ -1,19 +1,13 @@
 """Knowledge distillation meets self-supervision (Xu et al., ECCV 2020)."""
 
-from typing import TYPE_CHECKING
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Linear, Outputs, relu
-
-if TYPE_CHECKING:
-    from ipwd_jax.data.base import Dataset
 
 
 def similarity(embedding: jax.Array) -> jax.Array:
@@ -93,21 +87,6 @@ class SSKD(Term):
     per_sample = False
     rotations = True
     first_stage_params = ("teacher_head",)
-
-    @nn.nowrap
-    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
-        """Raises `UserError` if the images are not square, or are streamed."""
-        _, height, width, _ = dataset.train.images.shape
-        if height != width:
-            raise UserError(
-                f"the term sskd rotates images and needs square ones, found {height}x{width}; "
-                "crop or resize them to squares"
-            )
-        if dataset.train.streamed:
-            raise UserError(
-                "the term sskd crops each rotation of an image separately, which streamed images "
-                "do not allow; set --config.data.streaming=False"
-            )
 
     def setup(self) -> None:
         self.student_head = Projection()

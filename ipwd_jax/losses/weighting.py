@@ -133,6 +133,7 @@ class Weighting:
 
     Attributes:
         weighs: whether the weights can differ from 1. If False, nothing is multiplied or stored.
+        varies: whether the weights can differ between samples and between epochs.
         teacher_taps: names of the fields of the teacher's `Outputs` that the weighting reads.
         memory: names of the values that `weights` records for every sample.
         mixed_images: whether the weights are defined for images that MixUp or CutMix has mixed.
@@ -140,6 +141,7 @@ class Weighting:
     """
 
     weighs: ClassVar[bool] = True
+    varies: ClassVar[bool] = True
     teacher_taps: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[tuple[str, ...]] = ()
     mixed_images: ClassVar[bool] = False
@@ -197,6 +199,7 @@ class Constant(Weighting):
 
     constant: float = 1.0
 
+    varies = False
     mixed_images = True
 
     def weights(
@@ -329,7 +332,13 @@ def check(weighting: ConfigDict, student: Outputs, teacher: Outputs | None, batc
     The arguments are those of `weigh`.
     """
     kind, rows = create(weighting), batch.mask.shape
-    weights, record = jax.eval_shape(kind.weights, student, teacher, batch)
+    returned = jax.eval_shape(kind.weights, student, teacher, batch)
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(
+            f"config.weighting.name={weighting.name} must return the weights and a record, which "
+            f"may be an empty dictionary; found {returned}"
+        )
+    weights, record = returned
     found = {"the weights": weights.shape, **{name: x.shape for name, x in record.items()}}
     if found != dict.fromkeys(["the weights", *kind.memory], rows):
         raise ValueError(
@@ -378,7 +387,7 @@ def weigh(
         total, count = (batch.mask * weights).sum(), batch.mask.sum()
         if axis_name:
             total, count = lax.psum((total, count), axis_name)
-        weights = weights * count / total
+        weights = weights * count / jnp.where(total > 0, total, 1)  # they can all be 0
     if weighting.start_epoch:
         weights = jnp.where(batch.epoch < weighting.start_epoch, 1.0, weights)
     record["weight"] = weights

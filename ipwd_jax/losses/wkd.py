@@ -106,6 +106,7 @@ class WKDLogits(Term):
     paper = "Lv et al., 2024: Wasserstein distance rivals KL divergence"
     teacher_taps = ("logits",)
     choices = {"distances": ("cka", "classifier")}  # noqa: RUF012
+    not_negative = ("sharpen",)
 
     @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "WKDLogits":
@@ -200,6 +201,7 @@ class WKDFeatures(Term):
 
     paper = "Lv et al., 2024: Wasserstein distance rivals KL divergence"
     teacher_taps = ("features",)
+    not_negative = ("mean_ratio",)
     mixed_images = True
 
     @nn.compact

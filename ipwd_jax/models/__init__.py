@@ -74,7 +74,9 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
 
 def check_input(name: str, height: int, width: int) -> None:
     """Raise `UserError` if images of `height` x `width` are too small for the network `name`."""
-    smallest = create(name, classes=1).smallest_image
+    smallest = getattr(create(name, classes=1), "smallest_image", 0)
+    if not smallest:
+        raise UserError(f"{name} has no smallest_image, which every network needs")
     if min(height, width) < smallest:
         raise UserError(
             f"{name} needs images of at least {smallest}x{smallest} pixels, found {height}x{width}."

@@ -1,5 +1,6 @@
 """Find the tensors of a network among everything that a training script saved."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     metadata = {k: v for k, x in tree.items() if (v := _scalar(x)) is not None}
     place = _place(tree, key)
     tree = _named(tree[place]) if place else tree
-    tensors = {k.removeprefix("module."): np.asarray(x) for k, x in tree.items() if _is_tensor(x)}
+    tensors = {_plain(k): np.asarray(x) for k, x in tree.items() if _is_tensor(x)}
     tensors = {k: x for k, x in tensors.items() if not k.endswith(COUNTER)}
     if any(name.startswith("backbone.") for name in tensors):
         extra = [name for name in tensors if name.startswith("proj_head.")]
@@ -40,6 +41,11 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
             print(f"not part of the classifier, left out: {', '.join(extra)}", flush=True)
         tensors = {k.removeprefix("backbone."): x for k, x in tensors.items() if k not in extra}
     return tensors, {k: v for k, v in metadata.items() if k not in tree}
+
+
+def _plain(name: str) -> str:
+    """Return a tensor's name without the prefixes of DataParallel and `torch.compile`."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
 
 
 def _named(tree: Mapping) -> dict[str, Any]:

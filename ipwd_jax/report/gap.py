@@ -35,7 +35,7 @@ def by_mass(
     """
     tables, figures = [], []
     for number, pair in enumerate(pairs):
-        noted = _class_recalls([one for one in groups if one.pair == pair])
+        noted = _class_recalls([one for one in groups if one.pair == pair], to)
         if to not in noted:
             continue
         recalls = {
@@ -132,19 +132,26 @@ def _runs(one: Group) -> list[Loaded]:
     return list(one.runs.values())
 
 
-def _class_recalls(cells: Sequence[Group]) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
+def _class_recalls(
+    cells: Sequence[Group], to: str
+) -> dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]:
     """Method -> seed -> recall and mass of each class; runs that have not noted it are left out.
 
-    A run without a teacher has the mass that the teacher of the other runs gives the classes.
+    A run without a teacher has the mass that the teacher of the same seed of `to`, or else of
+    another method, gives the classes. A run with another teacher than this one is left out, because
+    its groups would be of other classes.
     """
-    noted = [_noted(run, "teacher_mass") for one in cells for run in _runs(one)]
-    masses = [mass for mass in noted if mass is not None and len(mass) >= _GROUPS]
+    runs = [run for one in sorted(cells, key=lambda one: one.method != to) for run in _runs(one)]
+    taught = [run for run in runs if _noted(run, "teacher_mass") is not None]
     found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
-    for one in cells if masses else ():
+    for one in cells if taught else ():
         for seed, run in one.runs.items():
-            recall, mass = _noted(run, "recall_last"), _noted(run, "teacher_mass")
-            mass = masses[0] if mass is None else mass
-            if recall is not None and len(recall) == len(mass):
+            of_seed = next((other for other in taught if other.seed == seed), None)
+            if of_seed and run in taught and run.taught_by != of_seed.taught_by:
+                continue
+            source = run if run in taught else of_seed or taught[0]
+            recall, mass = _noted(run, "recall_last"), _noted(source, "teacher_mass")
+            if recall is not None and mass is not None and len(recall) == len(mass) >= _GROUPS:
                 found.setdefault(one.method, {})[seed] = recall, mass
     return found
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ipwd_jax.config import teacher_config
 from ipwd_jax.errors import UserError
 from ipwd_jax.report.content import one_line
 from ipwd_jax.runs import Run, load_run
-from ipwd_jax.workdir import failure
+from ipwd_jax.workdir import failure, holds, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +49,19 @@ class Loaded:
         return str(self.run.config.teacher.name)
 
     @property
+    def taught_by(self) -> str:
+        """Checksum of the teacher's parameters; empty if there is none or it is not noted."""
+        return self.checksums.get("teacher", "")
+
+    @property
     def seed(self) -> int:
         """Seed of the run."""
         return int(self.run.config.seed)
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs in all stages, of which a run may have trained fewer."""
+        return int(self.run.config.epochs + self.run.config.first_stage.epochs)
 
     @property
     def data(self) -> str:
@@ -169,12 +180,33 @@ def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]
     return found, problems
 
 
+def without_teachers(runs: Sequence[Loaded]) -> tuple[list[Loaded], list[str]]:
+    """Leaves out the runs that trained the teacher of others, and says so in a sentence each."""
+    recipes = {}
+    for one in runs:
+        if one.teacher and not one.run.config.teacher.workdir:
+            recipe = teacher_config(one.run.config)
+            data = {"data": one.checksums.get("data", "")}
+            recipes[identity(recipe, data), recipe.seed] = recipe, data
+    found, said = [], []
+    for one in runs:
+        if any(
+            one.run.config.name == recipe.name and holds(one.run.workdir, recipe, data)
+            for recipe, data in recipes.values()
+        ):
+            said.append(f"{one.folder} is left out, because it is the teacher of other runs.")
+        else:
+            found.append(one)
+    return found, said
+
+
 def _check_config(run: Run) -> None:
     config = run.config
     try:
         int(config.seed), int(config.epochs), dict(config.loss), config.weighting.name
         str(config.name), config.model.name, config.teacher.name, config.data.name
         str(config.optimizer.schedule), str(config.first_stage.optimizer.schedule)
+        teacher_config(config)
         known = isinstance(run.data, dict)
         float(sum(config.loss.values()))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -220,11 +252,17 @@ def _history(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _classes(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of the classes, and what is wrong with them."""
+    path = one_line(run.workdir / "classes.csv")
     try:
-        return run.classes, []
+        rows = run.classes
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        path = one_line(run.workdir / "classes.csv")
         return [], [f"{path} cannot be read: {one_line(error)}."]
+    names = run.data.get("class_names")
+    if rows and isinstance(names, list) and len(rows) != len(names):
+        return [], [f"{path} is damaged: it has {len(rows)} rows for {len(names)} classes."]
+    if run.result and not rows:
+        return [], [f"{path} is missing or empty, so the run is not in the tables of classes."]
+    return rows, []
 
 
 def _checksums(workdir: pathlib.Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ipwd_jax.report.load import Loaded
 
 NOT_MEASURED = "-"
 _CONFIDENCE = 0.95
+_FREE = tuple(f"{path}{end}" for path in workdir.FREE for end in ("=", "."))
 
 
 def about_best(results: Sequence[dict[str, Any]]) -> str:
@@ -73,7 +74,7 @@ class Group:
         """(seeds, epochs) a column of `metrics.csv`, as far as all seeds have noted it."""
         found = [column(run.history, name) for run in self.runs.values() if run.history]
         length = min((len(curve) for curve in found), default=0)
-        return np.array([curve[:length] for curve in found]).reshape(-1, length)
+        return np.array([curve[:length] for curve in found]).reshape(len(found), length)
 
     @property
     def config(self) -> ConfigDict:
@@ -114,6 +115,8 @@ def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
     for one in runs:
         pair = Pair(names[_data_key(one)], one.teacher, one.student)
         there = found[pair, _identity(one)]
+        if one.seed in there and there[one.seed].taught_by != one.taught_by:
+            there = found[pair, f"{_identity(one)} {one.taught_by}"]
         if one.seed in there:
             problems.append(
                 f"{one.folder} has the same settings and seed as {there[one.seed].folder} and is "
@@ -122,7 +125,7 @@ def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
         else:
             there[one.seed] = one
     for seeds in found.values():
-        teachers = {one.checksums.get("teacher") for one in seeds.values()}
+        teachers = {one.taught_by for one in seeds.values()}
         if len(teachers) > 1:
             folders = ", ".join(one.folder for one in seeds.values())
             problems.append(f"The teachers of these seeds have different parameters: {folders}.")
@@ -227,18 +230,25 @@ def _named(found: dict[tuple[Pair, str], dict[int, Loaded]]) -> list[Group]:
     ]
     named = []
     for one in plain:
-        same = [g for g in plain if (g.pair, g.method) == (one.pair, one.method)]
-        if len(same) > 1:
-            differing = {
-                change
-                for other in same
-                for change in changes(one.config, other.config)
-                if other is not one
-            }
-            method = f"{one.method} ({', '.join(sorted(differing)[:4])})"
-            one = dataclasses.replace(one, method=method)
+        others = [g for g in plain if (g.pair, g.method) == (one.pair, one.method) and g is not one]
+        if words := _distinguishing(one, others):
+            one = dataclasses.replace(one, method=f"{one.method} ({', '.join(words)})")
         named.append(one)
     return named
+
+
+def _distinguishing(one: Group, others: Sequence[Group]) -> list[str]:
+    """As few settings of a group as tell it apart from each of the others."""
+    words: list[str] = []
+    for other in others:
+        differing = [
+            change for change in changes(one.config, other.config) if not change.startswith(_FREE)
+        ]
+        if not differing:  # the same settings with another teacher
+            differing = [f"teacher {next(iter(one.runs.values())).taught_by or 'unknown'}"]
+        if not {*words} & {*differing}:
+            words.append(differing[0])
+    return words
 
 
 def _method(one: Loaded) -> str:
@@ -269,7 +279,8 @@ def _is_plain_distillation(config: ConfigDict) -> bool:
     """Whether the loss is the labels' cross-entropy and Hinton's distillation, unweighted."""
     terms = {name for name, weight in config.loss.items() if weight}
     plain = terms == {"ce", "kd"} and config.weighting.name == "uniform"
-    return plain and not config.first_stage.epochs
+    standardized = config.terms.get("kd", {}).get("standardize", False)
+    return plain and not standardized and not config.first_stage.epochs
 
 
 def _leaves(config: ConfigDict) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import drawing, gap, published
 from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
@@ -28,6 +29,8 @@ from ipwd_jax.report.methods import (
 _EPOCHS = ("last", "best")
 # Ends of the keys of the sections whose tables are also written in LaTeX.
 _TABLES = ("-table", "-published", "-differences")
+# Settings with which a run does not train on all of its data set, as published runs do.
+_PARTS_OF_DATA = ("long_tail", "validation_fraction")
 
 
 def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str]) -> Report:
@@ -49,7 +52,7 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
         raise UserError(
             f"the baseline {baseline.folder} repeats another run; give the other as --baseline"
         )
-    notes = [*problems, *notes, *_of_different_data(groups)]
+    notes = [*problems, *notes, *_of_different_data(groups), *_of_different_teachers(groups)]
     groups = sorted(groups, key=lambda one: one.method != to)
     cells = in_every_pair(groups)
     notes += _without_reference(cells, to)
@@ -82,6 +85,27 @@ def _of_different_data(groups: Sequence[Group]) -> list[str]:
         return []
     listed = "; ".join(f"{data}: {', '.join(folders)}" for data, folders in datasets.items())
     return [f"The runs are of different data, and each is compared with its own alone. {listed}."]
+
+
+def _of_different_teachers(groups: Sequence[Group]) -> list[str]:
+    """Sentences about pairs in which runs of one seed had teachers with different parameters."""
+    found: dict[tuple[Pair, int], dict[str, list[str]]] = {}
+    for one in groups:
+        for seed, run in one.runs.items():
+            if run.taught_by:
+                by_teacher = found.setdefault((one.pair, seed), {})
+                by_teacher.setdefault(run.taught_by, []).append(run.folder)
+    pairs: dict[Pair, dict[str, list[str]]] = {}
+    for (pair, _), by_teacher in found.items():
+        if len(by_teacher) > 1:
+            pairs.setdefault(pair, by_teacher)
+    return [
+        f"{pair}: the teachers have different parameters, so that methods are compared that did "
+        "not have the same teacher, and the groups of classes leave some of them out: "
+        + "; ".join(f"{checksum}: {', '.join(runs)}" for checksum, runs in by_teacher.items())
+        + "."
+        for pair, by_teacher in pairs.items()
+    ]
 
 
 def _without_reference(groups: Sequence[Group], to: str | None) -> list[str]:
@@ -127,9 +151,11 @@ def _of_data(key: str, data: str, groups: Sequence[Group], to: str | None) -> li
         sections.append(gains)
     if weights := gap.weights(f"{key}-weights", data, groups, pairs):
         sections.append(weights)
+    drawn = [one for one in groups if one.curves("test_top1").size]
     figures = [
-        _curves(f"{key}-curves{number}", pair, [one for one in groups if one.pair == pair])
+        _curves(f"{key}-curves{number}", pair, those)
         for number, pair in enumerate(pairs)
+        if (those := [one for one in drawn if one.pair == pair])
     ]
     sections.append(Section(f"{key}-training", f"Training on {data}", figures=figures))
     sections.append(_settings(key, data, groups, pairs, to))
@@ -158,7 +184,8 @@ def _published(
 ) -> Section | None:
     """Published numbers beside our means; None if there are none for these methods and pairs."""
     names = {run.run.result.get("data") for one in groups for run in one.runs.values()}
-    known = published.of_data(names.pop() or "") if len(names) == 1 else {}
+    whole = not any(one.config.data[k] for one in groups for k in _PARTS_OF_DATA)
+    known = published.of_data(names.pop() or "") if len(names) == 1 and whole else {}
     rows, sources = [], {}
     for method in dict.fromkeys(one.method for one in groups):
         entry = known.get(method, {"top1": {}})
@@ -296,7 +323,11 @@ def _settings(
             rows.append([one.method, str(pair), words or "the same"])
     caption = "Settings other than those of the method compared with"
     table = Table(caption, ["method", "pair", "settings"], rows, words=True)
-    return Section(f"{key}-settings", f"Settings on {data}", tables=[table])
+    of_all = [dict.fromkeys(changes(one.config, default())) for one in groups]
+    common = [change for change in of_all[0] if all(change in these for these in of_all)]
+    text = [f"Settings that all of them have otherwise than the default: {', '.join(common)}."]
+    title = f"Settings on {data}"
+    return Section(f"{key}-settings", title, text if common else [], tables=[table])
 
 
 def _all_runs(groups: Sequence[Group]) -> Section:

@@ -102,9 +102,9 @@ def _check_same_test(loaded: Loaded, baseline: Loaded) -> None:
 
 
 def _unfinished(loaded: Loaded) -> str:
-    epochs = loaded.run.config.epochs + loaded.run.config.first_stage.epochs
     return (
-        f"{loaded.folder} is not finished: {len(loaded.history)} of {epochs} epochs are reported."
+        f"{loaded.folder} is not finished: {len(loaded.history)} of {loaded.epochs} epochs are "
+        "reported."
         f"{loaded.failure}"
     )
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import content, drawing, several, single
 from ipwd_jax.report.content import Report
-from ipwd_jax.report.load import Loaded, load, load_all
+from ipwd_jax.report.load import Loaded, load, load_all, without_teachers
 from ipwd_jax.writers import write_atomically
 
 
@@ -40,6 +40,8 @@ def write(
         raise UserError("no run was given to report")
     compared = _baseline(baseline)
     runs, problems = load_all(workdirs)
+    runs, teachers = without_teachers(runs)
+    problems += teachers
     finished = [one for one in runs if one.finished]
     if len(finished) > 1 or (compared is None and len(runs) > 1 and finished):
         problems += [_left_out(one) for one in runs if not one.finished]
@@ -92,7 +94,7 @@ def _baseline(workdir: pathlib.Path | None) -> Loaded | None:
 def _left_out(one: Loaded) -> str:
     return (
         f"{one.folder} is not finished and is left out: it has trained {len(one.history)} of "
-        f"{one.run.config.epochs} epochs.{one.failure}"
+        f"{one.epochs} epochs.{one.failure}"
     )
 
 

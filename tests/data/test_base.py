@@ -41,6 +41,12 @@ def test_the_long_tail_is_that_of_the_literature():
     np.testing.assert_array_equal(tail.images[tail.labels == 99], 99 + 100 * np.arange(5))
 
 
+def test_no_class_of_a_long_tail_is_empty():
+    """49 * 49 ** -1 is less than 1 in floating point."""
+    split = data.Split(np.arange(196), np.repeat(np.arange(4, dtype=np.int32), 49))
+    assert np.bincount(long_tailed(split, 49.0).labels).tolist() == [49, 13, 3, 1]
+
+
 @pytest.mark.parametrize("ratio", [0.5, 501])
 def test_a_long_tail_needs_a_sensible_ratio(ratio):
     split = data.Split(np.arange(1_000), np.repeat(np.arange(2, dtype=np.int32), 500))
@@ -66,6 +72,10 @@ def test_a_long_tail_needs_a_sensible_ratio(ratio):
         ({"test_images": np.zeros((12, 5, 6, 3), np.uint8)}, ["(6, 6, 3)", "(5, 6, 3)"]),
         ({"class_names": ["a", "b", "c", "d"]}, ["4 classes", "[3]"]),
         ({"mean": (0.5,), "std": (0.1,)}, ["3 channels", "[0.5]"]),
+        ({"mean": [127.0] * 3, "std": [60.0] * 3}, ["in 0..1", "division by 255", "127"]),
+        ({"mean": 0.5}, ["3 channels", "mean [0.5]"]),
+        ({"test_images": None}, ["test labels, but no test images"]),
+        ({"class_names": []}, ["0 classes"]),
     ],
 )
 def test_wrong_arrays(change, words):
@@ -80,6 +90,11 @@ def test_wrong_arrays(change, words):
         data.from_arrays(**{**good, **change})
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_class_names_may_be_an_array():
+    names = data.from_arrays(*arrays(), class_names=np.array(["ant", "bee", "cat"])).class_names
+    assert names == ("ant", "bee", "cat") and {type(name) for name in names} == {str}
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 2), (6, 6, 7), (4, 4, 2), (3, 9, 1), (1, 6, 4)])

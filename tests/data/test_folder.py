@@ -22,6 +22,38 @@ def test_train_and_val_folders(tmp_path):
     assert np.array_equal(dataset.test.images, pixels[[4, 3]])
 
 
+def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
+    for split in ("training", "testing"):
+        for name in "ab":
+            for i in range(2):
+                write_image(tmp_path / split / name / f"{i}.png")
+    fails(["looks like a split", "--config.data.train_split"], f"folder:{tmp_path}")
+    splits = {"train_split": "training", "test_split": "testing"}
+    assert load(f"folder:{tmp_path}", **splits).class_names == ("a", "b")
+    splits["test_split"] = "training"
+    fails(["test_split is 'training', like the training split"], f"folder:{tmp_path}", **splits)
+
+
+def test_a_third_split_is_named(tmp_path, capsys):
+    for split in ("train", "test", "val"):
+        for name in "ab":
+            for i in range(2):
+                write_image(tmp_path / split / name / f"{i}.png")
+    load(f"folder:{tmp_path}")
+    assert "has the folder 'val' too, which is not used" in capsys.readouterr().err
+    load(f"folder:{tmp_path}", test_split="val")
+    assert capsys.readouterr().err == ""
+
+
+def test_the_training_split_is_not_tested_on(tmp_path):
+    for split, count in (("train", 4), ("val", 6)):
+        for name in "ab":
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png")
+    dataset = load(f"folder:{tmp_path}", train_split="val", test_fraction=0.5)
+    assert [len(x.labels) for x in (dataset.train, dataset.test)] == [6, 6]  # of `val` alone
+
+
 def test_odd_files(tmp_path):
     frames = [Image.new("P", (6, 6), i) for i in (1, 2)]
     write_image(tmp_path / "a/animated.gif", frames[0], save_all=True, append_images=frames[1:])

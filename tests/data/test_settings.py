@@ -70,6 +70,20 @@ def test_every_setting_of_the_data_is_used_or_refused():
                for setting in data.USED_BY)  # fmt: skip
 
 
+def test_settings_that_a_data_set_in_their_place_does_not_use_are_named(tmp_path, capsys):
+    config, dataset = config_lib.default(), data.from_arrays(*arrays())
+    assert data.given(dataset, config.data) is dataset
+    assert capsys.readouterr().err == ""
+    config.data.update({"image_size": 32, "mean": (0.5,)})
+    data.given(dataset, config.data)
+    assert "config.data.image_size, config.data.mean have no effect" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"must be a Dataset, .*found tuple"):
+        data.given(arrays(), config.data)
+    config.data.streaming = True
+    with pytest.raises(UserError, match=r"streaming is True, but .* in memory; set it to False"):
+        train.run(config, tmp_path / "run", dataset)
+
+
 @pytest.mark.parametrize(("padding", "fits"), [(5, True), (6, False), (50, False)])
 def test_crops_must_show_something(padding, fits, tmp_path):
     config = config_lib.default()

@@ -4,9 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+import pytest
 from data_helpers import TFDS, arrays, fails, load, same
 
 from ipwd_jax import data
+from ipwd_jax.errors import UserError
 
 
 def test_arrays_come_back_in_the_order_of_their_ids_without_tensorflow():
@@ -20,6 +23,16 @@ def test_arrays_come_back_in_the_order_of_their_ids_without_tensorflow():
         "data.load(c); assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_that_is_damaged_while_it_is_streamed_is_named(tmp_path):
+    shutil.copytree(TFDS, tmp_path / "copy")
+    settings = {"streaming": True, "image_size": 8, "crop_padding": 0, "dir": f"{tmp_path}/copy"}
+    train = load("tfds:tiny", **settings).train.images
+    records = next(tmp_path.glob("copy/tiny/*/tiny-train*"))
+    records.write_bytes(records.read_bytes()[:200] + bytes(len(records.read_bytes()) - 200))
+    with pytest.raises(UserError, match=r"tfds:tiny train: sample \d+ cannot be read"):
+        list(train.batches(np.arange(9).reshape(3, 3)))
 
 
 def test_slices():

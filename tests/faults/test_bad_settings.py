@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import data, main, signals, train
+from ipwd_jax import data, losses, main, signals, train
 from ipwd_jax.errors import UserError
 
 DEFAULTS = config_lib.flat(config_lib.default())
@@ -71,7 +71,10 @@ def around(path, file):
     config.terms.crd.negatives, config.terms.fitnet.layer = 4, 1  # as these images have it
     section, _, rest = path.partition(".")
     if section == "terms" and rest:
-        config.loss[rest.partition(".")[0]] = 1.0
+        term = rest.partition(".")[0]
+        config.loss[term] = 1.0
+        if losses.TERMS[term].first_stage_params:
+            config.first_stage.epochs, config.first_stage.loss[term] = 1, 1.0
     if section == "first_stage":
         config.first_stage.epochs, config.first_stage.loss.ce = 1, 1.0
     return config
@@ -142,7 +145,11 @@ def test_any_value_from_python(file):
         ("batch_size", 2**31, "config.batch_size must fit into 32 bits, found 2147483648"),
         ("terms.wkd_l.decay_from", 2**31, "config.terms.wkd_l.decay_from must fit into 32 bits"),
         ("loss.kd", 1e39, "config.loss.kd must fit into 32 bits, found 1e+39"),
-        ("data.mean", (0.5, -1e39), "config.data.mean must fit into 32 bits, found -1e+39 in (0.5"),
+        (
+            "data.mean",
+            (0.5, -1e39),
+            "config.data.mean must be in [0, 1], like the pixels, found",
+        ),
         ("teacher.workdir", "a" * 256, "config.teacher.workdir must be shorter, because no file"),
         ("model.pretrained", "x/" + "é" * 128, "config.model.pretrained must be shorter"),
         ("name", "a\0b", "config.name must be text without null and surrogate characters"),

@@ -34,6 +34,14 @@ def test_heads_of_self_supervision_are_left_out(capsys):
     assert "not part of the classifier, left out: proj_head.0.weight" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_wrapped_networks_are_left_out(prefix):
+    tensors, _ = unwrap({f"{prefix}fc.weight": np.zeros((2, 2))})
+    assert list(tensors) == ["fc.weight"]
+
+
 def test_two_state_dicts_of_the_same_numbers(tmp_path):
     """A script may save a network and its best epoch, which is then the same, in one file."""
     one = view(4, (2, 2), (2, 1))

@@ -1,6 +1,5 @@
 """Reports of runs: what is on the page and in the files beside it, and what cannot be reported."""
 
-import csv
 import json
 import re
 import shutil
@@ -11,75 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import scipy.stats
-from helpers import settings
+from report_helpers import another_seed, changed, results
 
-from ipwd_jax import metrics, report, train
+from ipwd_jax import metrics, report
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import published
 from ipwd_jax.report.__main__ import main
-
-_NAMES = ("<b>light</b> & $\\frac", "dark|_*")  # a page must show them as they are
-
-
-@pytest.fixture(scope="session")
-def trained(squares, tmp_path_factory):
-    """A folder with an IPWD run, a run of plain distillation, and their teacher."""
-    folder = tmp_path_factory.mktemp("report")
-    np.savez(
-        folder / "squares.npz",
-        train_images=squares.train.images,
-        train_labels=squares.train.labels,
-        test_images=squares.test.images,
-        test_labels=squares.test.labels,
-        class_names=np.array(_NAMES),
-    )
-    config = settings(data__name=f"numpy:{folder / 'squares.npz'}", optimizer__milestones=(1,))
-    config.teacher.view_cache = "off"  # has nothing to do with a report
-    pair = f"{config.teacher.name}_{config.model.name}"
-    config.name = f"squares_ipwd_{pair}"
-    train.run(config, folder / "ipwd_seed0")
-    # What a run of plain distillation leaves, without the time to train it.
-    kd = shutil.copytree(folder / "ipwd_seed0", folder / "kd_seed0")
-    (kd / "samples.npz").unlink()
-    changed(kd, "config.json", config__name=f"squares_kd_{pair}", config__loss__cls=0.0)
-    changed(kd, "config.json", config__weighting__name="uniform")
-    changed(kd, "result.json", weights=None, last__top1=65.0)
-    arrays = dict(np.load(kd / "predictions.npz"))
-    noise = np.random.default_rng(0).normal(size=arrays["last_logits"].shape)
-    arrays["last_logits"] = arrays["last_logits"] + noise.astype(np.float32)
-    np.savez(kd / "predictions.npz", **arrays)
-    return folder
-
-
-@pytest.fixture
-def runs(trained, tmp_path):
-    """A copy of the folder that a test can change."""
-    return shutil.copytree(trained, tmp_path / "runs")
-
-
-def changed(folder, name, **changes):
-    """Changes values of a JSON file of a run, with `__` for the dots in their paths."""
-    content = json.loads((folder / name).read_text())
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        section = content
-        for parent in parents:
-            section = section[parent]
-        section[key] = value
-    (folder / name).write_text(json.dumps(content))
-
-
-def another_seed(runs, method, seed, top1):
-    """A run of the method that differs from its first in seed and accuracy alone."""
-    folder = shutil.copytree(runs / f"{method}_seed0", runs / f"{method}_seed{seed}")
-    changed(folder, "config.json", config__seed=seed)
-    changed(folder, "result.json", seed=seed, last__top1=top1, best__top1=top1 + 1)
-    return folder
-
-
-def results(path):
-    with path.open() as file:
-        return {(row["method"], row["epoch"]): row for row in csv.DictReader(file)}
 
 
 def test_a_single_run(runs, capsys):
@@ -193,6 +129,7 @@ def test_gains_of_classes_by_the_teachers_mass(runs):
             of_mass = f",{mass[label]}" if name != "ce" else ""
             rows.append(f"{label},{share}{of_mass},{weights[label] if name == 'ipwd' else ''}")
         (runs / f"{name}_seed0/classes.csv").write_text("\n".join(rows))
+        changed(runs / f"{name}_seed0", "config.json", data__class_names=[*map(str, range(8))])
     out = runs / "all.html"
     main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd", "ce")), f"--out={out}"])
     text, minus = out.with_suffix(".md").read_text(), "\N{MINUS SIGN}"
@@ -211,6 +148,7 @@ def test_gains_of_classes_by_the_teachers_mass(runs):
     (runs / "kd_seed0/classes.csv").write_text("class,recall_last\n0,\0")
     main([*(str(runs / f"{name}_seed0") for name in ("ipwd", "kd")), f"--out={out}"])
     assert "Recall (%)" not in out.read_text()
+    assert "kd_seed0/classes.csv is damaged: it has 1 rows for 8 classes" in out.read_text()
 
 
 def test_a_student_without_a_teacher_is_in_the_column_of_each_teacher(runs, capsys):

@@ -46,7 +46,6 @@ METHODS = {
 # so small that the parameters do not change.
 BATCH_NORMS = {
     "teacher_in_training": ({"ce": 0.1, "kd": 0.9}, {"teacher.train_mode": True}),
-    "unsynced": ({"ce": 1.0}, {"sync_batch_norm": False}),
     "unsynced_at_rest": (
         {"ce": 1.0},
         {"sync_batch_norm": False, "optimizer.learning_rate": 1e-30},

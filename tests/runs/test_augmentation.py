@@ -1,11 +1,14 @@
 """Runs whose images are distorted and mixed: what they learn from, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
+from data_helpers import arrays, write_images
 from helpers import rows, settings, stopped_after, teacher_folder
 from PIL import Image
 
-from ipwd_jax import data, train, workdir
+from ipwd_jax import data, losses, train, workdir
 from ipwd_jax.errors import UserError
 
 ALL = {"data__rand_augment": 2, "data__mixup": 0.4, "data__cutmix": 1.0}
@@ -69,6 +72,34 @@ def test_what_is_defined_for_mixed_images_is_accepted(squares, tmp_path, weighti
     if weighting != "ipwd":
         config.loss.cls = 0.0
     assert "0.9 kd" in next(train.planned(config, tmp_path / "run", squares))
+
+
+class Rotating(losses.TERMS["kd"]):
+    """A user's term that sees rotations and checks nothing itself."""
+
+    rotations = True
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_cannot_be_rotated_is_refused_before_the_teacher_is_trained(
+    streamed, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(losses.TERMS, "rotating", Rotating)
+    config, dataset = settings(), None
+    config.loss.rotating, config.terms.rotating = 1.0, losses.hyper_parameters("kd")
+    if streamed:
+        for split, name in itertools.product(("train", "test"), "ab"):
+            write_images(tmp_path / "images", f"{split}/{name}/1.png", f"{split}/{name}/2.png")
+        of_folder = {"name": f"folder:{tmp_path / 'images'}", "image_size": 8, "streaming": True}
+        config.data.update({**of_folder, "crop_padding": 0})
+        config.batch_size = config.teacher.batch_size = 4
+    else:
+        dataset = data.from_arrays(*arrays(40, shape=(8, 12, 3)))
+        config.data.streaming = False
+    words = "streamed images do not allow" if streamed else "needs square ones, found 8x12"
+    with pytest.raises(UserError, match=f"the loss term rotating .*{words}"):
+        train.run(config, tmp_path / "run", dataset)
+    assert not list(tmp_path.rglob("metrics.csv"))
 
 
 def test_rotations_are_not_distorted(squares, tmp_path):

@@ -202,6 +202,22 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     config = shortened(BASELINES.get_config("ofd,tiny_net,resnet8"))
     with pytest.raises(UserError, match="Tiny does not declare it"):
         train.run(config, tmp_path / "ofd", digits)
+    config = shortened(BASELINES.get_config("kd,resnet14,resnet8"))
+    config.loss.ft = 1.0
+    with pytest.raises(UserError, match=r"ft needs terms/ft/paraphraser.*first_stage\.loss\.ft"):
+        train.run(config, tmp_path / "ft", digits)
+    config = shortened(BASELINES.get_config("fitnet,resnet14,resnet8"))
+    config.trainable = ("student",)
+    with pytest.raises(UserError, match=r"terms/fitnet/regressor.*'terms/fitnet' to config"):
+        train.run(config, tmp_path / "trainable", digits)
+    high = data.from_arrays(
+        np.zeros((60, 28, 20, 3), np.uint8), np.arange(60) % 5, np.zeros((5, 28, 20, 3), np.uint8),
+        np.arange(5),
+    )  # fmt: skip
+    config = shortened(BASELINES.get_config("fitnet,ResNet50,resnet8"))
+    config.terms.fitnet.layer = -1
+    with pytest.raises(UserError, match=r"4 x 2 pixels .* 4 x 3; .*config\.terms\.fitnet\.layer"):
+        train.run(config, tmp_path / "high", high)
     assert not list(tmp_path.rglob("checkpoints"))
 
 

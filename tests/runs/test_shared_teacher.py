@@ -130,7 +130,7 @@ def test_old_tables_of_drawn_views_are_removed(tmp_path, capsys):
         return view_files.TableFiles(tmp_path, {"views": views})
 
     def build(files):
-        view_files.remove_old_tables(tmp_path)
+        files.make_room()
         files.build(2, pairs, lambda i, v: np.stack([i, v], axis=1).astype(np.float32), 10)
 
     for seed in range(5):

@@ -53,6 +53,8 @@ def test_steps_of_one_call_are_those_of_several(changes, alone, squares, folder)
 def test_looking_ahead_keeps_the_classifier_whole(squares, folder):
     """Also beside a term that rotates the images, so that all other answers have more rows."""
     changes = {f"loss__{term}": 0.1 for term in ("srrl", "cat_kd", "sskd")}
+    changes |= {"first_stage__epochs": 1, "first_stage__loss__sskd": 1.0}
+    changes["first_stage__optimizer__milestones"] = ()
     for ahead in (0, 2):
         run(f"ahead_{ahead}", squares, folder, teacher__look_ahead=ahead, **changes)
     found, expected = (logits(folder / f"ahead_{ahead}") for ahead in (2, 0))

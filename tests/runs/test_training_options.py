@@ -137,6 +137,14 @@ class TestPatience:
         (tmp_path / "result.json").unlink()  # as if it had been killed before it was written
         assert train.run(config, tmp_path, squares())["last"]["epoch"] == best + 2
 
+    @pytest.mark.parametrize(("patience", "every", "ended"), [(2, 4, 8), (3, 2, 6)])
+    def test_is_decided_after_epochs_that_were_evaluated(self, patience, every, ended, tmp_path):
+        changes = {"epochs": 9, "patience": patience, "eval_every_epochs": every}
+        config = settings(**ALONE, **changes)
+        config.optimizer.learning_rate = 1e-30
+        result = train.run(config, tmp_path, squares())
+        assert result["best"]["epoch"] == every and result["last"]["epoch"] == ended
+
     def test_several_seeds_are_refused(self, tmp_path):
         with pytest.raises(UserError, match=r"config\.patience would stop each of config\.seeds"):
             train.run(settings(**ALONE, patience=2, seeds=(0, 1)), tmp_path, squares())

@@ -1,0 +1,95 @@
+"""Which runs are put together as a method, and with which others they are compared."""
+
+import shutil
+
+from report_helpers import another_seed, changed, results
+
+from ipwd_jax import report
+
+
+def test_names_tell_all_groups_apart(runs):
+    """They name settings that matter, and as many as are needed."""
+    first, elsewhere, last = (another_seed(runs, "ipwd", seed, 60.0 + seed) for seed in (1, 2, 3))
+    for folder in (first, elsewhere, last):
+        changed(folder, "config.json", config__batch_size=32, config__data__dir="/elsewhere")
+        changed(folder, "config.json", config__data__flip=False, config__epochs=7)
+    changed(elsewhere, "config.json", config__weighting__ratio="B")
+    changed(last, "config.json", config__weighting__ratio="B", config__weighting__clip=3.0)
+    folders = [runs / "kd_seed0", runs / "ipwd_seed0", first, elsewhere, last]
+    assert report.write_report(folders, runs / "all.html").problems == ()
+    found = {name: row for (name, epoch), row in results(runs / "all.csv").items()
+             if epoch == "last"}  # fmt: skip
+    assert len(found) == 5
+    assert {row["n"] for row in found.values()} == {"1"}
+    means = {float(row["mean_top1"]) for name, row in found.items() if name.startswith("ipwd (")}
+    assert {61.0, 62.0, 63.0} < means
+    assert not any("dir" in name for name in found)
+
+
+def test_runs_of_different_teachers(runs):
+    """They are two methods, and their difference is marked; groups of classes are not mixed."""
+    other = shutil.copytree(runs / "kd_seed0", runs / "kd_other")
+    changed(other, "config.json", checksums__teacher="0" * 8, config__teacher__workdir="/other")
+    changed(other, "result.json", last__top1=66.0)
+    out = runs / "all.html"
+    written = report.write_report(
+        [runs / "kd_seed0", runs / "ipwd_seed0", other], out, runs / "kd_seed0"
+    )
+    (problem,) = written.problems
+    assert "the teachers have different parameters" in problem
+    assert "00000000: " in problem and "kd_other" in problem
+    assert ("kd (teacher 00000000)", "last") in results(runs / "all.csv")
+    groups = out.with_suffix(".md").read_text().partition("## Gains of favoured")[2]
+    assert "00000000" not in groups.partition("\n## ")[0]
+
+
+def test_the_run_of_a_teacher_is_left_out(runs):
+    (teacher,) = runs.glob("squares_tiny_net_*")
+    written = report.write_report(
+        [teacher, runs / "kd_seed0", runs / "ipwd_seed0"], runs / "a.html"
+    )
+    assert [*written.problems] == [
+        f"{teacher} is left out, because it is the teacher of other runs."
+    ]
+    assert {name for name, _ in results(runs / "a.csv")} == {"kd", "ipwd"}
+    assert "left out" not in " ".join(report.write_report([teacher]).problems)
+
+
+def test_standardised_distillation_is_not_plain(runs):
+    other = shutil.copytree(runs / "kd_seed0", runs / "kd_ls_seed0")
+    changed(other, "config.json", config__terms__kd__standardize=True)
+    changed(other, "config.json", config__name="squares_kd_ls_tiny_net_tiny_net")
+    report.write_report([other, runs / "kd_seed0"], runs / "all.html")
+    assert results(runs / "all.csv")["kd_ls", "last"]["compared_with"] == "kd"
+
+
+def test_published_numbers_are_of_all_data(runs):
+    for name in ("ipwd", "kd"):
+        folder = runs / f"{name}_seed0"
+        changed(folder, "result.json", data="cifar100", network="resnet8x4")
+        changed(folder, "config.json", config__name=f"cifar100_{name}_resnet32x4_resnet8x4")
+        changed(folder, "config.json", config__teacher__name="resnet32x4")
+        changed(folder, "config.json", config__model__name="resnet8x4")
+        changed(folder, "config.json", config__data__long_tail=100.0)
+    out = runs / "all.html"
+    report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], out)
+    text = out.with_suffix(".md").read_text()
+    assert "Published numbers" not in text
+    assert "data.long\\_tail=100.0" in text.partition("otherwise than the default")[2]
+
+
+def test_a_method_without_curves(runs):
+    (runs / "kd_seed0/metrics.csv").unlink()
+    (runs / "ipwd_seed0/metrics.csv").unlink()
+    written = report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], runs / "all.html")
+    assert len(written.problems) == 2
+    assert all("metrics.csv is missing or empty" in problem for problem in written.problems)
+
+
+def test_epochs_of_two_stages_are_counted(runs):
+    unfinished = another_seed(runs, "kd", 1, 60.0)
+    (unfinished / "result.json").unlink()
+    changed(unfinished, "config.json", config__first_stage__epochs=3)
+    folders = [runs / "kd_seed0", runs / "ipwd_seed0", unfinished]
+    (problem,) = report.write_report(folders, runs / "all.html").problems
+    assert "it has trained 2 of 5 epochs" in problem

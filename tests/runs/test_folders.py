@@ -1,0 +1,188 @@
+"""What a run does with its folder and its teacher's when these are not as it expects them."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import jax
+import pytest
+from helpers import settings, squares, stopped_after, teacher_folder
+
+from ipwd_jax import plan, train, workdir
+from ipwd_jax import teacher as teacher_lib
+from ipwd_jax.errors import Interrupted, InUse, UserError
+from ipwd_jax.recorder import Recorder
+
+
+def config(**changes):
+    short = {"epochs": 1, "optimizer__milestones": (), "teacher__optimizer__milestones": ()}
+    return settings(**{"teacher__view_cache": "off", **short, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder with a finished student, `run`, and its teacher."""
+    folder = tmp_path_factory.mktemp("finished")
+    train.run(config(), folder / "run", squares())
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy that a test can change."""
+    return shutil.copytree(finished, tmp_path / "runs")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_extension_that_is_refused_changes_nothing(folder, monkeypatch):
+    """Its teacher, which is loaded after the first checks, turns out to be another."""
+    load = teacher_lib.load
+    other = lambda *given: dataclasses.replace(load(*given), checksum="0" * 8)  # noqa: E731
+    monkeypatch.setattr(teacher_lib, "load", other)
+    before = contents(folder / "run")
+    with pytest.raises(UserError, match="checksum of the teacher"):
+        train.run(config(epochs=2), folder / "run", squares(), extend=True)
+    assert contents(folder / "run") == before
+
+
+def test_an_extension_that_would_choose_another_best_epoch_is_refused(folder):
+    """A longer run that evaluates every second epoch does not evaluate the first one."""
+    noted = json.loads((folder / "run/config.json").read_text())
+    noted["config"]["eval_every_epochs"] = 2
+    (folder / "run/config.json").write_text(json.dumps(noted))
+    longer = config(epochs=2, eval_every_epochs=2)
+    with pytest.raises(UserError, match="has evaluated its last epoch, 1,"):
+        train.run(longer, folder / "run", squares(), extend=True)
+
+
+def test_a_finished_student_needs_no_teacher(folder, capsys):
+    shutil.rmtree(teacher_folder(folder, "tiny_net"))
+    result = train.run(config(), folder / "run", squares())
+    assert result == json.loads((folder / "run/result.json").read_text())
+    assert "Training" not in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["run"]
+
+
+def test_a_student_is_not_its_own_teacher(folder):
+    own = config(teacher__workdir=str(folder / "run/../run"))
+    for start in (train.run, lambda *given: next(train.planned(*given))):
+        with pytest.raises(UserError, match="is to hold the student and its teacher"):
+            start(own, folder / "run", squares())
+
+
+def test_a_named_teacher_is_not_locked_and_need_not_be_writable(folder, monkeypatch, capsys):
+    teacher = teacher_folder(folder, "tiny_net")
+    for kept in teacher.glob("*.npz"):
+        kept.unlink()
+    lock, before = workdir._lock, contents(teacher)
+
+    def refuse(path, wait):
+        assert path != teacher
+        return lock(path, wait)
+
+    def full(path, content):
+        if teacher in path.parents:
+            raise UserError(f"{path} cannot be written: Read-only file system")
+        return write(path, content)
+
+    write = teacher_lib.kept.writers.write_atomically
+    monkeypatch.setattr(workdir, "_lock", refuse)
+    monkeypatch.setattr(teacher_lib.kept.writers, "write_atomically", full)
+    train.run(config(teacher__workdir=str(teacher), seed=1), folder / "other", squares())
+    assert "Read-only file system; the next run computes it again" in capsys.readouterr().err
+    assert contents(teacher) == before
+
+
+def test_scores_are_shown_even_if_they_cannot_be_written(folder, monkeypatch, capsys):
+    def full(path, content):
+        raise UserError(f"{path} cannot be written")
+
+    monkeypatch.setattr(teacher_lib.kept.writers, "write_atomically", full)
+    scores = train.evaluate_run(config(), folder / "run", squares())
+    assert scores["last"]["top1"] > 0
+    assert "warning: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_results_are_written_stops_what_follows(number, tmp_path, monkeypatch):
+    """The teacher's results are written, and its student is not begun."""
+    finish = Recorder.finish
+
+    def interrupted(self):
+        signal.raise_signal(number)
+        return finish(self)
+
+    monkeypatch.setattr(Recorder, "finish", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        train.run(config(), tmp_path / "run", squares())
+    assert stop.value.signum == number
+    assert (teacher_folder(tmp_path, "tiny_net") / "result.json").exists()
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_checkpoints_that_are_there_count_as_free(tmp_path, monkeypatch):
+    alone = config(teacher__name="", loss__kd=0.0, checkpoint__every_seconds=0.0)
+    alone.loss.cls, alone.weighting.name = 0.0, "uniform"
+    needed = plan.disk(train._checked(alone, squares()))
+    monkeypatch.setattr(
+        workdir.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1)
+    )
+    with pytest.raises(UserError, match="the checkpoints of this run need"):
+        train.run(alone, tmp_path / "run", squares())
+    with monkeypatch.context() as patch, stopped_after(2):
+        patch.setattr(workdir, "check_space", lambda *_: None)
+        train.run(alone, tmp_path / "run", squares())
+    train.run(alone, tmp_path / "run", squares())
+
+
+def test_the_space_for_checkpoints_is_that_of_their_arrays():
+    """Momentum and the terms' memories are saved once, and parameters as `last` and `best` too."""
+
+    def planned(**changes):
+        of_run = config(**changes)
+        of_run.terms.crd.update({"feat_dim": 4, "negatives": 6})
+        return plan.disk(train._checked(of_run, squares()))
+
+    state = train._checked(config(), squares()).initial_state(seed=0)
+    size = 4 * sum(x.size for x in jax.tree.leaves(state.params))
+    assert planned(optimizer__name="adamw") - planned() == pytest.approx(3 * size, abs=100)
+    assert planned(checkpoint__keep=3) == pytest.approx(planned() * 4 / 3, abs=3)
+    with_memory = planned(loss__crd=0.1) - planned()
+    embeddings = 4 * 2 * (4 * 6 + 4)  # of the student and the teacher, with their biases
+    assert with_memory == pytest.approx(3 * (2 * embeddings + 4 * 2 * 40 * 4), abs=100)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for wait in (False, True):
+        with (
+            pytest.raises(UserError, match=r"cannot be locked .*another file system") as error,
+            workdir.locked(tmp_path, wait),
+        ):
+            pass
+        assert not isinstance(error.value, InUse)
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "words"),
+    [
+        (".", (0, 1), "has no name"),
+        ("..", (0, 1), "has no name"),
+        ("x" * 300, (), "File name too long"),
+    ],
+)
+def test_names_that_no_folder_can_have(name, seeds, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        train.run(config(seeds=seeds), name, squares())
+    assert not list(tmp_path.iterdir())
