@@ -1,6 +1,6 @@
 """Every method of the paper's CIFAR-100 tables, with the settings that produced its numbers.
 
-The methods that were published after 2022 are in configs/recipes/; all are run in the same way.
+Methods that the paper does not compare with are in configs/recipes/ and are run in the same way.
 
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:crd,wrn_40_2,wrn_16_2
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dkd_ipwd,resnet32x4,resnet8x4

@@ -26,7 +26,7 @@ step is in `step.py`, the terms are in `losses/`, and the networks are in `model
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 
 import flax.linen as nn
 import jax
@@ -250,17 +250,18 @@ def assemble(
     """
     classes = len(dataset.class_names)
     axis_name = parallel.AXIS if config.sync_batch_norm else None
-    for name in filter(None, (config.model.name, config.teacher.name) if teacher is None else ()):
-        student.check_network(name, classes, dataset.train.images.shape[1:])
+    if teacher is None:
+        _check_networks(config, dataset)
     network = student.network_of(config, classes, dataset.train.images.shape[1:], axis_name)
     parts = config_lib.stages(config)
     terms = [stages.terms(config, part, dataset, teacher) for part in parts]
-    sources = {k: v for of_stage in terms for t in of_stage.values() for k, v in t.heads.items()}
+    of_all = {name: term for of_stage in terms for name, term in of_stage.items()}
+    sources = {head: source for term in of_all.values() for head, source in term.heads.items()}
     separate = models.create(config.model.name, classes, axis_name)
     heads = Heads(classes, sources, separate if "network" in sources.values() else None)
-    params = _shapes_of_params(config, dataset, network, heads, terms)
+    params = _shapes_of_params(config, dataset, network, heads, of_all)
     if teacher:
-        for term in (term for of_stage in terms for term in of_stage.values()):
+        for term in of_all.values():
             of_head = term.inherited(teacher).items()
             known = {("params", "head", *path): value for path, value in of_head}
             pretrained = {**(pretrained or {}), **known} or None
@@ -278,6 +279,17 @@ def assemble(
         steps_per_epoch=steps_per_epoch,
         steps_per_call=config.teacher.look_ahead or config.steps_per_call or default,
     )
+
+
+def _check_networks(config: ConfigDict, dataset: Dataset) -> None:
+    """Raise `UserError` if the student or the teacher cannot be called as the run calls it."""
+    given = config.teacher.workdir or config.teacher.pretrained
+    modes = {config.model.name: True, config.teacher.name: config.teacher.train_mode or not given}
+    modes[config.model.name] = True  # both can be the same network
+    for name, train in modes.items():
+        if name:
+            shape = dataset.train.images.shape[1:]
+            student.check_network(name, len(dataset.class_names), shape, train)
 
 
 def _initial_state(
@@ -299,13 +311,12 @@ def _shapes_of_params(
     dataset: Dataset,
     network: nn.Module,
     heads: Heads,
-    terms: Sequence[Mapping[str, Term]],
+    terms: Mapping[str, Term],
 ) -> PyTree:
     """Return the shapes of `TrainState.params`."""
-    of_all = {name: term for of_stage in terms for name, term in of_stage.items()}
     try:
         return jax.eval_shape(
-            lambda: _initial_state(config, dataset, network, heads, of_all, seed=0).params
+            lambda: _initial_state(config, dataset, network, heads, terms, seed=0).params
         )
     except ValueError as error:  # a term or the weighting cannot process the shapes
         raise UserError(str(error)) from error

@@ -260,7 +260,8 @@ def unknown_key(path: str, config: ConfigDict) -> UserError:
     elif parent and section:
         hint = f" config.{parent} has: {', '.join(sorted(map(_name, section)))}."
     elif parent in known:
-        hint = f" config.{parent} has no settings; a field of a loss term needs an annotation."
+        of_term = "; a field of a loss term needs an annotation" * parent.startswith("terms.")
+        hint = f" config.{parent} has no settings{of_term}."
     else:
         names = difflib.get_close_matches(name, [_name(k) for k in known], n=1)
         found = [k for k in known if _name(k) in names]

@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if given.config:
             load_module(given.config)
         if given.command == "import":
-            import_file(given.file, given.workdir, given.network, given.key)
-            print(f"Written to {given.workdir or pathlib.Path('runs') / given.file.stem}")
+            workdir = (given.workdir or pathlib.Path("runs") / given.file.stem).expanduser()
+            import_file(given.file.expanduser(), workdir, given.network, given.key)
+            print(f"Written to {workdir}")
         else:
             network, classes = _export(given.workdir, given.file, given.which)
             print(f"{network}, {classes} classes, written to {given.file}")

@@ -28,6 +28,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 # Suffix -> module that the format needs, and how to install it.
 _PACKAGES = {
-    _STABLEHLO: ("flatbuffers", "pip install flatbuffers"),
-    _ONNX: ("jax2onnx", "pip install 'jax2onnx>=0.13'"),
+    _STABLEHLO: ("flatbuffers", "pip install 'ipwd_jax[export]'"),
+    _ONNX: ("jax2onnx", "pip install 'ipwd_jax[onnx]'"),
 }
 # What the JSON file of every StableHLO file says.
 _ENTRIES = {"class_names", "image_shape", "input", "output", "centre_crop", "versions", "platforms"}
@@ -97,7 +98,7 @@ def export_classifier(
     Args:
         classifier: the network, with the mean and deviation of the pixels it was trained on.
         path: the file to write, which ends in .stablehlo or .onnx. Neither it nor its JSON file may
-            exist, except for a JSON file that an export has left behind which was killed. The files
+            exist, except for a JSON file left behind by an export that was killed. The files
             appear whole or not at all.
         about: more entries for the JSON file or the metadata.
 
@@ -130,7 +131,7 @@ def _check_path(path: pathlib.Path) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(f"the file to write must end in {' or '.join(SUFFIXES)}, found {path}")
     for file in (path, _json_of(path)) if path.suffix == _STABLEHLO else (path,):
-        if file.exists() and not (file != path and _is_left_behind(file)):
+        if os.path.exists(file) and not (file != path and _is_left_behind(file)):
             raise UserError(f"{file} exists already; delete it or choose another name")
     module, command = _PACKAGES[path.suffix]
     if importlib.util.find_spec(module) is None:
@@ -171,7 +172,7 @@ def _images(classifier: Classifier, count: Any) -> jax.ShapeDtypeStruct:
 
 
 def _entries(classifier: Classifier) -> dict[str, Any]:
-    """What every file says of itself; raises `UserError` if the network does not fit to it."""
+    """What every file says of itself; raises `UserError` if the network does not match it."""
     try:
         logits = jax.eval_shape(classifier.logits, _images(classifier, 1))
     except Exception as error:  # Flax and JAX raise many kinds

@@ -19,7 +19,7 @@ def sees_strong_views(config: ConfigDict) -> bool:
 
 
 def check_images(config: ConfigDict, terms: Mapping[str, Term], dataset: Dataset) -> None:
-    """Raise `UserError` if the terms of a stage do not fit its images or each other's.
+    """Raise `UserError` if the terms of a stage do not fit its images or each other.
 
     Args:
         config: config of the run.

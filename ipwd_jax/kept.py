@@ -36,7 +36,7 @@ def arrays(
     try:
         writers.write_npz(path, **computed)
     except UserError as error:  # for example in the folder of somebody else's teacher
-        print(f"warning: {error}; the next run computes it again", file=sys.stderr, flush=True)
+        print(f"warning: {error} Until then, it is computed anew.", file=sys.stderr, flush=True)
     return computed
 
 
@@ -48,5 +48,5 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
         with np.load(io.BytesIO(path.read_bytes())) as file:  # compares the checksum of each array
             return dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        print(f"warning: {path} is damaged and will be computed again", flush=True)
+        print(f"warning: {path} is damaged and will be computed again", file=sys.stderr, flush=True)
         return None

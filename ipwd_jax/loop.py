@@ -54,8 +54,9 @@ class Loop:
             end = end if until is None else min(end, until - stage.first_step)
             if end <= 0:
                 break
-            for run in self.runs if index != position.stage else ():
-                run.begin(index)
+            if index != position.stage:
+                for run in self.runs:
+                    run.begin(index)
             train_step, self._compiled = experiment.train_step(index), set()
             # The first recorder decides, because `config.patience` excludes several seeds.
             while position.step < end and not self.recorders[0].stops_early():

@@ -121,20 +121,21 @@ def weight_summary(weights: np.ndarray) -> dict[str, float]:
     """Compute the mean, extremes, deciles and effective sample size of per-sample weights.
 
     Args:
-        weights: (N,) positive.
+        weights: (N,), at least 0.
 
     Returns:
         `mean`, `min`, `max`, `decile1`..`decile9`, and `effective_sample_size`, which is Kish's
-        `(sum w)^2 / sum w^2` as a share of N.
+        `(sum w)^2 / sum w^2` as a share of N, and 0 if all weights are 0.
     """
     weights = weights.astype(np.float64)
+    squares = (weights**2).sum()
     deciles = np.quantile(weights, np.arange(1, 10) / 10)
     return {
         "mean": weights.mean(),
         "min": weights.min(),
         "max": weights.max(),
         **{f"decile{i}": value for i, value in enumerate(deciles, start=1)},
-        "effective_sample_size": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+        "effective_sample_size": weights.sum() ** 2 / squares / len(weights) if squares else 0.0,
     }
 
 

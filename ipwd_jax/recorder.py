@@ -121,7 +121,7 @@ class Recorder:
 
     def stops_early(self) -> bool:
         """Return whether the run ends before its last epoch, and show it if so."""
-        if stops := self.run.has_converged():
+        if stops := self.run.is_out_of_patience():
             self._progress.line(
                 f"Stopped early: no better epoch than {self.run.now.position.best_epoch} in the "
                 f"last {self.run.experiment.config.patience}"

@@ -143,6 +143,11 @@ class Classifier:
                 )
             return image
         height, width, channels = self.image_shape
+        if channels not in (1, 3):
+            raise UserError(
+                f"the network takes images of {channels} channels, which files and Pillow images "
+                f"do not have; pass uint8 arrays of shape {self.image_shape}"
+            )
         if self.centre_crop:
             pixels = Image.fromarray(decode_eval(_encoded(image), height))
         else:

@@ -137,17 +137,20 @@ class SeedRun:
             "images_per_second": images_per_second,
         }
         if epoch % experiment.config.eval_every_epochs == 0 or epoch == stage.epochs:
-            for split in experiment.dataset.evaluated:  # the last one chooses the best epoch
-                scores = self.scores(self.now.state.network(), split)[1]
-                row |= {f"{split}_{name}": value for name, value in scores.items()}
-            if not stage.pretrains and scores["top1"] > position.best_top1:
-                position.best_epoch, position.best_top1 = epoch, float(scores["top1"])
+            network, splits = self.now.state.network(), experiment.dataset.evaluated
+            scores = {split: self.scores(network, split)[1] for split in splits}
+            row |= {
+                f"{split}_{k}": value for split, of in scores.items() for k, value in of.items()
+            }
+            top1 = float(scores.get("validation", scores["test"])["top1"])
+            if not stage.pretrains and top1 > position.best_top1:
+                position.best_epoch, position.best_top1 = epoch, top1
                 self.now.best = jax.tree.map(jnp.copy, self.now.state.network())
         row |= self.weight_metrics() | self.term_metrics()
         position.history.append(row)
         return row
 
-    def has_converged(self) -> bool:
+    def is_out_of_patience(self) -> bool:
         """Return whether `config.patience` epochs have passed since the best epoch.
 
         This is decided only after an epoch that was evaluated.

@@ -1,10 +1,11 @@
 """The state of a run: a pytree that is donated to each step and saved in full."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import flax.linen as nn
 import flax.struct
@@ -18,7 +19,8 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term, as_seen, only_declared
+from ipwd_jax.losses.base import Batch, Term, as_seen
+from ipwd_jax.losses.taps import only_declared
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.typing import PyTree
@@ -138,10 +140,12 @@ def init_state(
     student = outputs_of_zeros(network, batch.image)
     teacher_outputs = outputs_of_zeros(teacher, batch.image) if teacher else None
     of_heads = heads.init(heads_key, student.embedding, batch.image, False)
+    kind = weighting.create(weighting_config)
     student = dataclasses.replace(
         student, extra_logits={name: jnp.zeros_like(student.logits) for name in heads.sources}
     )
-    weighting.check(weighting_config, student, teacher_outputs, batch)
+    with _explained(f"config.weighting.name={weighting_config.name}", kind.weights, kind):
+        weighting.check(weighting_config, student, teacher_outputs, batch)
     term_variables = {
         name: _init_term(
             jax.random.fold_in(init_key, i), name, term, student, teacher_outputs, batch
@@ -196,25 +200,28 @@ def _init_term(
     key: jax.Array, name: str, term: Term, student: Outputs, teacher: Outputs | None, batch: Batch
 ) -> dict[str, PyTree]:
     """Return the variables of a term, which is shown only what it declares of the teacher."""
-    declared = only_declared(teacher, term.teacher_taps) if teacher and term.teacher_taps else None
-    seen = [as_seen(term, outputs) for outputs in (student, declared)]
+    seen = [as_seen(term, x) for x in (student, only_declared(teacher, term.teacher_taps))]
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
-    try:
+    with _explained(f"the loss term {name}", type(term).__call__, term):
         return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+
+
+@contextlib.contextmanager
+def _explained(
+    what: str, function: Callable, declares: Term | weighting.Weighting
+) -> Iterator[None]:
+    """Say where a function of a term or a weighting fails, and what it may read of the teacher."""
+    try:
+        yield
     except (AttributeError, IndexError, TypeError) as error:
+        file = inspect.unwrap(function).__code__.co_filename
+        frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
+        place = f" ({file}, line {frames[-1].lineno})" if frames else ""
         raise ValueError(
-            f"the loss term {name} cannot be computed{_place(error, type(term))}: "
-            f"{type(error).__name__}: {error}. Of the teacher it sees only what its teacher_taps "
-            f"name: {', '.join(term.teacher_taps) or 'nothing'}."
+            f"{what} cannot be computed{place}: {type(error).__name__}: {error}. Of the teacher it "
+            f"sees only what its teacher_taps name: {', '.join(declares.teacher_taps) or 'none'}."
         ) from error
-
-
-def _place(error: Exception, kind: type) -> str:
-    """Return where in the file of a class an error was raised; empty if it was raised elsewhere."""
-    file = inspect.unwrap(kind.__call__).__code__.co_filename
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if line.filename == file]
-    return f" ({file}, line {lines[-1].lineno})" if lines else ""
 
 
 def with_network(

@@ -22,7 +22,8 @@ from ipwd_jax import precision
 from ipwd_jax.data import views
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term, only_declared
+from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.taps import only_declared
 from ipwd_jax.models.base import Outputs, frozen_norms
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.packing import Packing
@@ -32,7 +33,6 @@ from ipwd_jax.typing import Answer, PyTree
 
 # Fields of a `Batch` that have one row per sample.
 _ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share", "strong_image")
-# Fields of the teacher's `Outputs` that are dropped if nothing reads them, and their empty values.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,8 +203,7 @@ def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch)
     assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
     # What nothing reads is dropped here, so that it is never computed.
-    read = only_declared(answers, spec.teacher_taps)
-    return precision.at_least_float32(read)
+    return precision.at_least_float32(only_declared(answers, spec.teacher_taps))
 
 
 def forward(

@@ -105,13 +105,14 @@ def network_of(
     return WithHead(network, head)
 
 
-def check_network(name: str, classes: int, image_shape: tuple[int, ...]) -> None:
-    """Raise `UserError` if a network that a config file adds cannot be called as a step calls it.
+def check_network(name: str, classes: int, image_shape: tuple[int, ...], train: bool) -> None:
+    """Raise `UserError` if a network that a config file adds cannot be called as a run calls it.
 
     Args:
-        name: of the network.
+        name: name of the network.
         classes: number of classes.
         image_shape: (H, W, channels).
+        train: whether the run calls it in training mode, with a mask.
     """
     network = models.create(name, classes)
     if type(network).__module__.startswith("ipwd_jax."):
@@ -120,14 +121,18 @@ def check_network(name: str, classes: int, image_shape: tuple[int, ...]) -> None
 
     def step(images: jax.Array) -> Any:
         variables, mask = network.init(jax.random.key(0), images), jnp.ones(2)
-        return network.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])[0]
+        if not train:
+            return network.apply(variables, images)
+        kept = ["batch_stats"]
+        return network.apply(variables, images, train=True, mask=mask, mutable=kept)[0]
 
-    needs = "a network is called as net(x, train=True, mask=mask), and returns Outputs"
+    call = "net(x, train=True, mask=mask)" if train else "net(x)"
+    needs = f"the run calls it as {call}, which must return Outputs"
     try:
         returned = jax.eval_shape(step, images)
     except Exception as error:  # whatever the network raises
         raise UserError(
-            f"the network {name} cannot be trained: {type(error).__name__}: {error}; {needs}"
+            f"the network {name} cannot be called: {type(error).__name__}: {error}; {needs}"
         ) from error
     if not isinstance(returned, Outputs):
         raise UserError(f"the network {name} returns {type(returned).__name__}; {needs}")

@@ -217,7 +217,7 @@ def _attempt(run: Planned, budget: "_Budget") -> str:
     except InUse:
         print(f"{run.workdir} is {IN_USE}", flush=True)
         return IN_USE
-    except (Interrupted, KeyboardInterrupt):
+    except (Interrupted, KeyboardInterrupt, BrokenPipeError):
         if not budget.spent:
             raise
         return run.state()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import class_distances, evaluate, kept, models, parallel, precision, teachers
 from ipwd_jax import workdir as workdir_lib
-from ipwd_jax.checkpoint import checksum, load_network
+from ipwd_jax.checkpoint import checksum, load_network, newest, saved_arrays
 from ipwd_jax.config import teacher_config
 from ipwd_jax.data.base import Dataset, Split, fingerprint
 from ipwd_jax.data.resident import resident
@@ -141,8 +141,8 @@ class Teacher:
 def check_named(config: ConfigDict, may_train: bool) -> None:
     """Raise `UserError` if the teacher that the config names is not there.
 
-    That is a folder without a finished run as `config.teacher.workdir`, or no teacher and no file
-    as `config.teacher.pretrained`.
+    It is missing if `config.teacher.workdir` names a folder without a finished run, or if
+    `config.teacher.pretrained` names neither a teacher of the package nor a file.
 
     Args:
         config: config of the student's run.
@@ -171,7 +171,7 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
 def check_data(config: ConfigDict, data: str) -> None:
     """Raise `UserError` if the teacher that the config names is damaged, or is of other data.
 
-    Of an imported file, the data is not known.
+    The data of an imported file is unknown and is not checked.
 
     Args:
         config: config of the student's run.
@@ -202,16 +202,18 @@ def check_network(config: ConfigDict, dataset: Dataset) -> None:
         dataset: data set of the run.
     """
     pretrained, workdir = config.teacher.pretrained, pathlib.Path(config.teacher.workdir)
-    named = bool(config.teacher.workdir) and (workdir / "result.json").exists()
-    if not config.teacher.name or not (named or pathlib.Path(pretrained).is_file()):
+    if not config.teacher.name:
         return
     network = models.create(config.teacher.name, len(dataset.class_names))
     template = network_shapes(network, dataset.train.images.shape[1:])
     try:
-        if named:
-            load_network(workdir, config.teacher.which, template)
+        if config.teacher.workdir and (workdir / "result.json").exists():
+            saved = saved_arrays(newest(workdir) / config.teacher.which)
+            found: PyTree = {name: saved[name] for name in template}
+        elif pathlib.Path(pretrained).is_file():
+            found = load_variables(pathlib.Path(pretrained), config.teacher.name)
+        else:
             return
-        found = load_variables(pathlib.Path(pretrained), config.teacher.name)
     except UserError as error:
         raise UserError(f"the teacher cannot be used: {error}") from error
     wanted, there = (
@@ -219,8 +221,9 @@ def check_network(config: ConfigDict, dataset: Dataset) -> None:
     )
     if differ := [key for key in wanted if there.get(key) != wanted[key]]:
         raise UserError(
-            f"the teacher {pretrained} does not fit {dataset.name} with its "
-            f"{len(dataset.class_names)} classes: {'/'.join(differ[0])} has the shape "
+            f"the teacher {pretrained or workdir} is of another network than {config.teacher.name} "
+            f"or of another number of classes than {dataset.name}, which has "
+            f"{len(dataset.class_names)}: {'/'.join(differ[0])} has the shape "
             f"{there.get(differ[0])}, and {wanted[differ[0]]} is needed; choose another teacher"
         )
 

@@ -21,12 +21,13 @@ from ipwd_jax.assemble import Experiment, assemble
 from ipwd_jax.checkpoint import Checkpoints, checksum
 from ipwd_jax.data import Dataset, check_augmentation, check_queues, fingerprint, given
 from ipwd_jax.data import load as load_data
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.image_checks import sees_strong_views
 from ipwd_jax.loop import Loop
 from ipwd_jax.models import check_input
 from ipwd_jax.progress import Progress
 from ipwd_jax.recorder import OnEpoch, Recorder
+from ipwd_jax.run_scores import score_run
 from ipwd_jax.seed_run import SeedRun
 from ipwd_jax.teacher import Teacher
 from ipwd_jax.validate import check_fit, validate
@@ -46,10 +47,10 @@ def run(
     `parallel.distributed`, all processes must call this with the same arguments.
 
     Args:
-        config: of `ipwd_jax.config.default`, changed.
-        workdir: folder of the run; made when missing. With `config.seeds` each seed's run has its
-            own, this name and `_seed0`, `_seed1`..., and is the same as if it ran alone.
-        dataset: in place of `config.data.name`, as made by `ipwd_jax.data.from_arrays`.
+        config: config of the run, which starts from `ipwd_jax.config.default()`.
+        workdir: folder of the run, created if missing. With `config.seeds`, each seed has a folder
+            of its own, with `_seed0`, `_seed1`... appended, and the same result as if it ran alone.
+        dataset: used instead of `config.data.name`, as `ipwd_jax.data.from_arrays` returns it.
         teacher_only: stop when the teacher is there.
         on_epoch: called after each epoch of the student with the metrics of its row of
             `metrics.csv`, and with its `seed`.
@@ -62,7 +63,7 @@ def run(
         `{"name": ..., "seeds": [...]}` with that of each.
 
     Raises:
-        UserError: something that the user can mend is wrong; the message says what.
+        UserError: something that the user can fix is wrong; the message says what.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
 
     Examples:
@@ -81,7 +82,8 @@ def run(
         teacher = None
         of_data = {"data": checksums["data"]}  # all that a teacher depends on, beside its recipe
         teacher_workdir = _teacher_folder(experiment, workdir, runs, of_data)
-        finished = runs and not extend and all((f / "result.json").exists() for f in runs)
+        finished = parallel.from_first(lambda: all((f / "result.json").exists() for f in runs))
+        finished = finished and bool(runs) and not extend
         if not finished:
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
         if teacher_workdir and not (finished and _is_gone(config, teacher_workdir)):
@@ -196,10 +198,7 @@ def of_each_seed(config: ConfigDict, workdir: pathlib.Path) -> dict[pathlib.Path
     if not config.seeds:
         return {workdir: config}
     if workdir.name in ("", ".."):
-        raise UserError(
-            f"--workdir={workdir} has no name, to which _seed{config.seeds[0]} could be added; "
-            "choose a folder with a name"
-        )
+        raise UserError(f"--workdir={workdir} has no name to add _seed0 to; choose one with a name")
     runs = {}
     for seed in config.seeds:
         own = config.copy_and_resolve_references()
@@ -220,7 +219,9 @@ def _claim(
     def claim() -> None:
         for workdir, config in runs.items():
             workdir_lib.check(workdir, config, checksums, extend)
-        for workdir, config in () if check_only else runs.items():
+        if check_only:
+            return
+        for workdir, config in runs.items():
             workdir_lib.claim(workdir, config, checksums, dataset.description(), extend)
 
     parallel.from_first(claim)
@@ -249,12 +250,11 @@ def evaluate_run(
         >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
         >>> result = ipwd_jax.evaluate_run(config, "runs/digits")  # doctest: +SKIP
     """
-    workdir = pathlib.Path(workdir)
     validate(config)
     dataset = dataset or _load(config)
     check_input(config.model.name, *dataset.train.images.shape[1:3])
-    runs = of_each_seed(config, workdir)
-    results = [evaluate.of_run(own, folder, dataset) for folder, own in runs.items()]
+    runs = of_each_seed(config, pathlib.Path(workdir))
+    results = [score_run(own, folder, dataset) for folder, own in runs.items()]
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 
 
@@ -327,7 +327,7 @@ def _train(
             for recorder in recorders:
                 results[recorder.run.workdir] = recorder.finish()
             if signum := parallel.largest(stopped_by[0] if stopped_by else 0):
-                raise signals.Interrupted(signum)  # it came too late to stop this run
+                raise Interrupted(signum)  # it came too late to stop this run
     return [results[workdir] for workdir in runs]
 
 

@@ -1,10 +1,12 @@
 """The files that keep a table of the teacher's answers, and the space that they need."""
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -47,8 +49,13 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
 
-def _size(path: pathlib.Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _size_and_time(path: pathlib.Path) -> tuple[int, float]:
+    """Return the size and the time of the last change of a file, which others may remove."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0.0
+    return found.st_size, found.st_mtime
 
 
 def _noted(note: pathlib.Path) -> dict[str, Any]:
@@ -82,15 +89,15 @@ class TableFiles:
         folder, used = self.table.parent, {}
         for note in folder.glob("[!.]*.json"):
             if _noted(note)["identity"].get("views", "all") != "all":
-                used[note.with_suffix(".npy")] = note.stat().st_mtime
+                used[note.with_suffix(".npy")] = _size_and_time(note)[1]
         for table in folder.glob(".*.npy"):
-            used[table] = table.stat().st_mtime
+            used[table] = _size_and_time(table)[1]
         others = used.keys() - {self.table, self._unfinished[0]}
         return sorted(others, key=lambda table: used[table], reverse=True)[_DRAWN_TABLES - 1 :]
 
     def replaceable(self) -> int:
         """Return the size of the files that this table takes the place of, in bytes."""
-        return sum(map(_size, [*self._old(), self._unfinished[0]]))
+        return sum(_size_and_time(table)[0] for table in [*self._old(), self._unfinished[0]])
 
     def make_room(self) -> None:
         """Remove old tables."""
@@ -111,9 +118,12 @@ class TableFiles:
         table = np.load(self.table, mmap_mode="r")
         if _checksum(table) == self._read(self.note)["checksum"]:
             print(f"Reading the teacher's answers from {self.table}", flush=True)
-            self.note.touch()  # makes it the most recently used
+            with contextlib.suppress(OSError):  # the folder may be read-only
+                self.note.touch()  # makes it the most recently used
             return table
-        print(f"warning: {self.table} is damaged and will be built again", flush=True)
+        print(
+            f"warning: {self.table} is damaged and will be built again", file=sys.stderr, flush=True
+        )
         return None
 
     def build(

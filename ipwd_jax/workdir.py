@@ -176,7 +176,8 @@ def check(
             + "\nChoose another --workdir, or delete this one if it is not needed."
             + (" To train that run for more epochs, add --extend." if longer else "")
         )
-    if longer and before["epochs"] % now["eval_every_epochs"]:
+    ended = (workdir / "result.json").exists()
+    if longer and ended and before["epochs"] % now["eval_every_epochs"]:
         raise UserError(
             f"{workdir} has evaluated its last epoch, {before['epochs']}, as a longer run with "
             f"config.eval_every_epochs={now['eval_every_epochs']} would not, so it cannot be "

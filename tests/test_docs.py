@@ -103,6 +103,13 @@ def test_options_are_those_of_the_terms(page):
         assert stated == DEFAULTS[path]
 
 
+def test_the_table_of_modules_is_complete():
+    table = re.findall(r"^\| (`.*?) \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
+    named = [name for row in table for name in re.findall(r"`(\w+)`", row)]
+    modules = {path.stem for path in (ROOT / "ipwd_jax").iterdir() if path.suffix in ("", ".py")}
+    assert sorted(named) == sorted(modules - {"__init__", "__main__", "__pycache__", "py"})
+
+
 def test_every_term_and_every_setting_of_the_weightings_has_a_page():
     assert {term for page in PAGES for term in options(page)} == set(losses.TERMS)
     weighting = {path for path in DEFAULTS if path.startswith("weighting.")}

@@ -215,8 +215,8 @@ def test_existing_files_are_kept(there, student, tmp_path):
 @pytest.mark.parametrize(
     ("module", "suffix", "words"),
     [
-        ("flatbuffers", "stablehlo", "pip install flatbuffers"),
-        ("jax2onnx", "onnx", "pip install 'jax2onnx"),
+        ("flatbuffers", "stablehlo", r"pip install 'ipwd_jax\[export\]'"),
+        ("jax2onnx", "onnx", r"pip install 'ipwd_jax\[onnx\]'"),
     ],
 )
 def test_packages_that_are_missing(module, suffix, words, student, tmp_path, monkeypatch):

@@ -34,5 +34,5 @@ def test_a_damaged_file_is_computed_again(damage, tmp_path, capsys):
             kept.arrays(file, lambda: computed(calls))["a"], computed([])["a"]
         )
     assert len(calls) == 2
-    assert f"warning: {file} is damaged" in capsys.readouterr().out
+    assert f"warning: {file} is damaged" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]

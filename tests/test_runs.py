@@ -160,6 +160,9 @@ def test_pillow_images_are_treated_like_files(workdir, tmp_path):
             np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(UserError, match="mode F"):
         student.predict(Image.fromarray(np.ones((8, 8), np.float32)))
+    four = dataclasses.replace(student, image_shape=(8, 8, 4))
+    with pytest.raises(UserError, match="images of 4 channels"):
+        four.predict(tmp_path / "turned.jpg")
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         student.predict(np.zeros((1, *student.image_shape), np.uint8), batch_size=0)
 

@@ -98,7 +98,7 @@ class Dataset:
 
     @property
     def evaluated(self) -> dict[str, Split]:
-        """The splits that no network of the data is trained on, by name."""
+        """The held-out splits by name: `test`, and `validation` if there is one."""
         splits = {"test": self.test, "validation": self.validation}
         return {name: split for name, split in splits.items() if split}
 

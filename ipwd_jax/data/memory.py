@@ -7,14 +7,14 @@ import pathlib
 from ipwd_jax.errors import UserError
 
 # The folder of a container's limits in versions 2 and 1 of Linux's control groups, the files there
-# with the limit and the use, and the part of the use, in memory.stat, that gives way to arrays.
+# with the limit and the use, and the parts of the use, in memory.stat, that give way to arrays.
 _GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
     (
         "/sys/fs/cgroup/memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
-        "total_inactive_file",
+        ("total_inactive_file", "total_active_file"),
     ),
 )
 
@@ -35,8 +35,8 @@ def available() -> int:
             group = pathlib.Path(folder)
             most, used = (int((group / name).read_text()) for name in (limit, use))
             lines = (group / "memory.stat").read_text().splitlines()
-            used -= int(dict(line.split() for line in lines)[yielding])
-            found.append(most - used)
+            counts = dict(line.split() for line in lines)
+            found.append(most - used + sum(int(counts[name]) for name in yielding))
     return max(0, min(found))
 
 

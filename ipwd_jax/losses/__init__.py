@@ -17,7 +17,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.losses.ab import AB
 from ipwd_jax.losses.abkd import ABKD
 from ipwd_jax.losses.at import AT
-from ipwd_jax.losses.base import RUN_FIELDS, TAPS, Term
+from ipwd_jax.losses.base import RUN_FIELDS, Term
 from ipwd_jax.losses.cat_kd import CATKD
 from ipwd_jax.losses.cc import CC
 from ipwd_jax.losses.ce import ClsHead, CrossEntropy
@@ -45,6 +45,7 @@ from ipwd_jax.losses.simkd import SimKD
 from ipwd_jax.losses.sp import SP
 from ipwd_jax.losses.srrl import SRRL
 from ipwd_jax.losses.sskd import SSKD
+from ipwd_jax.losses.taps import check_taps
 from ipwd_jax.losses.ttm import TTM, WTTM
 from ipwd_jax.losses.vid import VID
 from ipwd_jax.losses.weighting import WEIGHTINGS, Weighting
@@ -135,14 +136,9 @@ def create(loss: ConfigDict, hyper: ConfigDict, run: Mapping[str, Any]) -> dict[
             of_run = {key: value for key, value in run.items() if key in names}
             try:
                 terms[name] = TERMS[name](**hyper[name], **of_run)
+                check_taps("this term", terms[name].teacher_taps)
             except ValueError as error:
                 raise UserError(f"config.terms.{name}: {error}") from error
-            taps = terms[name].teacher_taps
-            if isinstance(taps, str) or not {*taps} <= TAPS.keys():
-                raise UserError(
-                    f"teacher_taps of the loss term {name} must be a tuple of some of "
-                    f"{', '.join(TAPS)}; found {taps!r}"
-                )
     return terms
 
 

@@ -11,9 +11,8 @@ If a term has one of the fields in `RUN_FIELDS`, the run sets it. A term sees th
 device; a term that compares rows must first call `gather_rows`, and must ignore padding rows.
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, overload
 
 import flax.linen as nn
 import flax.struct
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from ipwd_jax.data.base import Dataset
     from ipwd_jax.teacher import Teacher
 
-# The fields of a teacher's outputs that can be declared, and what replaces those that are not.
-TAPS: dict[str, Any] = {"features": (), "preact": ()}
-TAPS |= dict.fromkeys(("logits", "embedding", "pre_pool", "classifier"))
 RUN_FIELDS = {
     "axis_name": "mapped axis over which the global batch is distributed; None: one device",
     "train_size": "number of training samples",
@@ -207,15 +203,6 @@ class Batch:
             of(self.label),
             of(self.partner_label),
         )
-
-
-def only_declared(outputs: Outputs, taps: Collection[str]) -> Outputs:
-    """A teacher's outputs without the fields that `taps` does not name; maps are () then."""
-    unread = {name: empty for name, empty in TAPS.items() if name not in taps}
-    read = dataclasses.replace(outputs, **unread)
-    if outputs.strong is not None:
-        read = read.with_strong(dataclasses.replace(outputs.strong, **unread))
-    return read
 
 
 def as_seen(term: Term, outputs: Outputs | None) -> Outputs | None:

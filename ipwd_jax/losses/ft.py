@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ipwd_jax.losses.base import Batch, Term, l2_normalize, pool_to_smaller
+from ipwd_jax.losses.at import attention
+from ipwd_jax.losses.base import Batch, Term, pool_to_smaller
 from ipwd_jax.models.base import BatchNorm, Conv, Outputs
 from ipwd_jax.precision import at_least_float32
 
@@ -29,8 +30,7 @@ def factor_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
         (B,) loss.
     """
-    maps = pool_to_smaller(student, teacher)
-    s, t = (l2_normalize(jnp.square(x).mean(axis=-1).reshape(len(x), -1)) for x in maps)
+    s, t = map(attention, pool_to_smaller(student, teacher))
     return jnp.abs(s - t).mean(axis=1)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
@@ -35,9 +36,9 @@ def rkd_losses(
     gaps = [_differences(x, valid) for x in (student, lax.stop_gradient(teacher))]
     count = valid.sum(dtype=gaps[0].dtype)
     s, t = (_distances(gap, pairs) for gap in gaps)
-    distance = _smooth_l1(s - t).sum() / count**2
+    distance = optax.huber_loss(s - t).sum() / count**2
     s, t = (_cosines(gap, pairs) for gap in gaps)
-    angle = _smooth_l1(s - t).sum() / count**3
+    angle = optax.huber_loss(s - t).sum() / count**3
     return distance, angle
 
 
@@ -61,11 +62,6 @@ def _cosines(gap: jax.Array, pairs: jax.Array) -> jax.Array:
     """Cosines of the angles at i between j and k, 0 outside `pairs`: (B, B, D) -> (B, B, B)."""
     unit = jnp.where(pairs[:, :, None], l2_normalize(gap), 0)
     return jnp.einsum("ijd,ikd->ijk", unit, unit, precision="highest")
-
-
-def _smooth_l1(x: jax.Array) -> jax.Array:
-    size = jnp.abs(x)
-    return jnp.where(size < 1, jnp.square(x) / 2, size - 1 / 2)
 
 
 class RKD(Term):

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax.errors import unknown_name
 from ipwd_jax.losses.base import Batch
+from ipwd_jax.losses.taps import check_taps, only_declared
 from ipwd_jax.models.base import Outputs
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
@@ -332,18 +333,18 @@ def check(weighting: ConfigDict, student: Outputs, teacher: Outputs | None, batc
     The arguments are those of `weigh`.
     """
     kind, rows = create(weighting), batch.mask.shape
+    named = f"config.weighting.name={weighting.name}"
+    check_taps(named, kind.teacher_taps)
+    teacher = only_declared(teacher, kind.teacher_taps)
     returned = jax.eval_shape(kind.weights, student, teacher, batch)
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise ValueError(
-            f"config.weighting.name={weighting.name} must return the weights and a record, which "
-            f"may be an empty dictionary; found {returned}"
-        )
+        raise ValueError(f"{named} must return weights and a record, or {{}}; found {returned}")
     weights, record = returned
     found = {"the weights": weights.shape, **{name: x.shape for name, x in record.items()}}
     if found != dict.fromkeys(["the weights", *kind.memory], rows):
         raise ValueError(
-            f"config.weighting.name={weighting.name} must return an array of shape (B,), here "
-            f"{rows}, for {', '.join(['the weights', *kind.memory])}; found "
+            f"{named} must return an array of shape (B,), here {rows}, for "
+            f"{', '.join(['the weights', *kind.memory])}; found "
             + ", ".join(f"{name} {shape}" for name, shape in found.items())
         )
 
@@ -376,11 +377,11 @@ def weigh(
     if not kind.weighs:
         return jnp.ones_like(batch.mask), memory
     weights, record = kind.weights(student, teacher, batch)
-    weights = lax.stop_gradient(weights)
+    weights = average = lax.stop_gradient(weights)
     if weighting.average:
         previous = memory["average"][batch.index]
         decay = jnp.where(previous == 0, 0.0, weighting.average)
-        weights = record["average"] = decay * previous + (1 - decay) * weights
+        weights = average = decay * previous + (1 - decay) * weights
     if weighting.clip:
         weights = jnp.minimum(weights, weighting.clip)
     if weighting.batch_normalize:
@@ -390,8 +391,7 @@ def weigh(
         weights = weights * count / jnp.where(total > 0, total, 1)  # they can all be 0
     if weighting.start_epoch:
         weights = jnp.where(batch.epoch < weighting.start_epoch, 1.0, weights)
-    record["weight"] = weights
-
+    record = {**record, "average": average, "weight": weights}
     # Padding rows get an index past the end, so that their update is dropped.
     index = jnp.where(batch.mask > 0, batch.index, len(memory["weight"]))
     if axis_name:

@@ -144,9 +144,8 @@ class BatchNorm(nn.Module):
         )
         frozen = self.has_variable("frozen", "norm")
         if not self.train or frozen or self.is_initializing():
-            row = (1,) * (x.ndim - 1) + (
-                channels,
-            )  # shape of per-channel vectors, at the rank of x
+            # The shape of per-channel vectors at the rank of x.
+            row = (1,) * (x.ndim - 1) + (-1,)
             d = x.astype(dtype) - mean.reshape(row)
             gain = lax.rsqrt(var + self.eps) * gain
             return (d * gain.reshape(row) + shift.reshape(row)).astype(x.dtype)

@@ -52,7 +52,7 @@ def import_file(
             Nothing is written in these cases.
     """
     workdir = workdir or pathlib.Path("runs") / path.stem
-    if workdir.exists():
+    if os.path.exists(workdir):  # False for a name that no folder can have
         raise UserError(f"{workdir} exists already; choose another --workdir or delete it")
     fit, variables, metadata = _read(path, network, key)
     result = {

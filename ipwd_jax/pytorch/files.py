@@ -6,6 +6,7 @@ executes nothing.
 
 import io
 import math
+import os
 import pathlib
 import pickle
 import struct
@@ -17,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from ipwd_jax import writers
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, first_line
 from ipwd_jax.pytorch.pickles import Unpickler, plain
 from ipwd_jax.pytorch.records import STORAGES
 
@@ -66,7 +67,7 @@ def load(path: pathlib.Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # no list exists of what damaged bytes can raise
-        detail = (str(error).splitlines() or [""])[0] or type(error).__name__
+        detail = first_line(error)
         raise UserError(
             f"{path} cannot be read ({detail}); it is incomplete or was not written by "
             f"{'safetensors' if path.suffix == SAFETENSORS else 'torch.save'}. Copy it again."
@@ -88,7 +89,7 @@ def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """
     if path.suffix not in (".pth", ".pt", SAFETENSORS):
         raise UserError(f"the file to write must end in .pth, .pt or {SAFETENSORS}, found {path}")
-    if path.exists():
+    if os.path.exists(path):  # False for a name that no file can have
         raise UserError(f"{path} exists already; delete it or choose another name")
     if path.suffix == SAFETENSORS:
         data = safetensors.numpy.save({k: np.array(v, order="C") for k, v in tensors.items()})

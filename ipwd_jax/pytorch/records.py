@@ -96,7 +96,13 @@ class Tensor:
         ValueError: the view reaches beyond its storage, or is not a view at all.
     """
 
-    def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any):
+    def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, *others: Any):
+        # After `requires_grad` and the hooks, there is metadata, such as that numbers are negated.
+        if any(others[2:]):
+            raise UserError(
+                "a tensor is a lazily negated or conjugated one. In PyTorch, save "
+                "tensor.resolve_neg().resolve_conj() in its place."
+            )
         numbers = (offset, *size, *stride)
         if not isinstance(storage, Storage) or not all(isinstance(n, int) for n in numbers):
             raise ValueError("a tensor is not a view of a storage")
@@ -193,8 +199,12 @@ def hashable(value: Any) -> Any:
     overflows the stack if they are nested deeply.
 
     Raises:
-        ValueError: `value` is a nested tuple or a long one.
+        ValueError: `value` is a nested tuple or a long one, or has a number of which many have one
+            hash.
     """
+    parts = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(x, int | float) and abs(x) >= 2**60 for x in parts):
+        raise ValueError("a key has a huge number")
     if isinstance(value, tuple) and (len(value) > 10 or any(isinstance(x, tuple) for x in value)):
         raise ValueError("a key is a long or nested tuple")
     return value

@@ -1,5 +1,6 @@
 """Find the tensors of a network among everything that a training script saved."""
 
+import collections
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +34,12 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     metadata = {k: v for k, x in tree.items() if (v := _scalar(x)) is not None}
     place = _place(tree, key)
     tree = _named(tree[place]) if place else tree
+    plain = [_plain(name) for name, value in tree.items() if _is_tensor(value)]
+    if twice := [name for name, count in collections.Counter(plain).items() if count > 1]:
+        raise UserError(
+            f"the file has the tensor {twice[0]!r} twice, with and without a prefix such as "
+            "'module.'; save one of the two networks"
+        )
     tensors = {_plain(k): np.asarray(x) for k, x in tree.items() if _is_tensor(x)}
     tensors = {k: x for k, x in tensors.items() if not k.endswith(COUNTER)}
     if any(name.startswith("backbone.") for name in tensors):

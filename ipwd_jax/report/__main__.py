@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(argv)
     with signals.exit_statuses(resumes=False):
-        written = write_report(given.runs, given.out, given.baseline, given.figures)
+        out = given.out.expanduser() if given.out else None
+        written = write_report(given.runs, out, given.baseline, given.figures)
         for problem in written.problems:
             print(f"warning: {problem}", file=sys.stderr)
         print(f"Written to {', '.join(str(file) for file in written.files)}")

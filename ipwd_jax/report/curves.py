@@ -141,7 +141,7 @@ def weight_bands(history: list[dict[str, Any]], marks: Marks) -> Figure:
     alt = f"Weights of the samples over the epochs: median {_ends(deciles[4])}; smallest "
     alt += f"{_ends(low)}; largest {_ends(high)}."
     caption = "Distribution of the weights of all training samples after each epoch. Each shade "
-    caption += "goes from one decile to its opposite."
+    caption += "goes from one decile to the opposite one, such as from 1 to 9."
     return Figure(draw("bands", alt, paint), alt, caption)
 
 

@@ -152,8 +152,8 @@ def load(workdir: pathlib.Path) -> Loaded:
         _check_result(run)
     elif not history:
         raise UserError(
-            f"{workdir} holds a run that has not finished its first epoch; its command goes on "
-            f"with it.{_failure(workdir)}"
+            f"{workdir} holds a run that has not finished its first epoch; run its "
+            f"command again to continue it.{_failure(workdir)}"
         )
     problems += of_classes
     checksums, finished = _checksums(workdir), bool(run.result)

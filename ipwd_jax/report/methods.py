@@ -115,8 +115,9 @@ def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
     for one in runs:
         pair = Pair(names[_data_key(one)], one.teacher, one.student)
         there = found[pair, _identity(one)]
-        if one.seed in there and there[one.seed].taught_by != one.taught_by:
-            there = found[pair, f"{_identity(one)} {one.taught_by}"]
+        own = pair, f"{_identity(one)} {one.taught_by}"
+        if own in found or (one.seed in there and there[one.seed].taught_by != one.taught_by):
+            there = found[own]
         if one.seed in there:
             problems.append(
                 f"{one.folder} has the same settings and seed as {there[one.seed].folder} and is "
@@ -193,7 +194,7 @@ def signed(value: float | None) -> str:
 
 
 def changes(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """Settings that `config` has otherwise than `other`, as `path=value`; without name and seed."""
+    """Return the settings in which `config` differs from `other`, but not the name and seeds."""
     ours, theirs = _leaves(config), _leaves(other)
     return [
         f"{path}={one_line(ours.get(path, 'missing'), 60)}"
@@ -218,8 +219,9 @@ def _identity(one: Loaded) -> str:
     config = one.run.config
     if config.weighting.name in WEIGHTINGS:
         return workdir.identity(config, {})
-    plain = json.loads(config.to_json_best_effort())  # of a weighting that is not known here
-    return json.dumps({k: v for k, v in plain.items() if k not in ("name", "seed", "seeds")})
+    leaves = _leaves(config)  # of a weighting that is not known here
+    free = ("name=", "seed=", *_FREE)
+    return json.dumps({k: v for k, v in leaves.items() if not f"{k}=".startswith(free)})
 
 
 def _named(found: dict[tuple[Pair, str], dict[int, Loaded]]) -> list[Group]:

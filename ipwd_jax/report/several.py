@@ -50,7 +50,7 @@ def report(runs: Sequence[Loaded], baseline: Loaded | None, problems: list[str])
     to = reference(groups, baseline)
     if baseline and to is None:
         raise UserError(
-            f"the baseline {baseline.folder} repeats another run; give the other as --baseline"
+            f"the baseline {baseline.folder} repeats another run; pass that run as --baseline"
         )
     notes = [*problems, *notes, *_of_different_data(groups), *_of_different_teachers(groups)]
     groups = sorted(groups, key=lambda one: one.method != to)
@@ -112,7 +112,7 @@ def _without_reference(groups: Sequence[Group], to: str | None) -> list[str]:
     if to is None:
         return [
             "No method, or more than one, is plain knowledge distillation (terms ce and kd without "
-            "weights), so no differences are shown; name a run to compare with by --baseline."
+            "weights), so no differences are shown; name a run to compare with, using --baseline."
         ]
     here = {one.pair for one in groups if one.method == to}
     lacking = dict.fromkeys(str(one.pair) for one in groups if one.pair not in here)
@@ -312,7 +312,7 @@ def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
 def _settings(
     key: str, data: str, groups: Sequence[Group], pairs: Sequence[Pair], to: str | None
 ) -> Section:
-    """What each method has otherwise than the one that it is compared with."""
+    """Return a section with the settings in which each method differs from the reference."""
     rows = []
     for pair in pairs:
         cells = [one for one in groups if one.pair == pair]
@@ -325,7 +325,7 @@ def _settings(
     table = Table(caption, ["method", "pair", "settings"], rows, words=True)
     of_all = [dict.fromkeys(changes(one.config, default())) for one in groups]
     common = [change for change in of_all[0] if all(change in these for these in of_all)]
-    text = [f"Settings that all of them have otherwise than the default: {', '.join(common)}."]
+    text = [f"Settings that differ from the defaults in all runs: {', '.join(common)}."]
     title = f"Settings on {data}"
     return Section(f"{key}-settings", title, text if common else [], tables=[table])
 

@@ -81,10 +81,10 @@ def _weights(weights: Mapping[str, float]) -> list[str]:
         cells = (f"{name} {weights[f'weight_{name}']:.3f}" for name in ("mean", "min", "max"))
         share = 100 * weights["weight_effective_sample_size"]
         lines.append(f"weights        {', '.join(cells)}, effective sample size {share:.1f} %")
-    if "mass_correlation_A" in weights:
-        cells = (
-            f"{ratio} {_number(weights[f'mass_correlation_{ratio}'], '+.3f')}" for ratio in "AB"
-        )
+    prefix = "mass_correlation_"
+    found = {name.removeprefix(prefix): x for name, x in weights.items() if prefix in name}
+    if found:
+        cells = (f"{name} {_number(value, '+.3f')}" for name, value in found.items())
         lines.append(f"rank correlation of class weight and teacher mass: {', '.join(cells)}")
     return lines
 

@@ -87,7 +87,9 @@ def _baseline(workdir: pathlib.Path | None) -> Loaded | None:
         return None
     loaded = load(workdir)
     if not loaded.finished:
-        raise UserError(f"the baseline {workdir} is not finished; its command goes on with it")
+        raise UserError(
+            f"the baseline {workdir} is not finished; run its command again to continue it"
+        )
     return loaded
 
 

@@ -115,7 +115,9 @@ def add(workdir: pathlib.Path, name: str, folder: pathlib.Path = _FOLDER) -> dic
         half = {k: x.astype(np.float16) if x.ndim > 1 else x for k, x in tensors.items()}
     if bad := [k for k, x in half.items() if not np.isfinite(x).all()]:
         raise UserError(f"{bad[0]} of {workdir} overflows float16")
-    path = folder / f"{name}.safetensors"
+    path, beside = folder / f"{name}.safetensors", folder / f"{name}.json"
+    if beside.exists():
+        raise UserError(f"{beside} exists already; choose another name")
     files.save(path, half)
     found = {
         "network": result["network"],
@@ -127,5 +129,5 @@ def add(workdir: pathlib.Path, name: str, folder: pathlib.Path = _FOLDER) -> dic
         "device": result["device"],
         "versions": result["versions"],
     }
-    writers.write_json(folder / f"{name}.json", found)
+    writers.write_json(beside, found)
     return found

@@ -42,6 +42,12 @@ def test_prefixes_of_wrapped_networks_are_left_out(prefix):
     assert list(tensors) == ["fc.weight"]
 
 
+def test_two_tensors_of_one_name_are_refused():
+    x = np.zeros((2, 2))
+    with pytest.raises(UserError, match=r"'fc\.weight' twice"):
+        unwrap({"fc.weight": x, "module.fc.weight": x + 1})
+
+
 def test_two_state_dicts_of_the_same_numbers(tmp_path):
     """A script may save a network and its best epoch, which is then the same, in one file."""
     one = view(4, (2, 2), (2, 1))

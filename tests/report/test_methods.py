@@ -43,6 +43,25 @@ def test_runs_of_different_teachers(runs):
     assert "00000000" not in groups.partition("\n## ")[0]
 
 
+def test_seeds_stay_with_their_teacher(runs):
+    for seed in (0, 1):
+        other = shutil.copytree(runs / "kd_seed0", runs / f"kd_other_seed{seed}")
+        changed(other, "config.json", checksums__teacher="0" * 8, config__seed=seed)
+    folders = [runs / "kd_seed0", *sorted(runs.glob("kd_other_seed*"))]
+    report.write_report(folders, runs / "all.html", runs / "kd_seed0")
+    found = {name: row["n"] for (name, epoch), row in results(runs / "all.csv").items()}
+    assert found["kd (teacher 00000000)"] == "2" and sorted(found.values()) == ["1", "2"]
+
+
+def test_free_settings_make_no_method_of_an_unknown_weighting(runs):
+    for folder in (runs / "ipwd_seed0", another_seed(runs, "ipwd", 1, 60.0)):
+        changed(folder, "config.json", config__weighting__name="mine")
+    changed(runs / "ipwd_seed1", "config.json", config__data__threads=4)
+    report.write_report([runs / "ipwd_seed0", runs / "ipwd_seed1"], runs / "all.html")
+    (row,) = (row for (_, epoch), row in results(runs / "all.csv").items() if epoch == "last")
+    assert row["n"] == "2"
+
+
 def test_the_run_of_a_teacher_is_left_out(runs):
     (teacher,) = runs.glob("squares_tiny_net_*")
     written = report.write_report(
@@ -75,7 +94,7 @@ def test_published_numbers_are_of_all_data(runs):
     report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], out)
     text = out.with_suffix(".md").read_text()
     assert "Published numbers" not in text
-    assert "data.long\\_tail=100.0" in text.partition("otherwise than the default")[2]
+    assert "data.long\\_tail=100.0" in text.partition("differ from the defaults")[2]
 
 
 def test_a_method_without_curves(runs):

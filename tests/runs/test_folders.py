@@ -28,6 +28,7 @@ def finished(tmp_path_factory):
     """The folder with a finished student, `run`, and its teacher."""
     folder = tmp_path_factory.mktemp("finished")
     train.run(config(), folder / "run", squares())
+    train.run(config(teacher__view_cache="all"), folder / "cached", squares())
     return folder
 
 
@@ -60,6 +61,8 @@ def test_an_extension_that_would_choose_another_best_epoch_is_refused(folder):
     longer = config(epochs=2, eval_every_epochs=2)
     with pytest.raises(UserError, match="has evaluated its last epoch, 1,"):
         train.run(longer, folder / "run", squares(), extend=True)
+    (folder / "run/result.json").unlink()  # as if it were not finished
+    next(train.planned(longer, folder / "run", squares(), extend=True))
 
 
 def test_a_finished_student_needs_no_teacher(folder, capsys):
@@ -67,7 +70,7 @@ def test_a_finished_student_needs_no_teacher(folder, capsys):
     result = train.run(config(), folder / "run", squares())
     assert result == json.loads((folder / "run/result.json").read_text())
     assert "Training" not in capsys.readouterr().out
-    assert [path.name for path in folder.iterdir()] == ["run"]
+    assert sorted(path.name for path in folder.iterdir()) == ["cached", "run"]
 
 
 def test_a_student_is_not_its_own_teacher(folder):
@@ -89,14 +92,23 @@ def test_a_named_teacher_is_not_locked_and_need_not_be_writable(folder, monkeypa
 
     def full(path, content):
         if teacher in path.parents:
-            raise UserError(f"{path} cannot be written: Read-only file system")
+            raise UserError(f"{path} cannot be written: Read-only file system.")
         return write(path, content)
 
     write = teacher_lib.kept.writers.write_atomically
     monkeypatch.setattr(workdir, "_lock", refuse)
     monkeypatch.setattr(teacher_lib.kept.writers, "write_atomically", full)
-    train.run(config(teacher__workdir=str(teacher), seed=1), folder / "other", squares())
-    assert "Read-only file system; the next run computes it again" in capsys.readouterr().err
+    touch = type(teacher).touch
+
+    def refuse_touch(path, *given, **named):
+        if teacher in path.parents:
+            raise PermissionError(path)
+        touch(path, *given, **named)
+
+    monkeypatch.setattr(type(teacher), "touch", refuse_touch)
+    named = config(teacher__workdir=str(teacher), seed=1, teacher__view_cache="auto")
+    train.run(named, folder / "other", squares())
+    assert "Read-only file system. Until then, it is computed anew." in capsys.readouterr().err
     assert contents(teacher) == before
 
 

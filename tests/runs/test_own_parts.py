@@ -66,6 +66,21 @@ class NoRecord(Weighting):
         return jnp.ones_like(batch.mask)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReadsUndeclared(Weighting):
+    """It reads the embedding, and declares the logits."""
+
+    teacher_taps = ("logits",)
+
+    def weights(self, student, teacher, batch):
+        return jnp.abs(teacher.embedding).mean(axis=1), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class MisspeltTap(ReadsUndeclared):
+    teacher_taps = ("logit",)
+
+
 def refused(tmp_path, words, **changes):
     with pytest.raises(UserError, match=words):
         train.run(settings(**changes), tmp_path / "run", squares())
@@ -77,8 +92,8 @@ def refused(tmp_path, words, **changes):
     [
         (ReadsMaps, r"term own cannot be computed \(.*test_own_parts\.py, line 2\d\).*: logits\."),
         (ReadsEmbedding, "sees only what its teacher_taps name: logits"),
-        (ReadsAll, "sees only what its teacher_taps name: nothing"),
-        (Misspelt, r"teacher_taps of the loss term own must be .* found \('feature',\)"),
+        (ReadsAll, "sees only what its teacher_taps name: none"),
+        (Misspelt, r"teacher_taps of this term must be .* found \('feature',\)"),
         (NoTuple, "must be a tuple .* found 'logits'"),
     ],
 )
@@ -91,9 +106,9 @@ def test_terms(term, words, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (NoMask, "the network own cannot be trained: TypeError: .*mask"),
-        (Bare, "the network own returns .*returns Outputs"),
-        (Dropout, "the network own cannot be trained: InvalidRngError"),
+        (NoMask, "the network own cannot be called: TypeError: .*mask"),
+        (Bare, "the network own returns .*must return Outputs"),
+        (Dropout, "the network own cannot be called: InvalidRngError"),
     ],
 )
 def test_networks(network, words, part, tmp_path, monkeypatch):
@@ -106,9 +121,36 @@ def test_a_network_without_its_smallest_image(tmp_path, monkeypatch):
     refused(tmp_path, "own has no smallest_image", model__name="own")
 
 
-def test_weightings(tmp_path, monkeypatch):
-    monkeypatch.setitem(WEIGHTINGS, "own", NoRecord)
-    refused(tmp_path, "must return the weights and a record", weighting__name="own")
+@pytest.mark.parametrize(
+    ("weighting", "words"),
+    [
+        (NoRecord, "must return weights and a record"),
+        (ReadsUndeclared, "name=own cannot be computed .* teacher_taps name: logits"),
+        (MisspeltTap, r"teacher_taps of config\.weighting\.name=own must be .* \('logit',\)"),
+    ],
+)
+def test_weightings(weighting, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(WEIGHTINGS, "own", weighting)
+    refused(tmp_path, words, weighting__name="own")
+
+
+def test_a_finished_teacher_is_only_asked(tmp_path, monkeypatch):
+    """Its network need not be able to train."""
+    config = settings(epochs=1, teacher__view_cache="off")
+    train.run(config, tmp_path / "run", squares(), teacher_only=True)
+    teacher = teacher_folder(tmp_path, "tiny_net")
+
+    class Asked(Tiny):
+        @nn.compact
+        def __call__(self, x):
+            return Tiny.__call__.__wrapped__(self, x)
+
+    monkeypatch.setitem(models.NETWORKS, "asked", Asked)
+    config.teacher.name, config.teacher.workdir = "asked", str(teacher)
+    train._checked(config, squares())
+    config.teacher.train_mode = True
+    with pytest.raises(UserError, match="asked cannot be called"):
+        train._checked(config, squares())
 
 
 def test_runs_of_a_term_that_is_not_known_are_reported(tmp_path, monkeypatch):
@@ -131,6 +173,6 @@ def test_a_teacher_of_other_classes_or_another_network(tmp_path):
     teacher = shutil.copytree(teacher_folder(tmp_path, "tiny_net"), tmp_path / "moved")
     config.teacher.workdir, config.teacher.name = str(teacher), "resnet8"
     for start in (train.run, lambda *given: next(train.planned(*given))):
-        with pytest.raises(UserError, match=r"the teacher cannot be used: .*of another network"):
+        with pytest.raises(UserError, match="is of another network than resnet8"):
             start(config, tmp_path / "student", squares())
     assert not (tmp_path / "student").exists()
