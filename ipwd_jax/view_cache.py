@@ -174,7 +174,7 @@ def load_or_build(
     data = parallel.replicate(resident(experiment.dataset, experiment.dataset.train))
     columns = jax.eval_shape(ask, teacher.inputs, data, index[:1], view[:1]).shape[1]
     needed = len(index) * columns * 4
-    lacking = parallel.from_first(lambda: shortage(files, needed))
+    lacking = parallel.from_first(lambda: shortage(files, needed, _in_memory(needed, used)))
     if lacking and not required:
         print(f"Training without a cache of the teacher's answers: {lacking}", flush=True)
         return None
@@ -192,6 +192,17 @@ def load_or_build(
 
     cache = _view_cache(_load(files, build), used, len(experiment.dataset.class_names))
     return parallel.replicate(dataclasses.replace(cache, classifier=_classifier(experiment)))
+
+
+def _in_memory(table: int, used: np.ndarray) -> int:
+    """Return the bytes that a table and the map to its rows take on each device.
+
+    Where devices share the memory of the host, this includes the host's own copy of drawn views.
+    """
+    if used.all():
+        return table
+    of_host = table // len(parallel.local_devices()) if jax.default_backend() == "cpu" else 0
+    return table + of_host + used.size * np.dtype(np.int32).itemsize
 
 
 def _load(files: TableFiles, build: Callable[[], np.ndarray]) -> np.ndarray:

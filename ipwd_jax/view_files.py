@@ -21,8 +21,14 @@ _FLUSH_SECONDS = 60.0
 _DRAWN_TABLES = 3  # tables of drawn views that are kept beside a teacher
 
 
-def shortage(files: "TableFiles", needed: int) -> str:
-    """Return a description of what is lacking for a table of `needed` bytes; empty if it fits."""
+def shortage(files: "TableFiles", needed: int, in_memory: int) -> str:
+    """Return a description of what is lacking for a table; empty if it fits.
+
+    Args:
+        files: of the table.
+        needed: bytes that it takes on the disk.
+        in_memory: bytes that it takes on each device.
+    """
     folder = files.table.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,10 +43,10 @@ def shortage(files: "TableFiles", needed: int) -> str:
             f"in {folder}"
         )
     free = device_memory.available()
-    if needed > 0.6 * free:
+    if in_memory > 0.6 * free:
         return (
-            f"it needs {_mib(needed)}, but can use at most 60 % of the {_mib(free)} that are free "
-            "on the device"
+            f"it needs {_mib(in_memory)}, but can use at most 60 % of the {_mib(free)} that are "
+            "free on the device"
         )
     return ""
 

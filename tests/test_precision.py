@@ -97,9 +97,15 @@ def test_means_of_bfloat16_maps_are_summed_in_float32(name):
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.bfloat16)
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     low = jax.eval_shape(lambda variables: cast("bfloat16", variables), shapes)
-    text = str(jax.make_jaxpr(network.apply)(low, images))
-    types = re.findall(r":(\w+)\[[\d,]*\] = reduce(?:_window)?_sum\[", text)
-    assert types and set(types) == {"f32"}
+
+    def total(variables, images):
+        outputs, _ = network.apply(variables, images, train=True, mutable=["batch_stats"])
+        return outputs.logits.sum().astype(jnp.float32)
+
+    for function in (network.apply, jax.grad(total)):
+        text = str(jax.make_jaxpr(function)(low, images))
+        types = re.findall(r":(\w+)\[[\d,]*\] = reduce(?:_window)?_sum\[", text)
+        assert types and set(types) - {"i32"} == {"f32"}
 
 
 def test_the_separate_network_of_ipwd_star_rounds_as_the_student_does():

@@ -216,9 +216,9 @@ class TestFiles:
         monkeypatch.setattr(view_files.shutil, "disk_usage", lambda folder: free)
         size = (tmp_path / self.table(tmp_path, 0).table).stat().st_size
         needed = int(0.9 * (100 + size))
-        assert view_files.shortage(self.table(tmp_path, 2), needed) == ""  # its own beginning
-        assert view_files.shortage(self.table(tmp_path, 3), needed) == ""  # that of seed 0
-        assert "it needs" in view_files.shortage(self.table(tmp_path, 2), needed + 2)
+        for seed in (2, 3):  # in place of its own beginning, and of the table of seed 0
+            assert view_files.shortage(self.table(tmp_path, seed), needed, 0) == ""
+        assert "it needs" in view_files.shortage(self.table(tmp_path, 2), needed + 2, 0)
 
     def test_unfinished_tables_are_removed_like_old_ones(self, tmp_path):
         for seed in range(3):
@@ -227,6 +227,16 @@ class TestFiles:
             time.sleep(0.02)
         self.build(self.table(tmp_path, 3))
         assert len([*tmp_path.glob(".*.npy")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("all_views", "devices", "megabytes"), [(True, 1, 5), (False, 1, 18), (False, 5, 14)]
+)
+def test_memory_counts_the_copy_of_the_host_and_the_map(all_views, devices, megabytes, monkeypatch):
+    """A table of five megabytes; the map to its rows has two million numbers."""
+    monkeypatch.setattr(view_cache.parallel, "local_devices", lambda: [None] * devices)
+    used = np.broadcast_to(np.bool_(all_views), (250_000, 8))
+    assert view_cache._in_memory(5_000_000, used) == 1_000_000 * megabytes
 
 
 def test_no_space(squares, folder, monkeypatch):

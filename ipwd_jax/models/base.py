@@ -265,7 +265,9 @@ class Conv(nn.Module):
         if self.use_bias:
             bias_init = self.bias_init or torch_uniform(self.kernel**2 * width)
             bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-            y = y + bias.astype(dtype).reshape(1, 1, 1, -1)
+            # Added in the type of the bias, in which its gradient, a sum over the map, is then too.
+            wide = y.astype(jnp.promote_types(dtype, bias.dtype)) + bias.reshape(1, 1, 1, -1)
+            y = wide.astype(dtype)
         return y
 
 
