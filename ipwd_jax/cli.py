@@ -32,7 +32,7 @@ _COMMANDS: dict[str, tuple[str, list[str]]] = {
 
 
 def main() -> None:
-    """Run the command line; exit with 2 on a user's mistake."""
+    """Run the command line; exit with status 2 after a mistake of the user."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     with signals.exit_statuses(resumes=command in ("train", "sweep")):
         if command == "predict":

@@ -194,7 +194,7 @@ def _run(config: ConfigDict) -> None:
 
 
 def main() -> None:
-    """Run the command line; exit with 2 on a user's mistake, with 128 + signal when stopped."""
+    """Run the command line; exit with status 2 after a mistake, and 128 + signal when stopped."""
     with signals.exit_statuses(), signals.acknowledged():
         app.run(_main, flags_parser=_parse)
 

@@ -35,19 +35,19 @@ class Progress:
         self._title = ""
 
     def title(self, text: str) -> None:
-        """Shows lines that stay, unless they are the title that was shown last."""
+        """Show lines that stay, unless they are the title that was shown last."""
         if text != self._title:
             self._title = text
             self.line(text)
 
     def line(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Show a line that stays."""
         self._shown_at = time.monotonic()
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def count(self, done: int, description: str, passing: str = "") -> None:
-        """Moves the bar to `done`, with a description before it, or shows a passing line."""
+        """Move the bar to `done`, with a description before it, or show a passing line."""
         if self._bar.disable:
             if passing and time.monotonic() - self._shown_at > self._seconds:
                 self.line(passing)
@@ -58,5 +58,5 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Remove the bar."""
         self._bar.close()

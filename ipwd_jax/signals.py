@@ -14,7 +14,7 @@ from ipwd_jax.errors import Interrupted, UserError
 
 @contextlib.contextmanager
 def acknowledged() -> Iterator[None]:
-    """Says at once that a signal has come, even while the main thread compiles a program."""
+    """Say at once that a signal has come, even while the main thread compiles a program."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -68,7 +68,7 @@ def exit_statuses(resumes: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in place of their usual effect, which a second one has."""
+    """Collect SIGINT and SIGTERM in place of their usual effect, which a second one has."""
     received: list[int] = []
 
     def handle(signum: int, _: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The methods of configs/cifar_baselines.py that were published after 2022 and read logits alone.
+"""Methods of configs/cifar_baselines.py that the paper does not compare with: of logits alone.
 
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dist,resnet32x4,resnet8x4
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:dkd_ls,wrn_40_2,wrn_16_2

@@ -1,4 +1,4 @@
-"""The methods of configs/cifar_baselines.py that were published after 2020 and read last maps.
+"""Methods of configs/cifar_baselines.py that the paper does not compare with: of the last maps.
 
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:cat_kd,resnet32x4,resnet8x4
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:sdd_ipwd,vgg13,vgg8

@@ -1,4 +1,4 @@
-"""The methods of configs/cifar_baselines.py after 2022 that compare two views of each image.
+"""Methods of configs/cifar_baselines.py that the paper does not compare with: of two views.
 
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:mlkd,resnet32x4,resnet8x4
     python -m ipwd_jax.main --config=configs/cifar_baselines.py:crld_ipwd,wrn_40_2,wrn_16_2

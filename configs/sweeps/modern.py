@@ -1,4 +1,4 @@
-"""The methods after 2022 of configs/cifar_baselines.py on one pair, with KD and DKD beside them.
+"""The methods of configs/recipes/ on one pair, with KD and DKD for comparison.
 
     python -m ipwd_jax.sweep --config=configs/sweeps/modern.py --out=runs/modern
     python -m ipwd_jax.sweep --config=configs/sweeps/modern.py:wrn_40_2,wrn_16_2 --dry_run

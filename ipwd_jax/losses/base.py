@@ -93,7 +93,7 @@ class Term(nn.Module):
 
     @nn.nowrap
     def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
-        """Raises `UserError` if the term does not fit the data or the teacher; never by default.
+        """Raise `UserError` if the term does not fit the data or the teacher; never by default.
 
         Args:
             dataset: data set of the run.

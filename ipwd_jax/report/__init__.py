@@ -18,7 +18,7 @@ def write_report(
     baseline: str | pathlib.Path | None = None,
     figures: bool = False,
 ) -> "Written":
-    """Writes an HTML page about one run, or about how several runs compare, and files beside it.
+    """Write an HTML page about one run, or about how several runs compare, and files beside it.
 
     The page needs no other file and no network. Beside it is a Markdown file with the same text and
     tables; several runs also get their table of results in LaTeX and in CSV.

@@ -20,7 +20,7 @@ from ipwd_jax.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Exits with 2 on a user's mistake."""
+    """The command line. Exits with status 2 after a user's mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m ipwd_jax.report",
         description=__doc__,

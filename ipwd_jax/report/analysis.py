@@ -79,7 +79,7 @@ class Marks:
 
 
 def marks(history: list[dict[str, Any]], stepped: Collection[str]) -> Marks:
-    """Finds the steps of the learning rate and of the stages.
+    """Find the steps of the learning rate and of the stages.
 
     Args:
         history: one row per epoch.

@@ -1,4 +1,4 @@
-"""Draws figures with Matplotlib, as SVG that takes the colours and the font of the page."""
+"""Draw figures with Matplotlib, as SVG that takes the colours and the font of the page."""
 
 import io
 import warnings
@@ -62,7 +62,7 @@ _LINK = "http://www.w3.org/1999/xlink"
 
 
 def draw(key: str, alt: str, paint: Callable[[Axes], None], height: float = 3.0) -> str:
-    """Draws a figure with one pair of axes.
+    """Draw a figure with one pair of axes.
 
     Args:
         key: identifies the figure within the page.
@@ -99,7 +99,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def means_and_ranges(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
-    """Draws a line through the means over seeds after each epoch, and shades their range.
+    """Draw a line through the means over seeds after each epoch, and shade their range.
 
     Args:
         axes: in which to draw.
@@ -117,7 +117,7 @@ def means_and_ranges(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
 
 
 def legend_below(axes: Axes, columns: int = 3) -> None:
-    """Puts the legend below the axes, where it covers no data; none if nothing is labelled."""
+    """Put the legend below the axes, where it covers no data; none if nothing is labelled."""
     _, labels = axes.get_legend_handles_labels()
     if labels:
         figure = axes.figure
@@ -125,7 +125,7 @@ def legend_below(axes: Axes, columns: int = 3) -> None:
 
 
 def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
-    """Makes axes logarithmic, with plain numbers at their ticks; after all data is drawn."""
+    """Make axes logarithmic, with plain numbers at their ticks; after all data is drawn."""
     for name in names:
         axis = axes.xaxis if name == "x" else axes.yaxis
         (axes.set_xscale if name == "x" else axes.set_yscale)("log")
@@ -138,7 +138,7 @@ def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
 
 
 def name_points(axes: Axes, points: np.ndarray, names: Sequence[str]) -> None:
-    """Writes names beside points, from the first on, and leaves out those that would overlap.
+    """Write names beside points, from the first on, and leave out those that would overlap.
 
     Args:
         axes: in which everything else is drawn.
@@ -168,12 +168,12 @@ def name_points(axes: Axes, points: np.ndarray, names: Sequence[str]) -> None:
 
 
 def whole_numbers(axes: Axes) -> None:
-    """Puts the ticks of the x axis at whole numbers, as of epochs."""
+    """Put the ticks of the x axis at whole numbers, as of epochs."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def vertical_lines(axes: Axes, places: Sequence[float], label: str, line: str) -> None:
-    """Marks places of the x axis by lines of a style, with one entry in the legend."""
+    """Mark places of the x axis by lines of a style, with one entry in the legend."""
     for number, place in enumerate(places):
         name = label if number == 0 else None
         axes.axvline(place, color=INK, alpha=0.8, linewidth=1.4, linestyle=line, label=name)

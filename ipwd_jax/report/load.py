@@ -1,4 +1,4 @@
-"""Reads runs for a report, and checks all of what the report relies on."""
+"""Read runs for a report, and check all of what the report relies on."""
 
 import csv
 import dataclasses
@@ -134,7 +134,7 @@ def _failure(workdir: pathlib.Path) -> str:
 
 
 def load(workdir: pathlib.Path) -> Loaded:
-    """Reads a run and checks it.
+    """Read a run and check it.
 
     Raises:
         UserError: the folder holds no run, or nothing of it can be reported.
@@ -161,7 +161,7 @@ def load(workdir: pathlib.Path) -> Loaded:
 
 
 def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]:
-    """Reads runs, and says in a sentence each which of them cannot be reported."""
+    """Read runs, and say in a sentence each which of them cannot be reported."""
     found: list[Loaded] = []
     problems: list[str] = []
     seen: set[pathlib.Path] = set()
@@ -181,7 +181,7 @@ def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]
 
 
 def without_teachers(runs: Sequence[Loaded]) -> tuple[list[Loaded], list[str]]:
-    """Leaves out the runs that trained the teacher of others, and says so in a sentence each."""
+    """Leave out the runs that trained the teacher of others, and say so in a sentence each."""
     recipes = {}
     for one in runs:
         if one.teacher and not one.run.config.teacher.workdir:

@@ -100,7 +100,7 @@ class Difference:
 
 
 def group(runs: Sequence[Loaded]) -> tuple[list[Group], list[str]]:
-    """Puts together the runs that differ in their seed alone.
+    """Put together the runs that differ in their seed alone.
 
     Args:
         runs: finished runs.

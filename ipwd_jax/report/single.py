@@ -87,7 +87,7 @@ def _parts(loaded: Loaded, baseline: Loaded | None) -> list[tuple[str, str, _Mak
 
 
 def _check_same_test(loaded: Loaded, baseline: Loaded) -> None:
-    """Raises `UserError` unless both runs were measured on the same test set."""
+    """Raise `UserError` unless both runs were measured on the same test set."""
     ours, theirs = loaded.checksums.get("data"), baseline.checksums.get("data")
     try:
         labels = [one.predictions()["labels"] for one in (loaded, baseline)]

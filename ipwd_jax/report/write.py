@@ -1,4 +1,4 @@
-"""Writes a report: the page, and the files beside it."""
+"""Write a report: the page, and the files beside it."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ def write(
     baseline: pathlib.Path | None = None,
     figures: bool = False,
 ) -> Written:
-    """Does what `ipwd_jax.report.write_report` says."""
+    """Write a report; see `ipwd_jax.report.write_report`."""
     if out is not None and out.suffix != ".html":
         raise UserError(f"the page must be called FILE.html, found --out={out}")
     if not workdirs:
