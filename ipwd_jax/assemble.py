@@ -284,8 +284,8 @@ def assemble(
 def _check_networks(config: ConfigDict, dataset: Dataset) -> None:
     """Raise `UserError` if the student or the teacher cannot be called as the run calls it."""
     given = config.teacher.workdir or config.teacher.pretrained
-    modes = {config.model.name: True, config.teacher.name: config.teacher.train_mode or not given}
-    modes[config.model.name] = True  # both can be the same network
+    # Both can be the same network, which is then trained.
+    modes = {config.teacher.name: config.teacher.train_mode or not given, config.model.name: True}
     for name, train in modes.items():
         if name:
             shape = dataset.train.images.shape[1:]

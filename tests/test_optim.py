@@ -39,23 +39,45 @@ def test_sgd_follows_pytorch_over_a_change_of_learning_rate(nesterov):
             np.testing.assert_allclose(params[name], by_hand[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_adam_follows_pytorch(name):
-    """PyTorch's Adam adds the weight decay to the gradient; its AdamW shrinks the parameters."""
-    optimizer = settings(name=name, learning_rate=0.1, weight_decay=0.01, b2=0.95, milestones=())
-    adam = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
+def assert_three_steps(optimizer, by_hand):
+    """Compare with `by_hand(step, p, m, v, g)`, which returns the next parameters and moments."""
+    method = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
     params = jnp.array([1.0, -2.0])
-    state = adam.init(params)
+    state = method.init(params)
     p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
     for step in range(1, 4):
         grads = jnp.array([0.3, -0.1]) * step
-        updates, state = adam.update(grads, state, params)
+        updates, state = method.update(grads, state, params)
         params = params + updates
-        g = np.asarray(grads, np.float64) + (0.01 * p if name == "adam" else 0)
+        p, m, v = by_hand(step, p, m, v, np.asarray(grads, np.float64))
+        np.testing.assert_allclose(params, p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adam_follows_pytorch(name):
+    """PyTorch's Adam adds the weight decay to the gradient; its AdamW shrinks the parameters."""
+
+    def by_hand(step, p, m, v, g):
+        g = g + (0.01 * p if name == "adam" else 0)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
         move = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
-        p = p - 0.1 * (move + (0.01 * p if name == "adamw" else 0))
-        np.testing.assert_allclose(params, p, rtol=1e-5)
+        return p - 0.1 * (move + (0.01 * p if name == "adamw" else 0)), m, v
+
+    changes = {"learning_rate": 0.1, "weight_decay": 0.01, "b2": 0.95, "milestones": ()}
+    assert_three_steps(settings(name=name, **changes), by_hand)
+
+
+@pytest.mark.parametrize("name", ["nadam", "nadamw"])
+def test_nadam_follows_its_equations(name):
+    """Dozat, 2016, with a constant momentum: a step of Adam that looks one gradient ahead."""
+
+    def by_hand(step, p, m, v, g):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        ahead = 0.9 * m / (1 - 0.9 ** (step + 1)) + 0.1 * g / (1 - 0.9**step)
+        return p - 0.1 * ahead / (np.sqrt(v / (1 - 0.999**step)) + 1e-8), m, v
+
+    changes = {"learning_rate": 0.1, "weight_decay": 0.0, "milestones": ()}
+    assert_three_steps(settings(name=name, **changes), by_hand)
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -73,25 +95,6 @@ def test_every_optimizer_descends(name):
         return params
 
     assert (jnp.abs(after_two_steps(params)) < jnp.abs(params)).all()
-
-
-@pytest.mark.parametrize("name", ["nadam", "nadamw"])
-def test_nadam_follows_its_equations(name):
-    """Dozat, 2016, with a constant momentum: a step of Adam that looks one gradient ahead."""
-    optimizer = settings(name=name, learning_rate=0.1, weight_decay=0.0, milestones=())
-    nadam = optim.create(optimizer, optim.schedule(optimizer, steps_per_epoch=2, epochs=2))
-    params = jnp.array([1.0, -2.0])
-    state = nadam.init(params)
-    p, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
-    for step in range(1, 4):
-        grads = jnp.array([0.3, -0.1]) * step
-        updates, state = nadam.update(grads, state, params)
-        params = params + updates
-        g = np.asarray(grads, np.float64)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        ahead = 0.9 * m / (1 - 0.9 ** (step + 1)) + 0.1 * g / (1 - 0.9**step)
-        p = p - 0.1 * ahead / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
-        np.testing.assert_allclose(params, p, rtol=1e-5)
 
 
 def test_step_schedule_falls_once_a_milestone_is_finished():

@@ -376,12 +376,12 @@ def weigh(
     kind = create(weighting)
     if not kind.weighs:
         return jnp.ones_like(batch.mask), memory
-    weights, record = kind.weights(student, teacher, batch)
-    weights = average = lax.stop_gradient(weights)
+    weights, record = lax.stop_gradient(kind.weights(student, teacher, batch))
     if weighting.average:
         previous = memory["average"][batch.index]
         decay = jnp.where(previous == 0, 0.0, weighting.average)
-        weights = average = decay * previous + (1 - decay) * weights
+        weights = decay * previous + (1 - decay) * weights
+        record = {**record, "average": weights}
     if weighting.clip:
         weights = jnp.minimum(weights, weighting.clip)
     if weighting.batch_normalize:
@@ -391,7 +391,7 @@ def weigh(
         weights = weights * count / jnp.where(total > 0, total, 1)  # they can all be 0
     if weighting.start_epoch:
         weights = jnp.where(batch.epoch < weighting.start_epoch, 1.0, weights)
-    record = {**record, "average": average, "weight": weights}
+    record = {**record, "weight": weights}
     # Padding rows get an index past the end, so that their update is dropped.
     index = jnp.where(batch.mask > 0, batch.index, len(memory["weight"]))
     if axis_name:

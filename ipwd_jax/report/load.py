@@ -182,6 +182,8 @@ def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]
 
 def without_teachers(runs: Sequence[Loaded]) -> tuple[list[Loaded], list[str]]:
     """Leave out the runs that trained the teacher of others, and say so in a sentence each."""
+    if all(one.teacher for one in runs):
+        return list(runs), []
     recipes = {}
     for one in runs:
         if one.teacher and not one.run.config.teacher.workdir:

@@ -184,6 +184,12 @@ def test_a_weighting_of_a_relational_term_is_refused(term):
         validate.validate(config)
 
 
+def black(height, width):
+    """Return black images of five classes."""
+    images, labels = np.zeros((65, height, width, 3), np.uint8), np.arange(65) % 5
+    return data.from_arrays(images[:60], labels[:60], images[60:], labels[60:])
+
+
 def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits, tmp_path):
     config = shortened(BASELINES.get_config("fsp,wrn_16_2,resnet8"))
     with pytest.raises(UserError, match=r"channels|FSP"):
@@ -192,13 +198,9 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     config.terms.crd.negatives = 16384
     with pytest.raises(UserError, match=r"crd.negatives is 16384, but .* only \d+ training"):
         train.run(config, tmp_path / "crd", digits)
-    wide = data.from_arrays(
-        np.zeros((60, 8, 12, 3), np.uint8), np.arange(60) % 5, np.zeros((5, 8, 12, 3), np.uint8),
-        np.arange(5),
-    )  # fmt: skip
     config = shortened(BASELINES.get_config("sskd,resnet14,resnet8"))
     with pytest.raises(UserError, match="needs square ones, found 8x12"):
-        train.run(config, tmp_path / "sskd", wide)
+        train.run(config, tmp_path / "sskd", black(8, 12))
     config = shortened(BASELINES.get_config("ofd,tiny_net,resnet8"))
     with pytest.raises(UserError, match="Tiny does not declare it"):
         train.run(config, tmp_path / "ofd", digits)
@@ -210,14 +212,10 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     config.trainable = ("student",)
     with pytest.raises(UserError, match=r"terms/fitnet/regressor.*'terms/fitnet' to config"):
         train.run(config, tmp_path / "trainable", digits)
-    high = data.from_arrays(
-        np.zeros((60, 28, 20, 3), np.uint8), np.arange(60) % 5, np.zeros((5, 28, 20, 3), np.uint8),
-        np.arange(5),
-    )  # fmt: skip
     config = shortened(BASELINES.get_config("fitnet,ResNet50,resnet8"))
     config.terms.fitnet.layer = -1
     with pytest.raises(UserError, match=r"4 x 2 pixels .* 4 x 3; .*config\.terms\.fitnet\.layer"):
-        train.run(config, tmp_path / "high", high)
+        train.run(config, tmp_path / "high", black(28, 20))
     assert not list(tmp_path.rglob("checkpoints"))
 
 
