@@ -162,7 +162,9 @@ class Experiment:
             returns them, but on all devices, and donated; `index`, `mask` and `streamed` as
             `batches` yields them.
         """
-        spec = self.step_spec(stage)
+        # JAX keeps a compiled function and what it refers to, so that this one must not refer to
+        # the experiment, with which the data and the teacher's answers would stay in memory.
+        spec, share_order = self.step_spec(stage), self.config.share_order
 
         # The seeds are unrolled, because vmap would turn every convolution into a grouped one,
         # which is slower.
@@ -174,7 +176,7 @@ class Experiment:
             mask: tuple[jax.Array, ...],
             streamed: tuple[jax.Array | None, ...],
         ) -> tuple[TrainState, ...]:
-            if self.config.share_order:
+            if share_order:
                 # All seeds read the same key and step, so that the compiler recognises that they
                 # ask the teacher about the same images, and computes its answers only once.
                 first = states[0]
@@ -268,6 +270,7 @@ def assemble(
     steps_per_epoch = math.ceil(len(dataset.train.labels) / config.batch_size)
     one_by_one = jax.default_backend() == "cpu" or dataset.train.streamed
     default = 1 if one_by_one else config.log_every_steps
+    ahead = config.teacher.look_ahead if config.teacher.name else 0
     return Experiment(
         config=config,
         dataset=dataset,
@@ -277,7 +280,7 @@ def assemble(
         heads=heads,
         stages=stages.create(config, parts, terms, params, network, heads, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
-        steps_per_call=config.teacher.look_ahead or config.steps_per_call or default,
+        steps_per_call=ahead or config.steps_per_call or default,
     )
 
 

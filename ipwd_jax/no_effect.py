@@ -49,7 +49,7 @@ def _reason(config: ConfigDict, path: str) -> str:
         return "config.teacher.name is empty"
     if path == "seed" and config.seeds:
         return f"config.seeds is {tuple(config.seeds)}"
-    if path == "steps_per_call" and config.teacher.look_ahead:
+    if path == "steps_per_call" and config.teacher.name and config.teacher.look_ahead:
         return f"config.teacher.look_ahead is {config.teacher.look_ahead}"
     if path == "data.rand_magnitude" and not config.data.rand_augment:
         return "config.data.rand_augment is 0"

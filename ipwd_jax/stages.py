@@ -1,7 +1,7 @@
 """The stages of a run: what each of them computes, trains and updates, and for how long."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -93,13 +93,15 @@ def create(
 
 
 def check_trained(stages: Sequence[Stage]) -> None:
-    """Raise `UserError` if a term of the main stage has parameters that no stage trains."""
-    for name, term in stages[-1].terms.items():
-        for part in stages[-1].trainable["terms"].get(name, {}):
-            if any(jax.tree.leaves([s.trainable["terms"][name][part] for s in stages])):
+    """Raise `UserError` if a stage uses parameters of a term that no stage up to it trains."""
+    for i, stage in enumerate(stages):
+        for path, term in _parts_used(stage):
+            _, name, part = path.split("/")
+            if any(jax.tree.leaves([s.trainable["terms"][name][part] for s in stages[: i + 1]])):
                 continue
-            path = f"terms/{name}/{part}"
-            if part in term.first_stage_params:
+            if stage.pretrains:
+                advice = f"add 'terms/{name}' to config.first_stage.trainable"
+            elif part in term.first_stage_params:
                 advice = (
                     "train it in a first stage, with --config.first_stage.epochs, "
                     f"--config.first_stage.loss.{name} and --config.first_stage.trainable"
@@ -107,9 +109,18 @@ def check_trained(stages: Sequence[Stage]) -> None:
             else:
                 advice = f"add 'terms/{name}' to config.trainable"
             raise UserError(
-                f"config.loss.{name} needs {path}, which no stage trains, so the loss would "
-                f"compare with random numbers; {advice}"
+                f"config.{'first_stage.' if stage.pretrains else ''}loss.{name} needs {path}, "
+                f"which no stage trains before, so it would keep its initial value; {advice}"
             )
+
+
+def _parts_used(stage: Stage) -> Iterator[tuple[str, Term]]:
+    """Yield `terms/NAME/PART` for each part of the parameters that a stage uses, and the term."""
+    for name, term in stage.terms.items():
+        for part in stage.trainable["terms"].get(name, {}):
+            # A first stage of such a term computes its `pretrain` alone.
+            if part in term.first_stage_params or not (stage.pretrains and term.first_stage_params):
+                yield f"terms/{name}/{part}", term
 
 
 def terms(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu.metrics import Average
+from flax.errors import FlaxError
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -204,7 +205,12 @@ def _init_term(
     if hasattr(term, "axis_name"):
         term = term.clone(axis_name=None)  # initialisation is not mapped over the devices
     with _explained(f"the loss term {name}", type(term).__call__, term):
-        return jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+        variables = jax.jit(functools.partial(losses.init, term))(key, *seen, batch)
+        # Flax lets `init` draw numbers that a step would refuse.
+        for method in [None, "pretrain"] if term.first_stage_params else [None]:
+            apply = functools.partial(term.apply, mutable=["batch_stats", "memory"], method=method)
+            jax.eval_shape(apply, variables, *seen, batch)
+        return variables
 
 
 @contextlib.contextmanager
@@ -214,7 +220,7 @@ def _explained(
     """Say where a function of a term or a weighting fails, and what it may read of the teacher."""
     try:
         yield
-    except (AttributeError, IndexError, TypeError) as error:
+    except (AttributeError, IndexError, TypeError, FlaxError) as error:
         file = inspect.unwrap(function).__code__.co_filename
         frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename == file]
         place = f" ({file}, line {frames[-1].lineno})" if frames else ""

@@ -273,6 +273,7 @@ def test_a_term_that_is_off_may_be_missing():
         ({"first_stage.loss.ce": 1.0}, ["config.first_stage.loss.ce", "first_stage.epochs is 0"]),
         ({"teacher.fold": True}, ["config.teacher.fold", "config.teacher.name is empty"]),
         ({**KD, "steps_per_call": 4, "teacher.look_ahead": 2}, ["teacher.look_ahead is 2"]),
+        ({"steps_per_call": 4, "teacher.look_ahead": 2}, ["look_ahead has", "name is empty"]),
         ({"seed": 5, "seeds": (0, 1)}, ["config.seed has", "config.seeds is (0, 1)"]),
         ({"data.rand_magnitude": 5}, ["config.data.rand_magnitude", "rand_augment is 0"]),
     ],

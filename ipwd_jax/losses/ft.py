@@ -135,6 +135,11 @@ class FT(Term):
 
     def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> jax.Array:
         source, target = _last_map(student), _last_map(teacher)
+        if 1 in (source[0, ..., 0].size, target[0, ..., 0].size):
+            raise ValueError(
+                "ft compares how a map is distributed over its pixels, but the last map of a "
+                "network has a single one; use larger images or another network"
+            )
         code = self.paraphraser.encode(target)
         if self.is_initializing():  # the decoder is used in the first stage alone
             self.paraphraser.decode(code, target.shape[-1])

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ipwd_jax import class_distances
+from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, late_decay
 from ipwd_jax.losses.modules import ConvRegressor
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.precision import at_least_float32
 
 if TYPE_CHECKING:
+    from ipwd_jax.data.base import Dataset
     from ipwd_jax.teacher import Teacher
 
 _EPS = 1e-8  # added to costs and to the divisors of Sinkhorn's iterations
@@ -109,6 +113,26 @@ class WKDLogits(Term):
     not_negative = ("sharpen",)
 
     @nn.nowrap
+    def check(self, dataset: "Dataset", teacher: nn.Module | None) -> None:
+        """Raise `UserError` if the distances cannot be computed from this teacher's outputs."""
+        if teacher is None:
+            return
+        image = jnp.zeros((1, *dataset.train.images.shape[1:]))
+        outputs = jax.eval_shape(lambda: teacher.init_with_output(jax.random.key(0), image)[0])
+        if self.distances == "cka":
+            smallest = np.bincount(dataset.train.labels).min()
+            class_distances.check_memory(
+                dataset,
+                int(smallest) * outputs.features[-1].size,
+                "set --config.terms.wkd_l.distances=classifier",
+            )
+        elif outputs.classifier is None:
+            raise UserError(
+                "config.terms.wkd_l.distances is 'classifier', but the teacher's Outputs have no "
+                "`classifier`; set it to 'cka'"
+            )
+
+    @nn.nowrap
     def of_teacher(self, teacher: "Teacher") -> "WKDLogits":
         """The term with the distances between the classes as this teacher sees them."""
         found = teacher.class_distances(self.distances)
@@ -145,10 +169,16 @@ def cell_statistics(map_: jax.Array, grid: int) -> tuple[jax.Array, jax.Array]:
         Two arrays (B, grid, grid, C).
 
     Raises:
-        ValueError: the grid does not divide the map into equal cells of at least two pixels.
+        ValueError: the grid does not divide the map into equal cells of at least two pixels, or the
+            map has only one.
     """
     rows, height, width, channels = map_.shape
     pixels = height * width // grid**2
+    if height * width < 2:
+        raise ValueError(
+            "the teacher's last map has a single pixel, which has no deviation for wkd_f; use "
+            "larger images or another teacher"
+        )
     if height % grid or width % grid or pixels < 2:
         raise ValueError(
             f"config.terms.wkd_f.grid is {grid}, which does not divide the teacher's last map of "

@@ -9,6 +9,7 @@ of the convolutions. To add a family of networks, write a file beside this one a
 `NETWORKS`.
 """
 
+import pathlib
 from collections.abc import Callable
 
 from flax import linen as nn
@@ -29,7 +30,7 @@ from ipwd_jax.models import (
 )
 from ipwd_jax.models.base import Outputs
 
-__all__ = ["NETWORKS", "Outputs", "check_input", "create"]
+__all__ = ["NETWORKS", "Outputs", "check_input", "check_run", "create"]
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **resnet.NETWORKS,
@@ -56,7 +57,8 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
             synchronised; if None, each device computes its own.
 
     Raises:
-        UserError: there is no such network; the message suggests the most similar name.
+        UserError: there is no such network, and the message suggests the most similar name; or an
+            own one does not have these fields.
 
     Examples:
         >>> network = ipwd_jax.create_model("resnet8", classes=10)
@@ -69,14 +71,34 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
     if constructor is None:
         patterns = ["wrn_<depth>_<width>", "MobileNetV2_<width>"]
         raise unknown_name("network", name, [*NETWORKS, *patterns])
-    return constructor(classes=classes, axis_name=axis_name)
+    try:
+        return constructor(classes=classes, axis_name=axis_name)
+    except TypeError as error:
+        raise UserError(
+            f"the network {name} cannot be made with the fields `classes` and `axis_name`, which "
+            f"every network needs: {error}"
+        ) from error
+
+
+def check_run(workdir: pathlib.Path, name: str) -> None:
+    """Raise `UserError` if the network `name` of the run in `workdir` cannot be made."""
+    try:
+        create(name, classes=1)
+    except UserError as error:
+        raise UserError(
+            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
+            "config files adds it, name that file with --config=FILE, or load it in Python with "
+            "ipwd_jax.load_config"
+        ) from error
 
 
 def check_input(name: str, height: int, width: int) -> None:
     """Raise `UserError` if images of `height` x `width` are too small for the network `name`."""
-    smallest = getattr(create(name, classes=1), "smallest_image", 0)
-    if not smallest:
-        raise UserError(f"{name} has no smallest_image, which every network needs")
+    network = create(name, classes=1)
+    for attribute in ("smallest_image", "head_modules"):
+        if not hasattr(type(network), attribute):
+            raise UserError(f"{name} has no {attribute}, which every network needs")
+    smallest = network.smallest_image
     if min(height, width) < smallest:
         raise UserError(
             f"{name} needs images of at least {smallest}x{smallest} pixels, found {height}x{width}."

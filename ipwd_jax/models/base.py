@@ -124,9 +124,8 @@ class BatchNorm(nn.Module):
         Args:
             x: (B, ..., C), any float type; statistics are computed in float32 or better.
             mask: (B,), float or bool, 0 for padding rows. These must be finite; they are normalised
-                like the others, but do not contribute to the statistics. A device can hold nothing
-                but padding rows; without `axis_name`, its statistics are then meaningless but
-                finite.
+                like the others, but do not contribute to the statistics. Without `axis_name`, a
+                device that holds nothing but padding rows normalises by their own statistics.
 
         Returns:
             An array of the shape and type of `x`.
@@ -150,6 +149,9 @@ class BatchNorm(nn.Module):
             gain = lax.rsqrt(var + self.eps) * gain
             return (d * gain.reshape(row) + shift.reshape(row)).astype(x.dtype)
         valid = None if mask is None else mask != 0
+        if valid is not None and self.axis_name is None:
+            # Without statistics, activations would grow from layer to layer until they overflow.
+            valid |= ~valid.any()
         y, *moments = normalize(self.eps, self.axis_name, x, mean, gain, shift, valid)
         if self.is_mutable_collection("batch_stats"):
             count, offset, var = map(lax.stop_gradient, moments)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from ipwd_jax.errors import UserError
 from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
 
 # Expansion, channels at width 1, number of blocks, stride of the first block.
@@ -101,9 +102,20 @@ class MobileNetV2(nn.Module):
 
 
 def from_name(name: str) -> Callable[..., nn.Module] | None:
-    """The constructor for a name `MobileNetV2_<width>`; None if the name has another form."""
+    """The constructor for a name `MobileNetV2_<width>`; None if the name has another form.
+
+    Raises:
+        UserError: the width leaves a stage without channels.
+    """
     match = re.fullmatch(r"MobileNetV2_(\d+\.\d+)", name)
-    return partial(MobileNetV2, width=float(match[1])) if match and float(match[1]) > 0 else None
+    if match is None:
+        return None
+    if int(16 * float(match[1])) < 1:
+        raise UserError(
+            f"no network {name!r}: in MobileNetV2_<width> the width is at least 0.0625, which "
+            "leaves the narrowest stage one channel"
+        )
+    return partial(MobileNetV2, width=float(match[1]))
 
 
 # The published tables use half the width; `from_name` constructs all other widths.

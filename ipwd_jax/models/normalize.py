@@ -63,8 +63,7 @@ def _forward(
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
     rows, total, squares = sums
-    # Without `axis_name`, all rows can be padding.
-    count = jnp.maximum(rows, 1) * math.prod(x.shape[1:-1])
+    count = rows * math.prod(x.shape[1:-1])
     of_mean = 1 / count
     offset = total * of_mean
     # Rounding can make the difference negative if a channel is constant.

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.test_util import check_grads
 from models_helpers import normal
 
+from ipwd_jax import models
 from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, relu
 
 
@@ -82,6 +83,26 @@ def test_a_constant_channel_stays_finite(value):
     gradient, (y, new) = jax.jit(jax.grad(loss, has_aux=True))(x)
     np.testing.assert_allclose(y, 0.5, atol=0.2)
     assert all(np.isfinite(a).all() for a in (gradient, *new.values()))
+
+
+def test_a_batch_of_nothing_but_padding_stays_finite():
+    """Each device of several has its own statistics then, and the last batch can leave one none."""
+    network, x = models.create("resnet20", 2), normal(2, 8, 8, 3)
+    variables = jax.eval_shape(network.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: jnp.full(a.shape, 0.1), variables)
+
+    @jax.jit
+    def gradients(params, mask):
+        def loss(params):
+            outputs, _ = network.apply(
+                {**variables, "params": params}, x, train=True, mask=mask, mutable=["batch_stats"]
+            )
+            return (outputs.logits.sum(axis=1) * mask).sum()
+
+        return jax.grad(loss)(params)
+
+    found = jax.tree.leaves(gradients(variables["params"], jnp.zeros(2)))
+    assert all(np.isfinite(gradient).all() for gradient in found)
 
 
 def test_one_value_per_channel():

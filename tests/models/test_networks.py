@@ -69,6 +69,7 @@ def test_a_padded_batch_trains_as_the_batch_alone(name):
         ("wrn_17_2", "Nearest: 'wrn_16_2'"),
         ("wrn_4_1", "Nearest: 'wrn_10_1'"),
         ("wrn_40_0", "the width at least 1. Nearest: 'wrn_40_1'"),
+        ("MobileNetV2_0.05", "the width is at least 0.0625"),
     ],
 )
 def test_wrong_names(name, hint):
@@ -82,3 +83,9 @@ def test_images_that_are_too_small(name):
     models.check_input(name, 4, 4)
     with pytest.raises(UserError, match=f"{name} needs images of at least 4x4 .*found 3x32"):
         models.check_input(name, 3, 32)
+
+
+def test_the_last_map_of_a_long_image_has_pixels():
+    network, image = models.create("vgg8", 10), np.zeros((1, 64, 8, 3), np.float32)
+    outputs, _ = jax.eval_shape(network.init_with_output, jax.random.key(0), image)
+    assert outputs.pre_pool.shape == (1, 8, 1, 512)

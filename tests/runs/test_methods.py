@@ -1,14 +1,17 @@
 """Every method of the tables trains with its config, first stage included, and resumes bitwise."""
 
+import dataclasses
 import json
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from helpers import config_file, rows, settings, stopped_after
+from helpers import Tiny, config_file, rows, settings, stopped_after
 
 from ipwd_jax import checkpoint, data, models, train, validate
 from ipwd_jax import config as config_lib
+from ipwd_jax.data import memory
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
 
@@ -216,6 +219,36 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     config.terms.fitnet.layer = -1
     with pytest.raises(UserError, match=r"4 x 2 pixels .* 4 x 3; .*config\.terms\.fitnet\.layer"):
         train.run(config, tmp_path / "high", black(28, 20))
+    config = shortened(BASELINES.get_config("ab,wrn_16_2,resnet8"))
+    config.first_stage.trainable = ("student/features",)
+    words = r"first_stage\.loss\.ab needs terms/ab/.*'terms/ab' to config\.first_stage\.trainable"
+    with pytest.raises(UserError, match=words):
+        train.run(config, tmp_path / "ab", digits)
+    config = shortened(BASELINES.get_config("ft,vgg8,resnet8"))
+    with pytest.raises(UserError, match="the last map of a network has a single one"):
+        train.run(config, tmp_path / "pixel", digits)
+    config = shortened(BASELINES.get_config("kd,vgg8,resnet8"))
+    config.loss.wkd_f = 1.0
+    with pytest.raises(UserError, match="map has a single pixel, which has no deviation"):
+        train.run(config, tmp_path / "cell", digits)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_wkd_needs_distances_that_it_can_compute(squares, tmp_path, monkeypatch):
+    class WithoutClassifier(Tiny):
+        @nn.compact
+        def __call__(self, x, train=False, mask=None):
+            outputs = Tiny.__call__.__wrapped__(self, x, train, mask)
+            return dataclasses.replace(outputs, classifier=None)
+
+    monkeypatch.setitem(models.NETWORKS, "own", WithoutClassifier)
+    config = settings(loss__wkd_l=1.0, terms__wkd_l__distances="classifier", teacher__name="own")
+    with pytest.raises(UserError, match="the teacher's Outputs have no `classifier`"):
+        train.run(config, tmp_path / "run", squares)
+    monkeypatch.setattr(memory, "available", lambda: 100)
+    config = settings(loss__wkd_l=1.0)
+    with pytest.raises(UserError, match=r"--config\.terms\.wkd_l\.distances=classifier"):
+        train.run(config, tmp_path / "run", squares)
     assert not list(tmp_path.rglob("checkpoints"))
 
 

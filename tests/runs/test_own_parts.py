@@ -41,6 +41,23 @@ class NoTuple(ReadsMaps):
     teacher_taps = "logits"
 
 
+class RandomAdapter(ReadsMaps):
+    @nn.compact
+    def __call__(self, student, teacher, batch):
+        adapted = nn.Dropout(0.5, deterministic=False)(nn.Dense(2)(student.logits))
+        return (adapted - teacher.logits).mean(axis=1)
+
+
+class NoAxis(nn.Module):
+    classes: int
+
+
+class NoHeads(nn.Module):
+    classes: int
+    axis_name: str | None = None
+    smallest_image = 4
+
+
 class NoMask(Tiny):
     @nn.compact
     def __call__(self, x, train=False):
@@ -95,6 +112,7 @@ def refused(tmp_path, words, **changes):
         (ReadsAll, "sees only what its teacher_taps name: none"),
         (Misspelt, r"teacher_taps of this term must be .* found \('feature',\)"),
         (NoTuple, "must be a tuple .* found 'logits'"),
+        (RandomAdapter, r"term own cannot be computed \(.*: InvalidRngError"),
     ],
 )
 def test_terms(term, words, tmp_path, monkeypatch):
@@ -116,9 +134,17 @@ def test_networks(network, words, part, tmp_path, monkeypatch):
     refused(tmp_path, words, **{f"{part}__name": "own"})
 
 
-def test_a_network_without_its_smallest_image(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.NETWORKS, "own", lambda classes, axis_name=None: nn.Dense(classes))
-    refused(tmp_path, "own has no smallest_image", model__name="own")
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda classes, axis_name=None: nn.Dense(classes), "own has no smallest_image"),
+        (NoHeads, "own has no head_modules"),
+        (NoAxis, "own cannot be made with the fields `classes` and `axis_name`.*: .*axis_name"),
+    ],
+)
+def test_networks_that_lack_what_every_network_needs(network, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NETWORKS, "own", network)
+    refused(tmp_path, words, model__name="own")
 
 
 @pytest.mark.parametrize(
