@@ -24,7 +24,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from ipwd_jax import precision
+from ipwd_jax import models, precision
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.config import filled
 from ipwd_jax.data import augment
@@ -35,7 +35,7 @@ from ipwd_jax.state import network_shapes
 from ipwd_jax.student import network_of
 from ipwd_jax.typing import PyTree
 
-ImageLike = np.ndarray | str | pathlib.Path | Image.Image
+ImageLike = np.ndarray | jax.Array | str | pathlib.Path | Image.Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Classifier:
 
     def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
         """Return the images as one array (N, H, W, channels) uint8."""
-        if isinstance(images, np.ndarray):
+        if isinstance(images, np.ndarray | jax.Array):
             images = images[None] if images.ndim == len(self.image_shape) else images
         elif isinstance(images, str | pathlib.Path | Image.Image):
             images = [images]
@@ -134,35 +134,33 @@ class Classifier:
         return np.stack([self._one(image) for image in images])
 
     def _one(self, image: ImageLike) -> np.ndarray:
-        if isinstance(image, np.ndarray):
+        if isinstance(image, np.ndarray | jax.Array):
             if image.dtype != np.uint8 or image.shape != self.image_shape:
                 raise UserError(
                     f"an array of images must be uint8 with images of shape {self.image_shape}, "
                     f"found {image.dtype} and {image.shape}; pass files or Pillow images to have "
                     "them resized"
                 )
-            return image
+            return np.asarray(image)
         height, width, channels = self.image_shape
         if channels not in (1, 3):
             raise UserError(
                 f"the network takes images of {channels} channels, which files and Pillow images "
                 f"do not have; pass uint8 arrays of shape {self.image_shape}"
             )
-        if self.centre_crop:
-            pixels = Image.fromarray(decode_eval(_encoded(image), height))
-        else:
-            pixels = _opened(image)
-            if pixels.size != (width, height):
-                pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
+        encoded = _encoded(image)
+        try:
+            if self.centre_crop:
+                pixels = Image.fromarray(decode_eval(encoded, height))
+            else:
+                pixels = to_rgb(io.BytesIO(encoded))
+        except UserError as error:
+            raise UserError(f"{image} {error}") from error
+        except Exception as error:  # Pillow raises many types
+            raise UserError(f"{image} cannot be read as an image: {error}") from error
+        if pixels.size != (width, height):
+            pixels = ImageOps.fit(pixels, (width, height), Image.Resampling.BILINEAR)
         return np.asarray(pixels.convert("L" if channels == 1 else "RGB")).reshape(self.image_shape)
-
-
-def _opened(image: str | pathlib.Path | Image.Image) -> Image.Image:
-    encoded = _encoded(image)
-    try:
-        return to_rgb(io.BytesIO(encoded))
-    except Exception as error:  # Pillow raises many types
-        raise UserError(f"{image} cannot be read as an image: {error}") from error
 
 
 def _encoded(image: str | pathlib.Path | Image.Image) -> bytes:
@@ -277,6 +275,7 @@ class Run:
                 "again, which adds this record without training; if the network was imported, "
                 "create an ipwd_jax.runs.Classifier"
             )
+        models.check_run(self.workdir, self.config.model.name)
         shape = tuple(self.data["image_shape"])
         network = network_of(self.config, len(self.data["class_names"]), shape)
         variables, _ = load_network(self.workdir, which, network_shapes(network, shape))
@@ -309,12 +308,12 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         True
     """
     workdir = pathlib.Path(workdir)
-    path = workdir / "config.json"
+    path, result_path = workdir / "config.json", workdir / "result.json"
     try:
         noted = json.loads(path.read_text())
         config, data = ConfigDict(filled(noted["config"])), noted.get("data", {})
-        result_path = workdir / "result.json"
-        result = json.loads(result_path.read_text()) if result_path.exists() else {}
+        path = result_path if result_path.exists() else path
+        result = json.loads(path.read_text()) if path == result_path else {}
     except FileNotFoundError:
         raise UserError(
             f"{workdir} is not the work directory of a run: {path} is missing"

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ROOT, settings
@@ -94,6 +95,21 @@ def test_images_that_cannot_be_classified(images, words, workdir):
         ipwd_jax.load_student(workdir).predict(images)
 
 
+def test_arrays_of_jax_are_like_those_of_numpy(workdir, squares):
+    student, images = ipwd_jax.load_student(workdir), squares.test.images[:2]
+    expected = student.predict(images).probabilities
+    for given in (jnp.asarray(images), [jnp.asarray(image) for image in images]):
+        np.testing.assert_array_equal(student.predict(given).probabilities, expected)
+
+
+def test_a_bad_file_is_named_whether_or_not_images_were_streamed(workdir):
+    student = ipwd_jax.load_student(workdir)
+    for streamed in (False, True):
+        classifier = dataclasses.replace(student, centre_crop=streamed)
+        with pytest.raises(UserError, match=r"README\.md cannot be read as an image"):
+            classifier.predict(ROOT / "README.md")
+
+
 def test_folders_that_hold_no_run(workdir, tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         ipwd_jax.load_run(tmp_path)
@@ -103,6 +119,14 @@ def test_folders_that_hold_no_run(workdir, tmp_path):
     (tmp_path / "older/config.json").write_text(json.dumps(noted))
     with pytest.raises(UserError, match="run its command again"):
         ipwd_jax.load_student(tmp_path / "older")
+    (tmp_path / "older/result.json").write_text('{"last": ')
+    with pytest.raises(UserError, match=r"older/result\.json cannot be read"):
+        ipwd_jax.load_run(tmp_path / "older")
+    noted["config"]["model"]["name"] = "mine"
+    shutil.copytree(workdir, tmp_path / "own")
+    (tmp_path / "own/config.json").write_text(json.dumps({"data": {"image_shape": []}, **noted}))
+    with pytest.raises(UserError, match=r"'mine', which is not .* ipwd_jax\.load_config"):
+        ipwd_jax.load_student(tmp_path / "own")
     for damaged in ("{", '{"config": []}'):
         (tmp_path / "older/config.json").write_text(damaged)
         with pytest.raises(UserError, match="cannot be read"):

@@ -7,6 +7,7 @@ in `USED_BY`.
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -96,15 +97,18 @@ def load(config: ConfigDict) -> Dataset:
                 f"config.data.{setting} is {config[setting]!r}, which data from {kind} does not "
                 f"use{' without config.data.streaming' if streams else ''}; leave it out"
             )
-    if config.streaming:
-        dataset = streaming.load(config)
-    else:
-        dataset = found[0](config, argument) if argument else found[0](config)
-        if not isinstance(dataset, Dataset):
-            raise UserError(
-                f"the data source {config.name} must return a Dataset, as from_arrays makes it; "
-                f"found {type(dataset).__name__}"
-            )
+    try:
+        if config.streaming:
+            dataset = streaming.load(config)
+        else:
+            dataset = found[0](config, argument) if argument else found[0](config)
+    except OSError as error:
+        raise UserError(f"config.data.name={config.name} cannot be read: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"the data source {config.name} must return a Dataset, as from_arrays makes it; "
+            f"found {type(dataset).__name__}"
+        )
     return _divided(dataset, config)
 
 
@@ -116,11 +120,7 @@ def given(dataset: Dataset, config: ConfigDict) -> Dataset:
     Raises:
         UserError: `config.streaming`, `long_tail` or `validation_fraction` does not suit the data.
     """
-    if not isinstance(dataset, Dataset):
-        raise UserError(
-            "the data set must be a Dataset, as ipwd_jax.from_arrays makes it; found "
-            f"{type(dataset).__name__}"
-        )
+    check_type(dataset)
     if config.streaming != dataset.train.streamed:
         kind = "streamed" if dataset.train.streamed else "in memory"
         raise UserError(
@@ -137,6 +137,16 @@ def given(dataset: Dataset, config: ConfigDict) -> Dataset:
             flush=True,
         )
     return _divided(dataset, config)
+
+
+def check_type(dataset: Any) -> Dataset:
+    """Return a data set that was passed; raises `UserError` if it is something else."""
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            "the data set must be a Dataset, as ipwd_jax.from_arrays makes it; found "
+            f"{type(dataset).__name__}"
+        )
+    return dataset
 
 
 def _divided(dataset: Dataset, config: ConfigDict) -> Dataset:

@@ -336,7 +336,7 @@ def fingerprint(dataset: Dataset) -> str:
     digest.update(repr(tuple(split.images.shape for split in splits)).encode())
     for split in splits:
         if isinstance(split.images, np.ndarray):
-            digest.update(split.images.tobytes())
+            digest.update(np.ascontiguousarray(split.images).data)
         else:
             digest.update(split.images.fingerprint.encode())
         digest.update(split.labels.tobytes())

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+import uuid
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -120,7 +121,8 @@ def _sha256(path: pathlib.Path) -> str:
 
 def _fetch(url: str, path: pathlib.Path, sha256: str) -> None:
     """Download under another name, which changes to `path` only once the checksum is right."""
-    partial = path.with_name(f"{path.name}.part")
+    # Other processes, also on other machines, may download it at the same time.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     by_hand = f"Download {url} by hand to {path}, or use another data source."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

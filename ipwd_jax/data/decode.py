@@ -230,8 +230,8 @@ def _open(encoded: bytes) -> _Jpeg | _Other:
 def _jpeg(encoded: bytes) -> _Jpeg | None:
     """Read the header of a JPEG; None if Pillow has to decode the file.
 
-    That is the case unless the file is complete, has one or three channels of 8 bits, needs no
-    rotation, and is not so large that Pillow refuses it.
+    That is the case unless the file is complete, has one or three channels of 8 bits, is at least 8
+    pixels wide, needs no rotation, and is not so large that Pillow refuses it.
     """
     from PIL import Image
 
@@ -243,11 +243,12 @@ def _jpeg(encoded: bytes) -> _Jpeg | None:
             height, width = (int.from_bytes(encoded[i : i + 2], "big") for i in (at + 5, at + 7))
             # A truncated file has no end marker, and some decoders would fill it up with grey.
             whole = encoded.rfind(b"\xff\xd9", at) > 0
-            known = whole and bits == 8 and channels in (1, 3) and height and width
+            # A decoder that may reduce the height alone would, if the width is below 8.
+            known = whole and bits == 8 and channels in (1, 3) and height and width >= 8
             # Pillow refuses such a size. Other decoders take the memory that a few bytes declare.
             known = known and height * width <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
             return _Jpeg(encoded, height, width, at, marker < 0xC2) if known else None
-        if marker == 0xE1 and encoded[at + 4 : at + 8] == b"Exif" and _turned(encoded):
+        if marker == 0xE1 and _turned(encoded):  # it holds Exif or XMP data
             return None
         at += 1 if marker == 0xFF else 2 + length
     return None

@@ -94,6 +94,11 @@ def find(config: ConfigDict, path: str) -> tuple[str, list[str], Files, Files]:
     name = root.resolve().name
     train_root, test_root = _split_folders(config, root)
     names = class_folders(train_root)
+    if strange := [name for name in names if name != name.encode(errors="ignore").decode()]:
+        raise UserError(
+            f"the names of these class folders in {train_root} are not UTF-8: {strange[:10]!a}; "
+            "rename them"
+        )
     if test_root is not None and class_folders(test_root) != names:
         differ = sorted(set(names) ^ set(class_folders(test_root)))
         raise UserError(
@@ -129,6 +134,11 @@ def _split_folders(
             )
         _check_no_split(root)
         return root, None
+    if not config.train_split and not class_folders(train):
+        raise UserError(
+            f"{train} has no class folders; put the images of each class into a folder of their "
+            f"own there, or set --config.data.train_split=. if {root} holds the class folders"
+        )
     if config.test_split and root / config.test_split == train:
         raise UserError(
             f"config.data.test_split is {config.test_split!r}, like the training split; choose "

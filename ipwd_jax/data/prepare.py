@@ -24,7 +24,8 @@ def prepare(name: str, root: str | None = None) -> pathlib.Path:
         The folder of the data set.
 
     Raises:
-        UserError: TensorFlow is not installed, or there is no such data set.
+        UserError: TensorFlow is not installed, there is no such data set, or TFDS cannot download
+            or write it.
     """
     import tensorflow_datasets as tfds
 
@@ -37,11 +38,13 @@ def prepare(name: str, root: str | None = None) -> pathlib.Path:
     root = root or os.environ.get("TFDS_DATA_DIR")
     try:
         builder = tfds.builder(name, data_dir=root, file_format="array_record")
+        builder.download_and_prepare()
     except tfds.core.registered.DatasetNotFoundError:
         raise unknown_name(
             "TFDS data set", name, tfds.list_builders(with_community_datasets=False)
         ) from None
-    builder.download_and_prepare()
+    except Exception as error:  # TFDS raises many types, also for files to be downloaded by hand
+        raise UserError(f"the TFDS data set {name!r} cannot be prepared: {error}") from error
     return pathlib.Path(builder.data_path)
 
 

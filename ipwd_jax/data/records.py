@@ -72,7 +72,7 @@ def file_records(found: folder.Files, class_names: Sequence[str]) -> Records:
     checksum, start = 0, folder.below(found.root)
     for file in files:
         identity = f"/{file[start:]}\0{os.path.getsize(file)}\n"
-        checksum = zlib.crc32(identity.encode(), checksum)
+        checksum = zlib.crc32(os.fsencode(identity), checksum)
 
     def read(index: int) -> bytes:
         with open(files[index], "rb", buffering=0) as opened:

@@ -112,7 +112,7 @@ def load(config: ConfigDict) -> Dataset:
         name, class_names, *splits = folder.find(config, argument)
         train, test = (file_records(files, class_names) for files in splits)
     else:
-        name = config.name.rpartition("/")[2]
+        name = config.name
         train, test = tfds_splits(config, argument)
         check_classes(name, len(train.class_names), train.labels, test.labels)
         known = tfds.statistics(argument)

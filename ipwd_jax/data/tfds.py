@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
 _READ_AT_ONCE = 1024
+_UNLABELLED_TESTS = {"imagenet2012"}  # data sets whose test images have no labels
 
 
 def open_prepared(name: str, data_dir: str) -> tuple["DatasetBuilder", tuple[str, str]]:
@@ -104,8 +105,9 @@ def prepared(config: ConfigDict, name: str) -> Dataset:
 
 
 def choose_test_split(builder: "DatasetBuilder", wanted: str) -> str:
-    """Return the split `wanted`, or else the first of test, validation and val that exists."""
-    found = [name for name in ("test", "validation", "val") if name in builder.info.splits]
+    """Return the split `wanted`, or else the first of test, validation and val that has labels."""
+    names = ("test", "validation", "val")[builder.name in _UNLABELLED_TESTS :]
+    found = [name for name in names if name in builder.info.splits]
     if not (wanted or found):
         raise UserError(
             f"{builder.name} has no test split, but only {sorted(builder.info.splits)}; divide one "
@@ -145,6 +147,11 @@ def _decode(
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
         for row, example in zip(rows, source.__getitems__(list(rows)), strict=True):
             if images is None:
+                if (found := np.asarray(example[image]).dtype) != np.uint8:
+                    raise UserError(
+                        f"{builder.name} has images of {found}, whose range is unknown; convert "
+                        "them to uint8 and use the source numpy:PATH.npz"
+                    )
                 _check_memory(builder.name, left, example[image].shape)
                 images = np.empty((len(source), *example[image].shape), np.uint8)
             if example[image].shape != images.shape[1:]:

@@ -200,6 +200,20 @@ class TestPixels:
             turned = decode.decode_eval(encode(image, exif=exif), SIZE)
             assert np.abs(turned - upright).mean() < 2
 
+    def test_orientation_in_xmp_alone(self, decoder):
+        pixels = gradient()[..., [0, 0, 0]]
+        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description '
+        xmp += b'tiff:Orientation="3"/></rdf:RDF></x:xmpmeta>'
+        turned = decode.decode_eval(encode(pixels, xmp=xmp), SIZE).astype(int)
+        upright = decode.decode_eval(encode(pixels[::-1, ::-1]), SIZE)
+        assert np.abs(turned - upright).mean() < 2
+
+    def test_narrow_images_keep_their_height(self, decoder):
+        for height, width in ((40, 5), (3, 2)):
+            encoded = encode(noise(1, height)[0][:, :width])
+            assert decode._open(encoded).decode(1, height).shape == (height, width, 3)
+            assert decode.decode_eval(encoded, SIZE).shape == (SIZE, SIZE, 3)
+
     def test_result_goes_where_it_is_wanted(self, decoder):
         encoded, out = encode(gradient()), np.zeros((2, SIZE, SIZE, 3), np.uint8)
         for index in range(4):  # mirrored and not

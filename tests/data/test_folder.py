@@ -1,6 +1,8 @@
 """Folders of images are read whatever lies in them, and what cannot be read is named."""
 
 import gc
+import os
+import pathlib
 
 import numpy as np
 from data_helpers import fails, load, same, write_image
@@ -154,3 +156,31 @@ def test_a_file_that_cannot_be_read_is_closed(tmp_path, monkeypatch):
     fails(["2.png cannot be read as an image"], f"folder:{tmp_path}")
     gc.collect()  # would close a file that was left open, with a warning
     assert not raised
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    """A class needs another one; a file does not."""
+    odd = os.fsdecode(b"caf\xe9")
+    for place in ("a/0.png", f"a/{odd}.png", "b/0.png", "b/1.png"):
+        write_image(tmp_path / place)
+    for settings in ({}, {"streaming": True, "image_size": 8, "crop_padding": 0}):
+        assert len(load(f"folder:{tmp_path}", test_fraction=0.5, **settings).class_names) == 2
+    (tmp_path / "b").rename(tmp_path / odd)
+    fails(["not UTF-8", "'caf\\udce9'", "rename them"], f"folder:{tmp_path}")
+
+
+def test_a_class_called_train(tmp_path):
+    for name in ("bus", "train"):
+        for i in range(2):
+            write_image(tmp_path / f"{name}/{i}.png")
+    fails(["train has no class folders", "train_split=."], f"folder:{tmp_path}")
+    dataset = load(f"folder:{tmp_path}", train_split=".", test_fraction=0.5)
+    assert dataset.class_names == ("bus", "train")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "is_dir", denied)
+    fails(["cannot be read", "Permission denied"], f"folder:{tmp_path}")

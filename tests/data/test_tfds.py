@@ -3,12 +3,14 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from data_helpers import TFDS, arrays, fails, load, same
 
 from ipwd_jax import data
+from ipwd_jax.data import tfds
 from ipwd_jax.errors import UserError
 
 
@@ -53,3 +55,23 @@ def test_what_is_wrong_is_said(tmp_path):
     next(info.parent.glob("tiny-test*")).write_bytes(b"damaged")
     fails(["'test'", "cannot be read"], "tfds:tiny", dir=f"{tmp_path}/copy")
     fails(["mnist:9.9.9", "cannot be opened"], "tfds:mnist:9.9.9", dir=str(tmp_path))
+
+
+def test_numbers_of_another_type_are_not_cut_off(monkeypatch):
+    builder = SimpleNamespace(name="satellite")
+
+    class Source(list):
+        def __getitems__(self, rows):
+            return [self[row] for row in rows]
+
+    source = Source([{"image": np.full((4, 4, 13), 300.0, np.float32), "label": 0}])
+    with pytest.raises(UserError, match="satellite has images of float32"):
+        tfds._decode(builder, source, "image", "label", 1)
+
+
+def test_a_test_split_without_labels_is_not_chosen():
+    for name, chosen in (("imagenet2012", "validation"), ("other", "test")):
+        splits = dict.fromkeys(("train", "validation", "test"))
+        builder = SimpleNamespace(name=name, info=SimpleNamespace(splits=splits))
+        assert tfds.choose_test_split(builder, "") == chosen
+        assert tfds.choose_test_split(builder, "train") == "train"
