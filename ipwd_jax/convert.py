@@ -62,21 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             import_file(given.file.expanduser(), workdir, given.network, given.key)
             print(f"Written to {workdir}")
         else:
-            network, classes = _export(given.workdir, given.file, given.which)
-            print(f"{network}, {classes} classes, written to {given.file}")
+            print(f"{_export(given.workdir, given.file, given.which)} written to {given.file}")
 
 
-def _export(workdir: pathlib.Path, file: pathlib.Path, which: str) -> tuple[str, int]:
-    """Write a file in the format of its suffix; return the network's name and number of classes."""
+def _export(workdir: pathlib.Path, file: pathlib.Path, which: str) -> str:
+    """Write a file in the format of its suffix; return the name of the network."""
     if file.suffix not in _SUFFIXES:
         raise UserError(
             f"the file to write must end in one of {', '.join(_SUFFIXES)}, found {file}"
         )
     if file.suffix in export.SUFFIXES:
-        about = export.export_run(workdir, file, which)
-        return about["network"], len(about["class_names"])
-    fit = export_file(workdir, file, which)
-    return fit.name, fit.classes
+        return export.export_run(workdir, file, which)["network"]
+    return export_file(workdir, file, which)
 
 
 if __name__ == "__main__":

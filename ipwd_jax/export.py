@@ -43,7 +43,7 @@ from flax import linen as nn
 from jax import export as jax_export
 from jax.extend.core import jaxpr_as_fun
 
-from ipwd_jax import models, writers
+from ipwd_jax import writers
 from ipwd_jax.errors import UserError, first_line
 from ipwd_jax.runs import Classifier, Run, load_run
 
@@ -150,7 +150,7 @@ def _is_left_behind(beside: pathlib.Path) -> bool:
 
 
 def _check_run(run: Run) -> None:
-    """Raise `UserError` if the network of a run is unknown, or how to normalise images for it."""
+    """Raise `UserError` if it is unknown how to normalise images for the network of a run."""
     if not run.data and run.result.get("imported"):
         raise UserError(
             f"{run.workdir} is an imported network, of which the class names and the normalisation "
@@ -158,13 +158,6 @@ def _check_run(run: Run) -> None:
             "ipwd_jax.runs.Classifier with them and pass it to ipwd_jax.export.export_classifier. "
             "A .pth, .pt or .safetensors file needs neither."
         )
-    try:
-        models.create(run.config.model.name, classes=1)
-    except UserError as error:
-        raise UserError(
-            f"{run.workdir} is a run of {run.config.model.name!r}, which is not a network of "
-            "ipwd_jax; if one of your config files adds it, name that file with --config=FILE"
-        ) from error
 
 
 def _images(classifier: Classifier, count: Any) -> jax.ShapeDtypeStruct:

@@ -38,7 +38,7 @@ def load(config: ConfigDict, dataset: Dataset) -> dict[tuple[str, ...], np.ndarr
         return None
     network = models.create(name, len(dataset.class_names))
     wanted = flatten_dict(network_shapes(network, dataset.train.images.shape[1:]))
-    found = flatten_dict(jax.device_get(load_variables(pathlib.Path(path), name)))
+    found = flatten_dict(jax.device_get(load_variables(pathlib.Path(path).expanduser(), name)))
     wrong = [key for key in wanted if key not in found or found[key].shape != wanted[key].shape]
     if outside := [key for key in wrong if key[1] not in network.head_modules]:
         key = outside[0]

@@ -12,7 +12,7 @@ import pytest
 from helpers import settings, squares
 from ml_collections import ConfigDict
 
-from ipwd_jax import data, models, teachers, train, validate
+from ipwd_jax import data, models, teachers, train, validate, workdir
 from ipwd_jax.errors import UserError
 from ipwd_jax.pytorch.convert import load_variables
 from ipwd_jax.teachers.__main__ import main
@@ -137,3 +137,22 @@ def test_those_of_the_package(name):
     assert models.create(about["network"], classes=1) and variables["params"]
     assert about["last"]["epoch"] == about["config"]["epochs"]
     validate.validate(ConfigDict(about["config"]))  # also if settings were added since
+
+
+def test_a_file_is_read_as_the_network_that_the_config_names(folder, tmp_path, monkeypatch):
+    """Others can have the same tensors; and the path can begin with `~`."""
+    monkeypatch.setitem(models.NETWORKS, "twin", models.NETWORKS["tiny_net"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(folder / f"{NAME}.safetensors", tmp_path / "own.safetensors")
+    named = config(teacher__pretrained="~/own.safetensors", teacher__name="twin")
+    train.run(named, tmp_path / "runs/student", squares())
+    again = config(teacher__pretrained="", teacher__workdir="~/runs/own", teacher__name="twin")
+    again.model.pretrained = "~/runs/student"
+    train.run(again, tmp_path / "other/student", squares())
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["student"]
+
+
+def test_an_imported_teacher_is_not_taken_for_one_that_was_trained(folder, tmp_path):
+    train.run(config(), tmp_path / "student", squares())
+    noted = json.loads((tmp_path / NAME / "config.json").read_text())
+    assert not workdir.holds(tmp_path / NAME, ConfigDict(noted["config"]), noted["checksums"])

@@ -70,8 +70,8 @@ def import_file(
     print(f"{fit.name}, {fit.classes} classes, {result['parameters']:,} parameters", flush=True)
     config = config_lib.default()
     config.name, config.model.name = path.stem, fit.name
-    plain = json.loads(config.to_json_best_effort())
-    _write(workdir, variables, {"config": plain, "checksums": dict(checksums or {})}, result)
+    noted = {"config": config_lib.plain(config), "checksums": dict(checksums or {})}
+    _write(workdir, variables, noted, result)
     return result
 
 
@@ -136,7 +136,7 @@ def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict)
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> Fit:
+def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> str:
     """Write the network of a run as a state dict that PyTorch loads strictly.
 
     If a term has replaced the head, as SimKD does, the tensors of the network have the prefix
@@ -149,23 +149,23 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
         which: the epoch to export, "last" or "best".
 
     Returns:
-        The name, the classes and the image channels of the network.
+        The name of the network.
 
     Raises:
         UserError: the run has no readable checkpoint, or `path` cannot be written.
     """
-    fit, template, _ = _of_run(workdir, which)
+    name, template, _ = _of_run(workdir, which)
     variables, _ = checkpoint.load_network(workdir, which, template)
     tensors = to_torch(jax.device_get(variables))
-    counters = [name for name in tensors if name.endswith(".running_mean")]
-    for name in counters:
-        tensors[name.removesuffix("running_mean") + COUNTER] = np.zeros((), np.int64)
+    counters = [tensor for tensor in tensors if tensor.endswith(".running_mean")]
+    for tensor in counters:
+        tensors[tensor.removesuffix("running_mean") + COUNTER] = np.zeros((), np.int64)
     files.save(path, tensors)
-    return fit
+    return name
 
 
-def _of_run(workdir: pathlib.Path, which: str) -> tuple[Fit, PyTree, str]:
-    """Return the network of a run, the shapes of its variables, and the term that has its head."""
+def _of_run(workdir: pathlib.Path, which: str) -> tuple[str, PyTree, str]:
+    """Return a run's network, the shapes of the variables, and the term that has its head."""
     path = workdir / "config.json"
     try:
         config = ConfigDict(json.loads(path.read_text())["config"])
@@ -175,18 +175,10 @@ def _of_run(workdir: pathlib.Path, which: str) -> tuple[Fit, PyTree, str]:
         raise UserError(
             f"{path} cannot be read ({detail}); check that {workdir} is the work directory of a run"
         ) from error
-    try:
-        models.create(name, classes=1)
-    except UserError as error:
-        raise UserError(
-            f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
-            "config files adds it, name that file with --config=FILE"
-        ) from error
+    models.check_run(workdir, name)
     saved = checkpoint.saved_arrays(checkpoint.newest(workdir) / which)
     arrays = {collection: saved[collection] for collection in ("params", "batch_stats")}
-    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    backbone = {c: x["backbone"] for c, x in template.items()} if term else template
-    return guess(torch_shapes(backbone), name), template, term
+    return name, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays), term
 
 
 def _float32(variables: PyTree) -> PyTree:

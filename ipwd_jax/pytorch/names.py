@@ -6,7 +6,7 @@ network: `params/layer1.0/conv1/kernel` corresponds to `layer1.0.conv1.weight`, 
 from names to NumPy arrays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import traverse_util
@@ -21,10 +21,6 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# Axes by rank: vectors stay as they are, linear kernels (in, out) become (out, in), and convolution
-# kernels HWIO become OIHW; and back.
-_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-_FROM_TORCH = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyTree]) -> dict:
@@ -42,7 +38,11 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyT
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
     wanted = traverse_util.flatten_dict(variables)
     check_shapes({name: x.shape for name, x in given.items()}, torch_shapes(variables))
-    arrays = {path: _transpose(given[_torch_name(path)], _FROM_TORCH) for path in wanted}
+    arrays = {}
+    for path in wanted:
+        x = given[_torch_name(path)]
+        back = sorted(range(x.ndim), key=_axes(path, x.ndim).__getitem__)
+        arrays[path] = _transposed(x, back)
     return traverse_util.unflatten_dict(arrays)
 
 
@@ -58,7 +58,7 @@ def torch_shapes(variables: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `variables` (arrays, or the result of `jax.eval_shape`) in PyTorch."""
     leaves = traverse_util.flatten_dict(variables)
     return {
-        _torch_name(path): tuple(leaf.shape[axis] for axis in _TO_TORCH[len(leaf.shape)])
+        _torch_name(path): tuple(leaf.shape[axis] for axis in _axes(path, len(leaf.shape)))
         for path, leaf in leaves.items()
     }
 
@@ -66,7 +66,10 @@ def torch_shapes(variables: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
 def to_torch(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
     """Return the arrays of `variables` under PyTorch's names and in its layout, bit for bit."""
     leaves = traverse_util.flatten_dict(variables)
-    return {_torch_name(path): _transpose(np.asarray(x), _TO_TORCH) for path, x in leaves.items()}
+    return {
+        _torch_name(path): _transposed(np.asarray(x), _axes(path, np.ndim(x)))
+        for path, x in leaves.items()
+    }
 
 
 def _torch_name(path: tuple[str, ...]) -> str:
@@ -74,14 +77,23 @@ def _torch_name(path: tuple[str, ...]) -> str:
     return ".".join((*modules, _LEAVES.get(leaf, leaf)))
 
 
-def _transpose(x: np.ndarray, axes_by_rank: dict[int, tuple[int, ...]]) -> np.ndarray:
+def _axes(path: tuple[str, ...], rank: int) -> tuple[int, ...]:
+    """Return the axes of an array here in PyTorch's order: a kernel HWIO becomes OIHW."""
+    if path[-1] != "kernel" or rank < 2:
+        return tuple(range(rank))
+    return (rank - 1, rank - 2, *range(rank - 2))
+
+
+def _transposed(x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     # A copy is made because the buffer of a JAX array can be donated, and a caller's be changed.
-    return np.array(x.transpose(axes_by_rank[x.ndim]), order="C")
+    return np.array(x.transpose(axes), order="C")
 
 
 def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: int = 20) -> str:
     """Return a table of the tensors that are missing, left over or of a different shape."""
     names = [n for n in (*wanted, *found) if found.get(n) != wanted.get(n)]
+    if len(names) > rows:  # names of both are to be seen, for example if all have another prefix
+        names = [*[n for n in names if n not in wanted][: rows // 2], *names]
     names = list(dict.fromkeys(names))
     counts = {
         "missing": sum(name not in found for name in names),

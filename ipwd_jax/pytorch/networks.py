@@ -77,14 +77,17 @@ def _patterned(shapes: Shapes) -> list[str]:
 
 
 @functools.cache
-def _open_shapes(name: str) -> Shapes:
-    """Return a network's shapes with the placeholders `_CLASSES` and `_CHANNELS`."""
+def _open_shapes(name: str, constructor: object) -> Shapes:
+    """Return a network's shapes with the placeholders `_CLASSES` and `_CHANNELS`.
+
+    The constructor is a part of the key, because a notebook can register a network again.
+    """
     return torch_shapes(template_of(Fit(name, _CLASSES, _CHANNELS)))
 
 
 def _fit(name: str, shapes: Shapes) -> tuple[Fit, int]:
     """Return the network with the file's classes and channels, and how many tensors differ then."""
-    wanted = _open_shapes(name)
+    wanted = _open_shapes(name, models.NETWORKS.get(name))
     shapes = renamed(shapes, wanted)
     numbers = {_CLASSES: 10, _CHANNELS: 3}
     for tensor, shape in wanted.items():

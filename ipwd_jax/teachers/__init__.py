@@ -43,7 +43,7 @@ def check(pretrained: str, network: str) -> None:
 
     The network of a file is inferred when it is read, so it is not checked here.
     """
-    if pathlib.Path(pretrained).is_file():
+    if pathlib.Path(pretrained).expanduser().is_file():
         return
     if "@" not in pretrained:
         raise UserError(
@@ -57,17 +57,18 @@ def check(pretrained: str, network: str) -> None:
         )
 
 
-def ensure(pretrained: str, workdir: pathlib.Path) -> None:
+def ensure(pretrained: str, network: str, workdir: pathlib.Path) -> None:
     """Import a teacher, or the file of one, into `workdir`, unless that was done before.
 
     Args:
         pretrained: name of a teacher, or path of a PyTorch or `.safetensors` file.
+        network: name of its network.
         workdir: the folder in which it appears as a finished run.
 
     Raises:
         UserError: the file cannot be read or is damaged, or the folder holds something else.
     """
-    named, path = {}, pathlib.Path(pretrained)
+    named, path = {}, pathlib.Path(pretrained).expanduser()
     if not path.is_file():
         named, path = about(pretrained), _FOLDER / f"{pretrained}.safetensors"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -75,7 +76,7 @@ def ensure(pretrained: str, workdir: pathlib.Path) -> None:
         raise UserError(f"{path} is damaged: its SHA-256 is {digest}; install the package again")
     if not workdir.exists():
         try:
-            import_file(path, workdir, named.get("network", ""), checksums=named.get("checksums"))
+            import_file(path, workdir, network, checksums=named.get("checksums"))
         except UserError:
             if not workdir.exists():  # otherwise another process was faster
                 raise

@@ -3,9 +3,12 @@
 import json
 import math
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from helpers import Tiny, squares
+from helpers import settings as tiny_settings
 from pytorch_helpers import (
     assert_refused,
     assert_same,
@@ -20,11 +23,12 @@ from pytorch_helpers import (
 )
 
 from ipwd_jax import config as config_lib
-from ipwd_jax import data, models, report, train
+from ipwd_jax import data, load_student, models, report, train
 from ipwd_jax.errors import UserError
+from ipwd_jax.models.base import Conv, Linear, pool_and_classify
 from ipwd_jax.pytorch import export_file, files, import_file
 from ipwd_jax.pytorch.names import to_torch, torch_shapes
-from ipwd_jax.pytorch.networks import Fit
+from ipwd_jax.pytorch.networks import guess
 
 # Round trips
 
@@ -41,8 +45,7 @@ def test_half_precision_becomes_float32(torch, tmp_path, capsys):
 def test_a_work_directory_to_torch_and_back(torch, tmp_path):
     files.save(tmp_path / "first.pth", to_torch(variables("wrn_16_1")))
     import_file(tmp_path / "first.pth", tmp_path / "a", "wrn_16_1")
-    fit = export_file(tmp_path / "a", tmp_path / "a.pth")
-    assert fit == Fit("wrn_16_1", 10, 3)
+    assert export_file(tmp_path / "a", tmp_path / "a.pth") == "wrn_16_1"
     tensors = torch.load(tmp_path / "a.pth", weights_only=True)
     assert tensors["bn1.num_batches_tracked"].dtype == torch.int64
     torch.save(tensors, tmp_path / "b.pth")
@@ -244,10 +247,55 @@ def test_it_teaches(teacher, dataset, tmp_path):
     result = train.run(config, tmp_path / "student", dataset)
     assert result["teacher"]["network"] == "resnet8"
     assert "teacher resnet8" in report.summary(result)
-    fit = export_file(tmp_path / "student", tmp_path / "student.pth")
-    assert fit == Fit("resnet8", 2, 1)
+    assert export_file(tmp_path / "student", tmp_path / "student.pth") == "resnet8"
 
 
 def test_it_is_evaluated(teacher, dataset):
     result = train.evaluate_run(settings(teacher), teacher, dataset)
     assert result["last"] == result["best"] and 0 <= result["last"]["top1"] <= 100
+
+
+class Odd(Tiny):
+    """It has parameters of rank 0 and 3, and one whose shape depends on the size of the images."""
+
+    @nn.compact
+    def __call__(self, x, train=False, mask=None):
+        scale = self.param("slope", nn.initializers.ones, ())
+        place = self.param("place", nn.initializers.normal(), (1, 2, 3))
+        x = Linear(6, name="flat")(x.reshape(len(x), -1)) * scale + place.sum()
+        return pool_and_classify(x[:, None, None], Linear(self.classes, name="fc"), (), ())
+
+
+def test_any_network_is_exported_and_reused(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NETWORKS, "odd", Odd)
+    alone = {"teacher__name": "", "loss__kd": 0.0, "loss__cls": 0.0, "weighting__name": "uniform"}
+    config = tiny_settings(model__name="odd", epochs=1, **alone)
+    train.run(config, tmp_path / "run", squares())
+    assert export_file(tmp_path / "run", tmp_path / "odd.safetensors") == "odd"
+    tensors = files.load(tmp_path / "odd.safetensors")
+    params = load_student(tmp_path / "run").variables["params"]
+    assert tensors["flat.weight"].shape == (6, 8 * 8)
+    np.testing.assert_array_equal(tensors["place"], params["place"])
+    assert tensors["slope"] == params["slope"]
+    config.model.pretrained = str(tmp_path / "run")
+    train.run(config, tmp_path / "again", squares())
+
+
+def test_a_network_that_is_registered_again_is_another_one(monkeypatch):
+    for width in (3, 4):
+
+        class Mine(Tiny):
+            @nn.compact
+            def __call__(self, x, width=width):
+                x = Conv(width, 1, name="first")(x)
+                return pool_and_classify(x, Linear(self.classes, name="fc"), (), ())
+
+        monkeypatch.setitem(models.NETWORKS, "mine", Mine)
+        assert guess(torch_shapes(template("mine")), "mine").name == "mine"
+
+
+def test_names_of_both_are_shown_if_none_agree(tmp_path):
+    tensors = {f"model.{name}": x for name, x in to_torch(variables("resnet14")).items()}
+    files.save(tmp_path / "a.pth", tensors)
+    words = "model.bn1.running_mean ", "\n  bn1.bias "
+    assert_refused(tmp_path / "a.pth", *words, network="resnet14")

@@ -18,7 +18,7 @@ def test_usual_wrappers(key):
 def test_several_state_dicts():
     one, two = {"a.weight": np.zeros((2, 2))}, {"a.weight": np.ones((2, 2))}
     tree = {"student": one, "teacher": two, "ema": two}
-    with pytest.raises(UserError, match=r"several state dicts.*--key=NAME: student, teacher, ema"):
+    with pytest.raises(UserError, match=r"several state dicts.*--key=NAME`: student, teacher, ema"):
         unwrap(tree)
     assert unwrap(tree, "ema")[0]["a.weight"].all()
     with pytest.raises(UserError, match="no state dict under 'nope'"):
