@@ -20,4 +20,5 @@ set -euo pipefail
 
 : "${1:?usage: sbatch examples/slurm_nodes.sh --config=FILE [--workdir=DIR] [--config.NAME=VALUE...]}"
 # Each process must see all GPUs of its node, of which JAX gives it one; so no --gpus-per-task here.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch
 srun --kill-on-bad-exit=1 python -m ipwd_jax.main --distributed "$@"

@@ -11,14 +11,14 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from ipwd_jax import losses
+from ipwd_jax import losses, writers
 from ipwd_jax.errors import UserError
 
 SCHEDULES = ("step", "cosine")
 # Settings of `config.data` that do not apply to a teacher that is trained for a student.
 STUDENTS_ALONE = ("rand_augment", "rand_magnitude", "mixup", "cutmix")
-# all: every view of every image; drawn: those that the run draws; auto: the smaller of them, or
-# none if the run would ask for hardly more answers.
+# all: every view of every image; drawn: those that the run draws; auto: the smaller of the two
+# tables, or none unless it saves a tenth of the answers.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
 
 
@@ -39,7 +39,7 @@ def default() -> ConfigDict:
     config.data = _data()
     config.model = ConfigDict({"name": "resnet8x4"})  # the student; see ipwd_jax.models
     config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
-    # where the data has other classes in number, the classifier starts afresh
+    # if the data has another number of classes, the classifier starts afresh
     config.model.classifier_bias = True  # False: no bias, and a kernel as CAT-KD's authors draw it
     config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows, in
     # the networks alone: the modules of loss terms always normalise by the global batch
@@ -130,7 +130,7 @@ def _weighting() -> ConfigDict:
     config.name = "uniform"  # one of ipwd_jax.losses.WEIGHTINGS
     config.terms = ("kd",)  # per-sample terms that are multiplied
     config.start_epoch = 0  # weights are 1 before this epoch
-    config.clip = 0.0  # largest weight; 0: none
+    config.clip = 0.0  # largest weight before batch_normalize; 0: none
     config.batch_normalize = False  # divide by the mean weight of the global batch
     config.average = 0.0  # decay of a running mean per sample over epochs; 0: none
     # The fields of all weightings, which ipwd_jax.losses.weighting explains.
@@ -210,6 +210,11 @@ def stages(config: ConfigDict) -> list[ConfigDict]:
     main.update({"pretrains": False, "weighted": weighting.weighs})
     first.update({"pretrains": True, "weighted": False})
     return [first, main] if first.epochs else [main]
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """Return a config as it is when read back from JSON: with lists and Python's own numbers."""
+    return writers.plain(config.to_dict())
 
 
 def filled(config: dict, defaults: dict | None = None) -> dict:

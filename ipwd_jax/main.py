@@ -7,8 +7,8 @@
 
 Any setting of the config is changed with --config.NAME=VALUE; ipwd_jax/config.py lists them all
 with their meaning. The same command resumes a run that was stopped. A run leaves in its work
-directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, classes.csv,
-result.json.
+directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, samples.npz (if it
+weights its samples), classes.csv, result.json.
 """
 
 import contextlib
@@ -195,7 +195,8 @@ def _run(config: ConfigDict) -> None:
 
 def main() -> None:
     """Run the command line; exit with status 2 after a mistake, and 128 + signal when stopped."""
-    with signals.exit_statuses(), signals.acknowledged():
+    resumes = not {"--mode=eval", "--dry_run"} & {*sys.argv}
+    with signals.exit_statuses(resumes), signals.acknowledged():
         app.run(_main, flags_parser=_parse)
 
 

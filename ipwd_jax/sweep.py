@@ -390,8 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(_listing(planned))
             return
         states = carry_out(planned, given.minutes)
-    print(table(planned))
-    print(_summary(planned, states, given.out), flush=True)
+        print(table(planned))
+        print(_summary(planned, states, given.out), flush=True)
     sys.exit(FAILED in states)
 
 

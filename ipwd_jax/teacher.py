@@ -156,7 +156,7 @@ def check_named(config: ConfigDict, may_train: bool) -> None:
                 f"{config.teacher.name!r} and {config.teacher.workdir!r}"
             )
         teachers.check(pretrained, config.teacher.name)
-    workdir = pathlib.Path(config.teacher.workdir)
+    workdir = pathlib.Path(config.teacher.workdir).expanduser()
     if not (config.teacher.name and config.teacher.workdir) or may_train:
         return
     if not (workdir / "result.json").exists():
@@ -178,7 +178,7 @@ def check_data(config: ConfigDict, data: str) -> None:
         data: checksum of its data set, as `fingerprint` returns it.
     """
     pretrained, workdir = config.teacher.pretrained, config.teacher.workdir
-    path, noted = pathlib.Path(workdir) / "config.json", {}
+    path, noted = pathlib.Path(workdir).expanduser() / "config.json", {}
     if pretrained in teachers.names():
         noted = teachers.about(pretrained)["checksums"]
     elif config.teacher.name and workdir and path.exists():
@@ -201,17 +201,18 @@ def check_network(config: ConfigDict, dataset: Dataset) -> None:
         config: config of the student's run.
         dataset: data set of the run.
     """
-    pretrained, workdir = config.teacher.pretrained, pathlib.Path(config.teacher.workdir)
+    pretrained, workdir = config.teacher.pretrained, config.teacher.workdir
+    file, folder = (pathlib.Path(name).expanduser() for name in (pretrained, workdir))
     if not config.teacher.name:
         return
     network = models.create(config.teacher.name, len(dataset.class_names))
     template = network_shapes(network, dataset.train.images.shape[1:])
     try:
-        if config.teacher.workdir and (workdir / "result.json").exists():
-            saved = saved_arrays(newest(workdir) / config.teacher.which)
+        if workdir and (folder / "result.json").exists():
+            saved = saved_arrays(newest(folder) / config.teacher.which)
             found: PyTree = {name: saved[name] for name in template}
-        elif pathlib.Path(pretrained).is_file():
-            found = load_variables(pathlib.Path(pretrained), config.teacher.name)
+        elif file.is_file():
+            found = load_variables(file, config.teacher.name)
         else:
             return
     except UserError as error:
@@ -249,19 +250,21 @@ def find_workdir(
     if not config.teacher.name:
         return None
     if config.teacher.workdir:
-        return pathlib.Path(config.teacher.workdir)
+        return pathlib.Path(config.teacher.workdir).expanduser()
+    # The parent of "." would be "." itself.
+    folder = workdir.parent if workdir.name not in ("", "..") else workdir.resolve().parent
     if config.teacher.pretrained:
-        file = pathlib.Path(config.teacher.pretrained)
-        return workdir.parent / (file.stem if file.is_file() else file.name)
+        file = pathlib.Path(config.teacher.pretrained).expanduser()
+        return folder / (file.stem if file.is_file() else file.name)
     recipe = teacher_config(config)
     identity = workdir_lib.identity(recipe, checksums)
     name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")
-    own = workdir.parent / name.replace(":", "-")
+    own = folder / name.replace(":", "-")
 
     def find() -> str:
         if own.exists():
             return str(own)
-        beside = sorted(path.parent for path in workdir.parent.glob("*/result.json"))
+        beside = sorted(path.parent for path in folder.glob("*/result.json"))
         found = (run for run in beside if workdir_lib.holds(run, recipe, checksums))
         return str(next(found, own))
 

@@ -13,14 +13,14 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ipwd_jax import config as config_lib
+from ipwd_jax import data as data_lib
 from ipwd_jax import evaluate, parallel, plan, signals, stages, teachers, view_cache, writers, xla
 from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
 from ipwd_jax.checkpoint import Checkpoints, checksum
-from ipwd_jax.data import Dataset, check_augmentation, check_queues, fingerprint, given
-from ipwd_jax.data import load as load_data
+from ipwd_jax.data import Dataset
 from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.image_checks import sees_strong_views
 from ipwd_jax.loop import Loop
@@ -86,7 +86,9 @@ def run(
         finished = finished and bool(runs) and not extend
         if not finished:
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
-        if teacher_workdir and not (finished and _is_gone(config, teacher_workdir)):
+        if teacher_workdir and (not finished or workdir_lib.has_network(teacher_workdir)):
+            if not config.teacher.pretrained:
+                workdir_lib.check_begun_with(teacher_workdir, runs)
             teacher_result = _ensure_teacher(config, teacher_workdir, dataset, of_data)
             if teacher_only:
                 return teacher_result
@@ -133,9 +135,9 @@ def _checked(config: ConfigDict, dataset: Dataset | None, teacher_only: bool = F
     teacher_lib.check_named(config, teacher_only)
     if teacher_only and not config.teacher.name:
         raise UserError("this config has no teacher; set --config.teacher.name to a network")
-    dataset = given(dataset, config.data) if dataset else _load(config)
-    check_augmentation(dataset, config)
-    check_queues(dataset, config, crops=1 + sees_strong_views(config))
+    dataset = _load(config) if dataset is None else data_lib.given(dataset, config.data)
+    data_lib.check_augmentation(dataset, config)
+    data_lib.check_queues(dataset, config, crops=1 + sees_strong_views(config))
     check_fit(config, dataset)
     experiment = assemble(config, dataset, None, pretrained_lib.load(config, dataset))
     stages.check_trained(experiment.stages)
@@ -157,15 +159,9 @@ def _teacher_folder(
     return found
 
 
-def _is_gone(config: ConfigDict, workdir: pathlib.Path) -> bool:
-    """Return whether the teacher that was trained beside its students has been removed."""
-    there = parallel.from_first((workdir / "result.json").exists)
-    return not (config.teacher.workdir or config.teacher.pretrained or there)
-
-
 def _checksums(experiment: Experiment, extend: bool) -> dict[str, str]:
     """Return the checksums of the inputs of a run, after the checks that need them."""
-    checksums = {"data": fingerprint(experiment.dataset)}
+    checksums = {"data": data_lib.fingerprint(experiment.dataset)}
     teacher_lib.check_data(experiment.config, checksums["data"])
     teacher_lib.check_network(experiment.config, experiment.dataset)
     if extend:
@@ -177,8 +173,8 @@ def _checksums(experiment: Experiment, extend: bool) -> dict[str, str]:
 
 def _load(config: ConfigDict) -> Dataset:
     if config.data.download and parallel.process_count() > 1:  # not by all of them at a time
-        parallel.from_first(lambda: bool(load_data(config.data)))
-    return load_data(config.data)
+        parallel.from_first(lambda: bool(data_lib.load(config.data)))
+    return data_lib.load(config.data)
 
 
 def _check_extension(experiment: Experiment) -> None:
@@ -251,7 +247,7 @@ def evaluate_run(
         >>> result = ipwd_jax.evaluate_run(config, "runs/digits")  # doctest: +SKIP
     """
     validate(config)
-    dataset = dataset or _load(config)
+    dataset = _load(config) if dataset is None else data_lib.check_type(dataset)
     check_input(config.model.name, *dataset.train.images.shape[1:3])
     runs = of_each_seed(config, pathlib.Path(workdir))
     results = [score_run(own, folder, dataset) for folder, own in runs.items()]
@@ -268,7 +264,7 @@ def _ensure_teacher(
     """
     config_of_teacher = config_lib.teacher_config(config)
     if pretrained := config.teacher.pretrained:
-        parallel.from_first(lambda: teachers.ensure(pretrained, workdir))
+        parallel.from_first(lambda: teachers.ensure(pretrained, config.teacher.name, workdir))
     runs = {workdir: config_of_teacher}
 
     def finished() -> dict[str, Any] | None:
@@ -278,7 +274,7 @@ def _ensure_teacher(
             return _result(workdir)
         return None
 
-    if config.teacher.workdir and (result := parallel.from_first(finished)) is not None:
+    if (result := parallel.from_first(finished)) is not None:
         return result  # without a lock, because the folder may be read-only
     with workdir_lib.locked(workdir, wait=True):
         if (result := parallel.from_first(finished)) is not None:

@@ -141,6 +141,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
         UserError: a name, a type or a value is wrong, or settings contradict each other.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"the config must be one that load_config returns; found {config!r}")
     reference, given = config_lib.default(), config_lib.flat(config)
     defaults = config_lib.flat(reference)
     for path, value in given.items():
@@ -386,7 +388,8 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
         models.check_input(name, height, width)
     batches = {"batch_size": config.batch_size}
     workdir = config.teacher.workdir
-    finished = config.teacher.pretrained or (workdir and (Path(workdir) / "result.json").exists())
+    there = (Path(workdir).expanduser() / "result.json").exists()
+    finished = config.teacher.pretrained or (workdir and there)
     if config.teacher.name and not finished:
         batches["teacher.batch_size"] = config.teacher.batch_size
     for key, batch_size in batches.items():

@@ -120,9 +120,15 @@ class TableFiles:
         return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
 
     def load(self) -> np.ndarray | None:
-        """Return the memory-mapped table; None, with a warning, if its checksum is wrong."""
-        table = np.load(self.table, mmap_mode="r")
-        if _checksum(table) == self._read(self.note)["checksum"]:
+        """Return the memory-mapped table; None if it was removed or, with a warning, is damaged."""
+        said, table = self._read(self.note), None
+        try:
+            table = np.load(self.table, mmap_mode="r")
+        except FileNotFoundError:
+            return None  # another run has made room
+        except (OSError, ValueError):
+            pass  # its header is damaged
+        if table is not None and _checksum(table) == said.get("checksum"):
             print(f"Reading the teacher's answers from {self.table}", flush=True)
             with contextlib.suppress(OSError):  # the folder may be read-only
                 self.note.touch()  # makes it the most recently used

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from ml_collections import ConfigDict
 
 from ipwd_jax import parallel, writers
-from ipwd_jax.config import default, differences, filled
+from ipwd_jax.config import default, differences, filled, plain
 from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.losses import WEIGHTINGS
 
@@ -81,7 +81,7 @@ def failures_noted(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
         (workdir / FAILURE).unlink(missing_ok=True)
     try:
         yield
-    except Interrupted:
+    except (Interrupted, BrokenPipeError):  # after `| head`, the run can resume
         raise
     except Exception as error:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -91,6 +91,40 @@ def failures_noted(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
                 with contextlib.suppress(UserError):  # the first error is the one to show
                     writers.write_json(workdir / FAILURE, note)
         raise
+
+
+def _noted_checksums(workdir: pathlib.Path) -> dict[str, str]:
+    """Return the checksums that `config.json` in a directory records; empty if there are none."""
+    try:
+        return dict(json.loads((workdir / "config.json").read_text())["checksums"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def has_network(workdir: pathlib.Path) -> bool:
+    """Return whether a finished run and its checkpoints are in a directory."""
+    return parallel.from_first(
+        lambda: (workdir / "result.json").exists() and any(workdir.glob("checkpoints/*"))
+    )
+
+
+def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path]) -> None:
+    """Raise `UserError` if a run has begun with a teacher that is not in the directory `teacher`.
+
+    A teacher that is trained again need not have the same bits, and its students would be refused
+    only then.
+    """
+
+    def check() -> None:
+        begun = [path for path in workdirs if "teacher" in _noted_checksums(path)]
+        if begun and not (teacher / "result.json").exists():
+            raise UserError(
+                f"{begun[0]} has begun with a teacher that is not in {teacher}; move its folder "
+                "there or name it with --config.teacher.workdir, or choose another --workdir to "
+                "start again"
+            )
+
+    parallel.from_first(check)
 
 
 def failure(workdir: pathlib.Path) -> str:
@@ -158,7 +192,7 @@ def check(
     try:
         there = json.loads(path.read_text())
         noted = there["checksums"]
-        before, now = _binding(there["config"]), _binding(json.loads(config.to_json_best_effort()))
+        before, now = _binding(there["config"]), _binding(plain(config))
         if longer := before["epochs"] < now["epochs"]:
             longer = not differences({**before, "epochs": now["epochs"]}, now)
         lines = [] if longer and extend else differences(before, now, "config.")
@@ -210,8 +244,7 @@ def claim(
     there = check(workdir, config, checksums, extend)
     if there and (epochs := there["config"]["epochs"]) < config.epochs:
         _keep_results(workdir, epochs)
-    plain = json.loads(config.to_json_best_effort())
-    note = {"config": plain, "checksums": {**there.get("checksums", {}), **checksums}}
+    note = {"config": plain(config), "checksums": {**there.get("checksums", {}), **checksums}}
     note |= {key: there[key] for key in ("data", "chosen") if key in there}
     writers.write_json(workdir / "config.json", note | ({"data": dict(data)} if data else {}))
 
@@ -243,7 +276,7 @@ def identity(config: ConfigDict, checksums: Mapping[str, str]) -> str:
     The seed is left out, and so are settings that have their defaults, so that the checksum stays
     the same when settings are added to the package.
     """
-    binding = _numbers(json.loads(config.to_json_best_effort()))
+    binding = _numbers(plain(config))
     binding.pop("seed")
     changed = _changed(binding, json.loads(default().to_json()))
     changed["loss"] = binding["loss"]  # it lacks the terms that are off, whatever their default
@@ -256,10 +289,17 @@ def holds(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
     try:
         there = json.loads((workdir / "config.json").read_text())
         same = all(there["checksums"].get(name) == value for name, value in checksums.items())
-        wanted = _numbers(json.loads(config.to_json_best_effort()))
-        return same and _numbers(there["config"]) == wanted and (workdir / "result.json").exists()
+        same = same and _numbers(there["config"]) == _numbers(plain(config))
+        return same and (workdir / "result.json").exists() and not _imported(workdir)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # not a run of this package, or a damaged one
+
+
+def _imported(workdir: pathlib.Path) -> bool:
+    """Return whether a network was imported, so that its `config.json` does not tell its recipe."""
+    with contextlib.suppress(OSError, ValueError):
+        return "imported" in json.loads((workdir / "result.json").read_text())
+    return False
 
 
 def _numbers(config: dict) -> dict:

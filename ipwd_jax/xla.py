@@ -88,8 +88,9 @@ def apply(
     if new:
         os.environ["XLA_FLAGS"] = " ".join([*given, *new])
     if compilation_cache:
+        compilation_cache = pathlib.Path(compilation_cache).expanduser()
         try:
-            pathlib.Path(compilation_cache).mkdir(parents=True, exist_ok=True)
+            compilation_cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the compilation cache: {error}") from error
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
@@ -104,8 +105,8 @@ def check_deterministic(wanted: bool) -> None:
     if missing := set(_DETERMINISTIC) - set(os.environ.get("XLA_FLAGS", "").split()):
         raise UserError(
             f"config.deterministic needs {' '.join(missing)} in XLA_FLAGS before the first array "
-            "exists. The commands set it; in Python, begin with "
-            "ipwd_jax.xla.apply(deterministic=True)."
+            "exists. The commands set it; in Python, begin with `from ipwd_jax import xla; "
+            "xla.apply(deterministic=True)`."
         )
 
 

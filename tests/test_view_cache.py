@@ -87,7 +87,7 @@ def sums(index, view):
 PAIRS = np.divmod(np.arange(100, dtype=np.int32), 10)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "note", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "header", "note", "foreign", "missing"])
 def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
     files = view_files.TableFiles(tmp_path, {"teacher": "a"})
     files.build(3, PAIRS, sums, 30)
@@ -98,6 +98,8 @@ def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
         table = np.load(files.table, mmap_mode="r+")
         table[3, 0] += 1
         table.flush()
+    elif damage == "header":
+        files.table.write_bytes(b"?" * 20 + files.table.read_bytes()[20:])
     elif damage == "note":
         files.note.write_text("{")
     elif damage == "foreign":
@@ -108,6 +110,21 @@ def test_a_file_that_is_not_right_is_not_used(damage, tmp_path, capsys):
     assert not files.complete() or files.load() is None
     files.build(3, PAIRS, sums, 30)
     assert files.complete() and (files.load() == sums(*PAIRS)).all()
+
+
+def test_a_table_can_be_removed_while_it_is_read(tmp_path, monkeypatch):
+    files = view_files.TableFiles(tmp_path, {"teacher": "a"})
+    files.build(3, PAIRS, sums, 30)
+    checksum = view_files._checksum
+
+    def removed_meanwhile(table):
+        files.note.unlink()
+        files.table.unlink()
+        return checksum(table)
+
+    monkeypatch.setattr(view_files, "_checksum", removed_meanwhile)
+    assert (files.load() == sums(*PAIRS)).all()
+    assert files.load() is None
 
 
 def test_a_table_whose_note_is_damaged_is_built_again(squares, folder, capsys):

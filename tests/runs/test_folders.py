@@ -3,12 +3,15 @@
 import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import shutil
 import signal
+import weakref
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from helpers import settings, squares, stopped_after, teacher_folder
 
@@ -198,3 +201,65 @@ def test_names_that_no_folder_can_have(name, seeds, words, tmp_path, monkeypatch
     with pytest.raises(UserError, match=words):
         train.run(config(seeds=seeds), name, squares())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_student_without_the_teacher_that_it_began_with_is_refused(folder, capsys):
+    """Before the teacher is trained again, which could give other bits."""
+    longer = config(epochs=2, seed=3)
+    with stopped_after(1):
+        train.run(longer, folder / "begun", squares())
+    teacher = teacher_folder(folder, "tiny_net")
+    (folder / "moved").mkdir()
+    teacher.rename(folder / "moved/teacher")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="has begun with a teacher that is not in"):
+        train.run(longer, folder / "begun", squares())
+    assert not teacher.exists() and "Teacher tiny_net" not in capsys.readouterr().out
+    longer.teacher.workdir = str(folder / "moved/teacher")
+    train.run(longer, folder / "begun", squares())
+
+
+def test_a_finished_student_needs_no_checkpoint_of_its_teacher(folder):
+    shutil.rmtree(teacher_folder(folder, "tiny_net") / "checkpoints")
+    assert train.run(config(), folder / "run", squares())["last"]
+
+
+def test_the_teacher_is_found_from_within_the_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder / "run")
+    (folder / "run/result.json").unlink()
+    train.run(config(), ".", squares())
+    assert "Teacher tiny_net" not in capsys.readouterr().out
+
+
+def test_numbers_of_numpy_are_recorded_as_numbers(folder):
+    odd = config(teacher__workdir=str(teacher_folder(folder, "tiny_net")))
+    odd.optimizer.milestones = tuple(np.array([1, 2]))
+    odd.optimizer.learning_rate = np.float64(0.05)
+    train.run(odd, folder / "numpy", squares())
+    there = json.loads((folder / "numpy/config.json").read_text())["config"]["optimizer"]
+    assert there["milestones"] == [1, 2]
+    plain = config(optimizer__milestones=(1, 2), teacher__workdir=odd.teacher.workdir)
+    assert train.run(plain, folder / "numpy", squares())["last"]
+
+
+def test_nothing_of_a_run_stays_in_memory(folder):
+    dataset = squares()
+    images = weakref.ref(dataset.train.images)
+    train.run(config(seed=5), folder / "other", dataset)
+    del dataset
+    gc.collect()
+    assert images() is None
+
+
+@pytest.mark.parametrize("start", [train.run, train.evaluate_run])
+def test_what_is_no_config_or_no_data_set(start, tmp_path):
+    with pytest.raises(UserError, match=r"must be one that load_config returns; found 'a.py'"):
+        start("a.py", tmp_path / "run")
+    with pytest.raises(UserError, match=r"must be a Dataset, .*; found ndarray"):
+        start(config(), tmp_path / "run", np.zeros((2, 8, 8, 1)))
+
+
+def test_a_reader_that_has_left_is_no_failure(tmp_path):
+    with pytest.raises(BrokenPipeError), workdir.failures_noted([tmp_path]):
+        raise BrokenPipeError
+    assert not workdir.failure(tmp_path)
