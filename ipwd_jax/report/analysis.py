@@ -128,3 +128,9 @@ def confusions(
     order = np.argsort(-difference, kind="stable")[:most]
     pairs = [divmod(int(flat), classes) for flat in order if difference[flat]]
     return [(i, j, int(student[i, j]), int(teacher[i, j])) for i, j in pairs]
+
+
+def mean_measured(values: np.ndarray) -> float:
+    """The mean of what is measured; nan if nothing is."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else float("nan")

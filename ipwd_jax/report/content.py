@@ -5,6 +5,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|#~$])")
 _LATEX = {
@@ -120,6 +121,13 @@ def one_line(text: object, length: int = 200) -> str:
     return words if len(words) <= length else f"{words[: length - 1]}…"
 
 
+def short(name: str, length: int = 26) -> str:
+    """A name of a method for a figure, without its middle if it is long: the ends tell it apart."""
+    name = one_line(name)
+    start = length // 3
+    return name if len(name) <= length else f"{name[:start]}…{name[start + 1 - length :]}"
+
+
 def figures(report: Report) -> dict[str, Figure]:
     """The figures of a report by the names of the files that can hold them."""
     return {
@@ -139,7 +147,7 @@ def markdown(report: Report, folder: str = "") -> str:
     files = {id(figure): name for name, figure in figures(report).items()} if folder else {}
     lines = [f"# {_md(report.title)}", _md(report.subtitle)]
     if report.problems:
-        lines.append("**Not everything could be reported:**")
+        lines.append("**Notes:**")
         lines.append("\n".join(f"- {_md(problem)}" for problem in report.problems))
     lines.append("\n".join(f"- {_md(label)}: {_md(value)}" for label, value in report.headlines))
     for section in report.sections:
@@ -148,7 +156,8 @@ def markdown(report: Report, folder: str = "") -> str:
             lines.append(f"Not reported: {_md(section.missing)}")
         for figure in section.figures:
             if name := files.get(id(figure)):
-                lines += [f"![{_md(figure.alt)}]({folder}/{name})", _md(figure.caption)]
+                path = f"{quote(folder)}/{name}"  # a space would end the address
+                lines += [f"![{_md(figure.alt)}]({path})", _md(figure.caption)]
             else:
                 lines.append(f"Figure: {_md(figure.caption)} {_md(figure.alt)}")
         for gallery in section.galleries:

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import BINS, Confidence, Marks, column
-from ipwd_jax.report.content import Figure, one_line
+from ipwd_jax.report.analysis import BINS, Confidence, Marks, column, mean_measured
+from ipwd_jax.report.content import Figure, one_line, short
 from ipwd_jax.report.drawing import BLUE, COLOURS, GREEN, INK, LINES, VERMILLION, draw
 
 _NETWORKS = {"student": (BLUE, "-"), "teacher": (VERMILLION, "--"), "baseline": (GREEN, "-.")}
@@ -52,7 +52,7 @@ def losses(history: list[dict[str, Any]], marks: Marks) -> Figure:
     def paint(axes: Axes) -> None:
         for number, (name, values) in enumerate(curves.items()):
             colour, style = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
-            _line(axes, epochs, values, label=name, color=colour, linestyle=style)
+            _line(axes, epochs, values, label=short(name, 18), color=colour, linestyle=style)
         if wide:
             drawing.logarithmic(axes, "y")
         _epochs(axes, marks, "loss (nats)" if not wide else "loss (nats, logarithmic)")
@@ -202,7 +202,7 @@ def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -
     """The gain in recall of each class over a baseline, from the teacher's favourites down."""
     order = np.concatenate(groups)
     ends = np.cumsum([len(group) for group in groups])
-    means = [_mean(gains[group]) for group in groups]
+    means = [mean_measured(gains[group]) for group in groups]
 
     def paint(axes: Axes) -> None:
         for number, group in enumerate(groups):
@@ -234,12 +234,6 @@ def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -
 def _spans(groups: list[np.ndarray]) -> list[tuple[int, int]]:
     ends = np.cumsum([len(group) for group in groups])
     return [(int(end) - len(group), int(end) - 1) for group, end in zip(groups, ends, strict=True)]
-
-
-def _mean(values: np.ndarray) -> float:
-    """The mean of what is measured; nan if nothing is."""
-    measured = values[np.isfinite(values)]
-    return float(measured.mean()) if len(measured) else float("nan")
 
 
 def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, **style: Any) -> None:

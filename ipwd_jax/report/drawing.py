@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -98,14 +98,15 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines}
 
 
-def means_and_ranges(axes: Axes, curves: Mapping[str, np.ndarray]) -> None:
+def means_and_ranges(axes: Axes, curves: Sequence[tuple[str, np.ndarray]]) -> None:
     """Draw a line through the means over seeds after each epoch, and shade their range.
 
     Args:
         axes: in which to draw.
-        curves: (seeds, epochs) by label; epochs that some seed has not measured are left out.
+        curves: labels and values (seeds, epochs); epochs that some seed has not measured are left
+            out.
     """
-    for number, (label, values) in enumerate(curves.items()):
+    for number, (label, values) in enumerate(curves):
         seen = np.isfinite(values).all(axis=0)
         epochs, values = np.flatnonzero(seen) + 1, values[:, seen]
         style = line_style(number)

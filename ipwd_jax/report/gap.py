@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import metrics
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import groups_by_mass
-from ipwd_jax.report.content import Figure, Section, Table, one_line
+from ipwd_jax.report.analysis import groups_by_mass, mean_measured
+from ipwd_jax.report.content import Figure, Section, Table, short
 from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
 from ipwd_jax.report.methods import NOT_MEASURED, Difference, Group, Pair, difference, interval
@@ -54,8 +54,9 @@ def by_mass(
                 )
                 for i in range(_GROUPS)
             ]
-            gains[method] = [one.mean for one in found if one]
-            texts = [f"{share:.2f}" for share in shares]
+            gains[method] = [one.mean if one else np.nan for one in found]
+            # A group whose classes have no test images has no recall.
+            texts = [f"{x:.2f}" if np.isfinite(x) else NOT_MEASURED for x in shares]
             if method != to:
                 texts = [f"{a} ({interval(b)})" for a, b in zip(texts, found, strict=True)]
             rows.append([method, *texts, interval(_gain_with_mass(noted[method], noted[to]))])
@@ -63,7 +64,11 @@ def by_mass(
         head.append("correlation of gain and mass")
         caption = f"Recall (%) of the classes of {data} at the last epoch, {pair}; in brackets the "
         tables.append(Table(f"{caption}difference from {to}", head, rows))
-        others = {method: found for method, found in gains.items() if method != to and found}
+        others = {
+            method: found
+            for method, found in gains.items()
+            if method != to and np.isfinite(found).any()
+        }
         if others:
             figures.append(_gains_figure(f"{key}{number}", pair, others, to))
     if not tables:
@@ -157,7 +162,7 @@ def _class_recalls(
 
 
 def _of_groups(recall: np.ndarray, mass: np.ndarray) -> list[float]:
-    return [float(np.nanmean(recall[part])) for part in groups_by_mass(mass, _GROUPS)]
+    return [mean_measured(recall[part]) for part in groups_by_mass(mass, _GROUPS)]
 
 
 def _gain_with_mass(
@@ -213,7 +218,7 @@ def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to
                 range(_GROUPS),
                 values,
                 marker="o",
-                label=one_line(method, 26),
+                label=short(method),
                 **drawing.line_style(number),
             )
         axes.set_xticks(range(_GROUPS), ["most\nfavoured", "second", "third", "least\nfavoured"])
@@ -221,7 +226,7 @@ def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to
         drawing.legend_below(axes, 2)
 
     words = "; ".join(
-        f"{method} {', '.join(f'{value:+.2f}' for value in values)}"
+        f"{method} {', '.join(f'{x:+.2f}' if np.isfinite(x) else NOT_MEASURED for x in values)}"
         for method, values in gains.items()
     )
     alt = f"{pair}: difference in recall from {to}, in points, for the four groups of classes from "
@@ -234,7 +239,7 @@ def _gains_figure(key: str, pair: Pair, gains: Mapping[str, Sequence[float]], to
 def _correlations_figure(key: str, pair: Pair, curves: Mapping[str, np.ndarray]) -> Figure:
     def paint(axes: Axes) -> None:
         axes.axhline(0, color=INK, linewidth=0.9)
-        drawing.means_and_ranges(axes, {one_line(m, 26): x for m, x in curves.items()})
+        drawing.means_and_ranges(axes, [(short(m), x) for m, x in curves.items()])
         axes.set(xlabel="epoch", ylabel="rank correlation", title=str(pair), ylim=(-1.05, 1.05))
         drawing.legend_below(axes, 2)
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import scipy.stats
 from ml_collections import ConfigDict
 
+from ipwd_jax import config as config_lib
 from ipwd_jax import workdir
 from ipwd_jax.config import flat
 from ipwd_jax.losses import WEIGHTINGS
@@ -168,8 +170,12 @@ def reference(groups: Sequence[Group], baseline: Loaded | None) -> str | None:
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """The paired difference of two methods over their common seeds; None if they share none."""
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    """The paired difference of two methods over their common seeds; None if they share none.
+
+    A seed whose difference is not finite, because one of its runs lacks the number, is left out.
+    """
+    found = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    differences = [x for x in found if math.isfinite(x)]
     if not differences:
         return None
     n, mean = len(differences), statistics.fmean(differences)
@@ -262,7 +268,9 @@ def _method(one: Loaded) -> str:
         return _described(one.run.config)
     data, _, rest = method.partition("_")
     known = any(data and data in source for source in (one.data, str(one.run.config.data.name)))
-    return one_line(rest if known and rest else method, 60)
+    if known and not rest:  # labels alone may have no name of their own
+        return _described(one.run.config)
+    return one_line(rest if known else method, 60)
 
 
 def _described(config: ConfigDict) -> str:
@@ -286,5 +294,5 @@ def _is_plain_distillation(config: ConfigDict) -> bool:
 
 
 def _leaves(config: ConfigDict) -> dict[str, Any]:
-    plain = ConfigDict(json.loads(config.to_json_best_effort()))
-    return {path: v for path, v in flat(plain).items() if not hasattr(v, "items")}
+    settings = flat(ConfigDict(config_lib.plain(config)))
+    return {path: v for path, v in settings.items() if not hasattr(v, "items")}

@@ -57,7 +57,10 @@ def _training_images(loaded: Loaded, labels: np.ndarray) -> tuple[np.ndarray, li
         )
     if not np.array_equal(dataset.train.labels, labels):
         raise UserError(f"the labels of {one_line(settings.name)} are not those of the run")
-    return dataset.train.in_memory, [one_line(name, 24) for name in dataset.class_names]
+    images = dataset.train.in_memory
+    if images.shape[-1] not in (1, 3, 4):
+        raise UserError(f"images of {images.shape[-1]} channels cannot be shown")
+    return images, [one_line(name, 24) for name in dataset.class_names]
 
 
 def _picture(pixels: np.ndarray, index: int, name: str, weight: float) -> Picture:

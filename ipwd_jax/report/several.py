@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import drawing, gap, published
-from ipwd_jax.report.content import Figure, Report, Section, Table, one_line
+from ipwd_jax.report.content import Figure, Report, Section, Table, one_line, short
 from ipwd_jax.report.drawing import COLOURS, INK, draw
 from ipwd_jax.report.load import Loaded
 from ipwd_jax.report.methods import (
@@ -125,8 +125,13 @@ def _headlines(groups: Sequence[Group]) -> list[tuple[str, str]]:
     for one in groups:
         if one.pair not in best or _mean(one, "last") > _mean(best[one.pair], "last"):
             best[one.pair] = one
+    several = len({pair.data for pair in best}) > 1
     return [
-        (f"{pair}, highest mean (%) at the last epoch: {one.method}", f"{_accuracy(one, 'last')}")
+        (
+            f"{pair}{f' on {pair.data}' if several else ''}, highest mean (%) at the last epoch: "
+            f"{one.method}",
+            _accuracy(one, "last"),
+        )
         for pair, one in list(best.items())[:4]
     ]
 
@@ -280,10 +285,10 @@ def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> F
                 axes.plot([found.low, found.high], [row, row], color=COLOURS[0], linewidth=2)
             inside = COLOURS[0] if found.n > 1 else "none"
             axes.plot([found.mean], [row], "o", color=COLOURS[0], mfc=inside, markersize=6)
-        axes.set_yticks(range(len(compared)), [one_line(name, 26) for name in compared])
+        axes.set_yticks(range(len(compared)), [short(name) for name in compared])
         axes.set_ylim(len(compared) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set(xlabel=f"difference from {one_line(to, 26)} (points)", title=str(pair))
+        axes.set(xlabel=f"difference from {short(to)} (points)", title=str(pair))
 
     words = "; ".join(f"{name} {interval(found)}" for name, found in compared.items())
     alt = f"{pair}, last epoch, difference from {to} in points: {words}."
@@ -294,7 +299,7 @@ def _forest(key: str, pair: Pair, compared: dict[str, Difference], to: str) -> F
 
 def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
     """Test accuracy over the epochs: the mean of each method, and the range of its seeds."""
-    shown = {one_line(one.method, 26): one.curves("test_top1") for one in groups}
+    shown = [(short(one.method), one.curves("test_top1")) for one in groups]
     rows = -(-len(shown) // 2)
 
     def paint(axes: Axes) -> None:
@@ -304,8 +309,7 @@ def _curves(key: str, pair: Pair, groups: Sequence[Group]) -> Figure:
 
     words = "; ".join(f"{one.method} {_accuracy(one, 'last')}" for one in groups)
     alt = f"{pair}: test accuracy over the epochs; at the last one: {words}."
-    caption = f"{pair}: mean test accuracy after each epoch; shades go from the worst seed to the "
-    caption += "best."
+    caption = f"{pair}: mean test accuracy after each epoch; the shaded band spans the seeds."
     return Figure(draw(key, alt, paint, 3.0 + 0.22 * rows), alt, caption)
 
 

@@ -40,10 +40,12 @@ def write(
         raise UserError("no run was given to report")
     compared = _baseline(baseline)
     runs, problems = load_all(workdirs)
+    if compared:
+        problems += [problem for problem in compared.problems if problem not in problems]
     runs, teachers = without_teachers(runs)
     problems += teachers
     finished = [one for one in runs if one.finished]
-    if len(finished) > 1 or (compared is None and len(runs) > 1 and finished):
+    if len(runs) > 1 and finished:
         problems += [_left_out(one) for one in runs if not one.finished]
     if len(finished) > 1:
         report = several.report(finished, compared, problems)

@@ -1,5 +1,6 @@
 """Which runs are put together as a method, and with which others they are compared."""
 
+import re
 import shutil
 
 from report_helpers import another_seed, changed, results
@@ -112,3 +113,56 @@ def test_epochs_of_two_stages_are_counted(runs):
     folders = [runs / "kd_seed0", runs / "ipwd_seed0", unfinished]
     (problem,) = report.write_report(folders, runs / "all.html").problems
     assert "it has trained 2 of 5 epochs" in problem
+
+
+def test_curves_of_long_names_are_all_drawn(runs):
+    for temperature in (2.0, 4.0, 8.0):
+        folder = shutil.copytree(runs / "kd_seed0", runs / f"kd_T{temperature}")
+        changed(folder, "config.json", config__terms__kd__temperature=temperature)
+        changed(folder, "config.json", config__name=f"squares_{'k' * 30}d_tiny_net_tiny_net")
+    folders = [runs / "ipwd_seed0", *sorted(runs.glob("kd_T*"))]
+    report.write_report(folders, runs / "a b.html", runs / "ipwd_seed0", figures=True)
+    drawn = (runs / "a b_figures/data0-training-0.svg").read_text()
+    labels = set(re.findall(r"<!-- (k+[^>]*temperature=[248].0\)) -->", drawn)) or set(
+        re.findall(r">(k+[^<]*=[248].0\))<", drawn)
+    )
+    assert len(labels) == 3 and max(map(len, labels)) <= 26
+    assert "](a%20b_figures/data0-training-0.svg)" in (runs / "a b.md").read_text()
+
+
+def test_labels_alone_without_a_name_of_their_own(runs):
+    alone = shutil.copytree(runs / "kd_seed0", runs / "alone")
+    changed(alone, "config.json", config__name="squares_tiny_net", config__teacher__name="")
+    changed(alone, "config.json", config__loss__kd=0.0, config__loss__ce=1.0)
+    changed(alone, "result.json", teacher=None)
+    report.write_report([runs / "kd_seed0", alone], runs / "all.html")
+    assert {name for name, _ in results(runs / "all.csv")} == {"kd", "ce"}
+
+
+def test_an_unfinished_run_beside_a_baseline_is_named(runs):
+    unfinished = another_seed(runs, "ipwd", 1, 60.0)
+    (unfinished / "result.json").unlink()
+    written = report.write_report(
+        [runs / "ipwd_seed0", unfinished], runs / "a.html", runs / "kd_seed0"
+    )
+    assert any("is not finished and is left out" in problem for problem in written.problems)
+
+
+def test_problems_of_a_baseline_are_named(runs):
+    (runs / "kd_seed0/classes.csv").unlink()
+    written = report.write_report([runs / "ipwd_seed0"], runs / "a.html", runs / "kd_seed0")
+    assert any("kd_seed0" in problem for problem in written.problems)
+
+
+def test_a_group_of_classes_without_test_images(runs):
+    for method in ("kd", "ipwd"):
+        another_seed(runs, method, 1, 60.0)
+    folders = [runs / f"{method}_seed{seed}" for method in ("kd", "ipwd") for seed in (0, 1)]
+    for folder in folders:
+        rows = "class,recall_last,teacher_mass\na,50,9\nb,,8\nc,60,7\nd,70,6"
+        (folder / "classes.csv").write_text(rows)
+        changed(folder, "config.json", data__class_names=["a", "b", "c", "d"])
+    report.write_report(folders, runs / "all.html")
+    text = (runs / "all.md").read_text()
+    assert "| kd | 50.00 | - | 60.00 | 70.00 |" in text
+    assert r"| ipwd | 50.00 (+0.00 \[+0.00, +0.00\] (n=2)) | - (-) | 60.00" in text
