@@ -183,11 +183,12 @@ def compile_case(case: str, problem: Problem, devices: list[Any]) -> tuple[dict[
     term, teacher, *numbers = case.split(":")
     calls, seeds, precision = (*numbers, *("1", "1", "bfloat16")[len(numbers) :])
     steps, count = int(calls), int(seeds)
-    arm = OurArm(problem, precision, teacher, steps, term)
-    arguments = (arm.now,) * count, *arm.next_arguments(count)
     real, backend = parallel.devices, jax.default_backend
     try:
-        parallel.devices, jax.default_backend = lambda: devices, lambda: "gpu"
+        jax.default_backend = lambda: "gpu"  # the teacher's kernels are stored in the GPU's order
+        arm = OurArm(problem, precision, teacher, steps, term)
+        arguments = (arm.now,) * count, *arm.next_arguments(count)
+        parallel.devices = lambda: devices
         step = arm.experiment.train_step(0)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
         options = {"xla_gpu_autotune_level": 0}

@@ -57,11 +57,11 @@ def test_budgets():
     most = {
         "kd:cached:1": 215,
         "kd:cached:8": 170,
-        "kd:folded:8": 210,
-        "kd:network:8": 250,
-        "kd:ahead:8": 185,
+        "kd:folded:8": 206,
+        "kd:network:8": 246,
+        "kd:ahead:8": 181,
         "ipwd:cached:8": 190,
-        "crd:network:8": 305,
+        "crd:network:8": 301,
     }
     environment = {k: v for k, v in os.environ.items() if not re.match("XLA_FLAGS|JAX_DISABLE", k)}
     done = subprocess.run(
