@@ -18,7 +18,7 @@ set -euo pipefail
 
 sweep=${1:?usage: sbatch examples/slurm_array.sh SWEEP_FILE [FOLDER]}
 folder=${2:-runs}
-# 11 hours and 45 minutes: what is left of the time limit suffices to save the run in progress.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it from sbatch
+# 11 hours and 45 minutes: what is left of the time limit suffices to save the run in progress.
 srun python -m ipwd_jax.sweep --config="$sweep" --out="$folder" --minutes=705 \
     --index="$SLURM_ARRAY_TASK_ID" --count="$SLURM_ARRAY_TASK_COUNT"

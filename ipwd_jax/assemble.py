@@ -162,8 +162,8 @@ class Experiment:
             returns them, but on all devices, and donated; `index`, `mask` and `streamed` as
             `batches` yields them.
         """
-        # JAX keeps a compiled function and what it refers to, so that this one must not refer to
-        # the experiment, with which the data and the teacher's answers would stay in memory.
+        # JAX keeps a compiled function and what it refers to, so this one must not refer to the
+        # experiment, with which the data and the teacher's answers would stay in memory.
         spec, share_order = self.step_spec(stage), self.config.share_order
 
         # The seeds are unrolled, because vmap would turn every convolution into a grouped one,

@@ -94,28 +94,16 @@ def of_maps(apply: Callable, variables: PyTree, dataset: Dataset, batch_size: in
         return maps.reshape(-1, maps.shape[-1])
 
     first = maps_of(by_class[0])
-    remedy = "take distances between the weights of the teacher's classifier instead"
-    check_memory(dataset, first.size, remedy)
+    memory.check(
+        "the teacher's maps of all training images",
+        3 * classes * first.nbytes,
+        "take distances between the weights of the teacher's classifier instead",
+    )
     features = np.empty((classes, *first.shape), first.dtype)
     features[0] = first
     for c in range(1, classes):
         features[c] = maps_of(by_class[c])
     return np.asarray(of_features(jnp.asarray(features)))
-
-
-def check_memory(dataset: Dataset, numbers: int, remedy: str) -> None:
-    """Raise `UserError` if `of_maps` does not fit into memory.
-
-    Args:
-        dataset: the data set.
-        numbers: how many float32 numbers the maps of one class have.
-        remedy: what the user can do about it.
-    """
-    memory.check(
-        f"the teacher's maps of all training images of {dataset.name}",
-        3 * len(dataset.class_names) * numbers * 4,
-        remedy,
-    )
 
 
 def _last_map(outputs: Outputs) -> jax.Array:

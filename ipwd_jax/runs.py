@@ -308,12 +308,13 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         True
     """
     workdir = pathlib.Path(workdir)
-    path, result_path = workdir / "config.json", workdir / "result.json"
+    path, result = workdir / "config.json", {}
     try:
         noted = json.loads(path.read_text())
         config, data = ConfigDict(filled(noted["config"])), noted.get("data", {})
-        path = result_path if result_path.exists() else path
-        result = json.loads(path.read_text()) if path == result_path else {}
+        if (workdir / "result.json").exists():
+            path = workdir / "result.json"
+            result = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
             f"{workdir} is not the work directory of a run: {path} is missing"

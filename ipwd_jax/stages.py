@@ -95,8 +95,7 @@ def create(
 def check_trained(stages: Sequence[Stage]) -> None:
     """Raise `UserError` if a stage uses parameters of a term that no stage up to it trains."""
     for i, stage in enumerate(stages):
-        for path, term in _parts_used(stage):
-            _, name, part = path.split("/")
+        for name, part, term in _parts_used(stage):
             if any(jax.tree.leaves([s.trainable["terms"][name][part] for s in stages[: i + 1]])):
                 continue
             if stage.pretrains:
@@ -109,18 +108,19 @@ def check_trained(stages: Sequence[Stage]) -> None:
             else:
                 advice = f"add 'terms/{name}' to config.trainable"
             raise UserError(
-                f"config.{'first_stage.' if stage.pretrains else ''}loss.{name} needs {path}, "
-                f"which no stage trains before, so it would keep its initial value; {advice}"
+                f"config.{'first_stage.' if stage.pretrains else ''}loss.{name} needs "
+                f"terms/{name}/{part}, which neither this stage nor an earlier one trains, so that "
+                f"it would keep its initial value; {advice}"
             )
 
 
-def _parts_used(stage: Stage) -> Iterator[tuple[str, Term]]:
-    """Yield `terms/NAME/PART` for each part of the parameters that a stage uses, and the term."""
+def _parts_used(stage: Stage) -> Iterator[tuple[str, str, Term]]:
+    """Yield name, part and term for each part of the terms' parameters that a stage uses."""
     for name, term in stage.terms.items():
         for part in stage.trainable["terms"].get(name, {}):
             # A first stage of such a term computes its `pretrain` alone.
             if part in term.first_stage_params or not (stage.pretrains and term.first_stage_params):
-                yield f"terms/{name}/{part}", term
+                yield name, part, term
 
 
 def terms(

@@ -122,6 +122,8 @@ class TableFiles:
     def load(self) -> np.ndarray | None:
         """Return the memory-mapped table; None if it was removed or, with a warning, is damaged."""
         said, table = self._read(self.note), None
+        if not said:
+            return None
         try:
             table = np.load(self.table, mmap_mode="r")
         except FileNotFoundError:

@@ -117,11 +117,11 @@ def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path]) ->
 
     def check() -> None:
         begun = [path for path in workdirs if "teacher" in _noted_checksums(path)]
-        if begun and not (teacher / "result.json").exists():
+        if begun and not any(teacher.glob("checkpoints/*")):
             raise UserError(
-                f"{begun[0]} has begun with a teacher that is not in {teacher}; move its folder "
-                "there or name it with --config.teacher.workdir, or choose another --workdir to "
-                "start again"
+                f"{begun[0]} has begun with a teacher that is not in {teacher}. Move the teacher's "
+                "folder there, or name it with --config.teacher.workdir. With --mode=teacher it is "
+                "trained again, and its students go on if it has the same bits."
             )
 
     parallel.from_first(check)

@@ -88,9 +88,9 @@ def apply(
     if new:
         os.environ["XLA_FLAGS"] = " ".join([*given, *new])
     if compilation_cache:
-        compilation_cache = pathlib.Path(compilation_cache).expanduser()
+        compilation_cache = os.path.expanduser(compilation_cache)
         try:
-            compilation_cache.mkdir(parents=True, exist_ok=True)
+            pathlib.Path(compilation_cache).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the compilation cache: {error}") from error
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))

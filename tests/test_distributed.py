@@ -18,7 +18,7 @@ import yaml
 from data_helpers import write_two_classes
 from helpers import module_of
 
-from ipwd_jax import parallel, sweep, train
+from ipwd_jax import data, parallel, sweep, train
 from ipwd_jax.assemble import assemble
 from ipwd_jax.errors import UserError
 
@@ -140,7 +140,7 @@ def test_each_process_feeds_its_own_devices(tmp_path):
     with mock.patch.dict(os.environ, IMAGES=str(tmp_path)):
         config = module_of(CONFIG).get_config("streamed")
     config.teacher.name, config.loss.kd, config.loss.rkd = "", 0.0, 0.0
-    dataset = train.load_data(config.data)
+    dataset = data.load(config.data)
     experiment, read = assemble(config, dataset, None), []
     records = dataset.train.images.records
     of_files = records.read

@@ -3,7 +3,10 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_validation.py --out=runs/ratio_validation
 
 The test set then plays no part in that choice, so that the accuracy of the best epoch on it is what
-can be expected of other images. Teacher and students are trained on the other 45,000 images.
+can be expected of other images. Students are trained on the other 45,000 images. Their teacher is
+that of ratio_small.py, which has seen all 50,000. A run refuses a teacher of other data than its
+own if it knows this data, so the teacher is named as a file here. The choice is only between epochs
+of a student, which never gets the teacher's answers to the validation images.
 """
 
 from pathlib import Path
@@ -11,16 +14,18 @@ from pathlib import Path
 from ipwd_jax.api import load_module
 
 SMALL = load_module(Path(__file__).with_name("ratio_small.py"))
-ARMS = ("kd", "kd_cls_times1.95", "ipwd_A", "ipwd_A_raw", "wsld")
+TEACHER = f"ipwd_jax/teachers/{SMALL.TEACHER}.safetensors"
+ARMS = ("kd", "ipwd_A", "kd_cls_times1.95", "ipwd_A_raw", "wsld", "ce")
 
 
 def get_runs():
     """The arms that decide, each with two seeds, seed after seed."""
-    names = [f"cifar100_{arm}_{'_'.join(SMALL.PAIR)}" for arm in ARMS]
-    runs = [run for run in SMALL.get_runs() if run["config"].name in names]
-    for run in runs:
+    runs = []
+    for run in SMALL.get_runs():
         config = run["config"]
-        config.data.validation_fraction = 0.1
-        config.teacher.pretrained = ""
-        config.teacher.epochs, config.teacher.optimizer.milestones = 16, (10, 12, 14)
-    return sorted((run for run in runs if run["seeds"] != (2,)), key=lambda run: run["seeds"])
+        arm = config.name.removeprefix("cifar100_").partition("_vgg8")[0].partition("_resnet8")[0]
+        if arm in ARMS and run["seeds"] != (2,):
+            config.data.validation_fraction = 0.1
+            config.teacher.pretrained = TEACHER if config.teacher.name else ""
+            runs.append((run["seeds"], ARMS.index(arm), run))
+    return [run for *_, run in sorted(runs, key=lambda found: found[:2])]

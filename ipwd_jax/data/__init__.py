@@ -102,6 +102,8 @@ def load(config: ConfigDict) -> Dataset:
             dataset = streaming.load(config)
         else:
             dataset = found[0](config, argument) if argument else found[0](config)
+    except BrokenPipeError:  # after `| head`
+        raise
     except OSError as error:
         raise UserError(f"config.data.name={config.name} cannot be read: {error}") from error
     if not isinstance(dataset, Dataset):
@@ -213,7 +215,8 @@ def check_queues(dataset: Dataset, config: ConfigDict, crops: int) -> None:
     """
     if not dataset.train.streamed:
         return
-    steps = max(1, config.steps_per_call, config.teacher.look_ahead)
+    ahead = config.teacher.look_ahead if config.teacher.name else 0
+    steps = max(1, config.steps_per_call, ahead)
     trained = config.batch_size * (streaming.AHEAD + steps) * crops * max(1, len(config.seeds))
     largest = max(len(split.labels) for split in dataset.evaluated.values())
     tested = min(config.eval_batch_size, largest) * (streaming.AHEAD + 1)

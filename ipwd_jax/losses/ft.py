@@ -137,8 +137,8 @@ class FT(Term):
         source, target = _last_map(student), _last_map(teacher)
         if 1 in (source[0, ..., 0].size, target[0, ..., 0].size):
             raise ValueError(
-                "ft compares how a map is distributed over its pixels, but the last map of a "
-                "network has a single one; use larger images or another network"
+                "ft compares how a map is distributed over its pixels, but the last map of one of "
+                "the networks has a single pixel; use larger images or another network"
             )
         code = self.paraphraser.encode(target)
         if self.is_initializing():  # the decoder is used in the first stage alone

@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ipwd_jax import class_distances
 from ipwd_jax.errors import UserError
 from ipwd_jax.losses.base import Batch, Term, late_decay
 from ipwd_jax.losses.modules import ConvRegressor
@@ -119,17 +117,11 @@ class WKDLogits(Term):
             return
         image = jnp.zeros((1, *dataset.train.images.shape[1:]))
         outputs = jax.eval_shape(lambda: teacher.init_with_output(jax.random.key(0), image)[0])
-        if self.distances == "cka":
-            smallest = np.bincount(dataset.train.labels).min()
-            class_distances.check_memory(
-                dataset,
-                int(smallest) * outputs.features[-1].size,
-                "set --config.terms.wkd_l.distances=classifier",
-            )
-        elif outputs.classifier is None:
+        read = {"cka": "features", "classifier": "classifier"}[self.distances]
+        if not getattr(outputs, read):
             raise UserError(
-                "config.terms.wkd_l.distances is 'classifier', but the teacher's Outputs have no "
-                "`classifier`; set it to 'cka'"
+                f"config.terms.wkd_l.distances is {self.distances!r}, but the teacher's Outputs "
+                f"have no `{read}`; choose the other kind of distances"
             )
 
     @nn.nowrap
@@ -176,7 +168,7 @@ def cell_statistics(map_: jax.Array, grid: int) -> tuple[jax.Array, jax.Array]:
     pixels = height * width // grid**2
     if height * width < 2:
         raise ValueError(
-            "the teacher's last map has a single pixel, which has no deviation for wkd_f; use "
+            "the teacher's last map has a single pixel, so wkd_f cannot compute a deviation; use "
             "larger images or another teacher"
         )
     if height % grid or width % grid or pixels < 2:

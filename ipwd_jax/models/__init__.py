@@ -57,8 +57,8 @@ def create(name: str, classes: int, axis_name: str | None = None) -> nn.Module:
             synchronised; if None, each device computes its own.
 
     Raises:
-        UserError: there is no such network, and the message suggests the most similar name; or an
-            own one does not have these fields.
+        UserError: there is no such network, and the message suggests the most similar name; or a
+            network of the user's lacks these fields.
 
     Examples:
         >>> network = ipwd_jax.create_model("resnet8", classes=10)
@@ -88,7 +88,7 @@ def check_run(workdir: pathlib.Path, name: str) -> None:
         raise UserError(
             f"{workdir} is a run of {name!r}, which is not a network of ipwd_jax; if one of your "
             "config files adds it, name that file with --config=FILE, or load it in Python with "
-            "ipwd_jax.load_config"
+            f"ipwd_jax.load_config ({error})"
         ) from error
 
 
@@ -96,7 +96,7 @@ def check_input(name: str, height: int, width: int) -> None:
     """Raise `UserError` if images of `height` x `width` are too small for the network `name`."""
     network = create(name, classes=1)
     for attribute in ("smallest_image", "head_modules"):
-        if not hasattr(type(network), attribute):
+        if not hasattr(network, attribute):
             raise UserError(f"{name} has no {attribute}, which every network needs")
     smallest = network.smallest_image
     if min(height, width) < smallest:

@@ -112,7 +112,7 @@ def from_name(name: str) -> Callable[..., nn.Module] | None:
         return None
     if int(16 * float(match[1])) < 1:
         raise UserError(
-            f"no network {name!r}: in MobileNetV2_<width> the width is at least 0.0625, which "
+            f"no network {name!r}: in MobileNetV2_<width> the width must be at least 0.0625, which "
             "leaves the narrowest stage one channel"
         )
     return partial(MobileNetV2, width=float(match[1]))

@@ -42,7 +42,7 @@ class VGG(nn.Module):
         the ReLU.
         """
         norm = partial(BatchNorm, train=train, axis_name=self.axis_name)
-        halvings = 4 if min(x.shape[1:3]) >= 64 else 3
+        halvings = 4 if x.shape[1] >= 64 and x.shape[2] >= 16 else 3
         features: tuple[jax.Array, ...] = ()
         preact: tuple[jax.Array, ...] = ()
         for block, widths in enumerate(self.widths):

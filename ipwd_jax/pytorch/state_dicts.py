@@ -88,7 +88,7 @@ def _place(tree: Mapping, key: str) -> str:
     what = f"no state dict under {key!r}" if key else "state dicts under unusual names only"
     raise UserError(
         f"the file holds {'several state dicts' if places else what}; "
-        f"import one of them with `ipwd-jax import FILE --key=NAME`: {', '.join(found)}"
+        f"import one of these with `ipwd-jax import FILE --key=NAME`: {', '.join(found)}"
     )
 
 

@@ -41,7 +41,7 @@ def about(name: str) -> dict[str, Any]:
 def check(pretrained: str, network: str) -> None:
     """Raise `UserError` unless `pretrained` is a teacher's name or a file, for a `network`.
 
-    The network of a file is inferred when it is read, so it is not checked here.
+    A file is read as this network later, and is checked then.
     """
     if pathlib.Path(pretrained).expanduser().is_file():
         return

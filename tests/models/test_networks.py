@@ -69,7 +69,7 @@ def test_a_padded_batch_trains_as_the_batch_alone(name):
         ("wrn_17_2", "Nearest: 'wrn_16_2'"),
         ("wrn_4_1", "Nearest: 'wrn_10_1'"),
         ("wrn_40_0", "the width at least 1. Nearest: 'wrn_40_1'"),
-        ("MobileNetV2_0.05", "the width is at least 0.0625"),
+        ("MobileNetV2_0.05", "the width must be at least 0.0625"),
     ],
 )
 def test_wrong_names(name, hint):

@@ -11,7 +11,6 @@ from helpers import Tiny, config_file, rows, settings, stopped_after
 
 from ipwd_jax import checkpoint, data, models, train, validate
 from ipwd_jax import config as config_lib
-from ipwd_jax.data import memory
 from ipwd_jax.errors import UserError
 from ipwd_jax.loop import Loop
 
@@ -225,11 +224,11 @@ def test_terms_that_do_not_fit_are_refused_before_the_teacher_is_trained(digits,
     with pytest.raises(UserError, match=words):
         train.run(config, tmp_path / "ab", digits)
     config = shortened(BASELINES.get_config("ft,vgg8,resnet8"))
-    with pytest.raises(UserError, match="the last map of a network has a single one"):
+    with pytest.raises(UserError, match="the last map of one of the networks has a single pixel"):
         train.run(config, tmp_path / "pixel", digits)
     config = shortened(BASELINES.get_config("kd,vgg8,resnet8"))
     config.loss.wkd_f = 1.0
-    with pytest.raises(UserError, match="map has a single pixel, which has no deviation"):
+    with pytest.raises(UserError, match="map has a single pixel, so wkd_f cannot"):
         train.run(config, tmp_path / "cell", digits)
     assert not list(tmp_path.rglob("checkpoints"))
 
@@ -244,10 +243,6 @@ def test_wkd_needs_distances_that_it_can_compute(squares, tmp_path, monkeypatch)
     monkeypatch.setitem(models.NETWORKS, "own", WithoutClassifier)
     config = settings(loss__wkd_l=1.0, terms__wkd_l__distances="classifier", teacher__name="own")
     with pytest.raises(UserError, match="the teacher's Outputs have no `classifier`"):
-        train.run(config, tmp_path / "run", squares)
-    monkeypatch.setattr(memory, "available", lambda: 100)
-    config = settings(loss__wkd_l=1.0)
-    with pytest.raises(UserError, match=r"--config\.terms\.wkd_l\.distances=classifier"):
         train.run(config, tmp_path / "run", squares)
     assert not list(tmp_path.rglob("checkpoints"))
 
