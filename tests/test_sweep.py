@@ -401,14 +401,21 @@ class TestFiles:
             sweep.load_runs(f"{path}:two")
 
     @pytest.mark.parametrize(
-        ("file", "folder"), [("ratio_small", "ratio"), ("ratio_long_tail", "long_tail")]
+        ("file", "folder"),
+        [
+            ("ratio_small", "ratio"),
+            ("ratio_long_tail", "long_tail"),
+            ("ratio_validation", "ratio_validation"),
+        ],
     )
     def test_stored_runs_are_not_trained_again(self, file, folder, tmp_path):
         stored = ROOT / "docs" / "results" / folder
         out = shutil.copytree(stored, tmp_path / folder)
         runs = sweep.plan(sweep.load_runs(str(ROOT / f"configs/sweeps/{file}.py")), out)
         found = {run.workdir.name for run in runs if run.state() == sweep.FINISHED}
-        assert found == {folder.name for folder in stored.iterdir()}
+        assert found == {path.parent.name for path in stored.glob("*/result.json")}
+        failed = {path.parent.name for path in stored.glob("*/failed.json")}
+        assert found | failed == {path.name for path in stored.iterdir()}
 
     def test_the_array_script_passes_its_index_on(self, file, tmp_path):
         script = ROOT / "examples" / "slurm_array.sh"
