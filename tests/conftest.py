@@ -1,9 +1,9 @@
 """Settings and fixtures of all tests.
 
 Most of the time would be spent on compiling programs that then run for a second. XLA therefore
-skips most optimisations, here and in the processes that tests start, and takes the emitters of code
-that compile fastest. The tests take longer with `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`,
-which tests the programs that users run.
+skips most optimisations, here and in the processes that tests start, and uses the emitters that
+compile fastest. With `JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest`, the tests take longer and
+test the programs that users run.
 """
 
 import os
