@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, module_of
 
-from ipwd_jax import data, signals, sweep, teachers, train, validate, workdir
+from ipwd_jax import api, data, signals, sweep, teachers, train, validate, workdir
 from ipwd_jax.errors import Interrupted
 from ipwd_jax.loop import Loop
 from ipwd_jax.runs import load_run
@@ -399,6 +399,17 @@ class TestFiles:
                 assert weights == {"ce": 0.1, "kd": 0.9, "cls": 1.0}
         with pytest.raises(sweep.UserError, match="takes numbers after the colon, found 'two'"):
             sweep.load_runs(f"{path}:two")
+
+    def test_arms_of_the_ratio_with_the_recipe_of_the_paper(self):
+        folder, method = ROOT / "configs", {"ipwd_A": "ipwd", "kd": "kd", "ce": "ce"}
+        runs = sweep.load_runs(str(folder / "sweeps" / "ratio_paper.py"))
+        configs = {run["config"].name: run["config"].to_dict() for run in runs}
+        for name in method:
+            pair = "resnet8x4" if name == "ce" else "resnet32x4_resnet8x4"
+            arm = configs[f"cifar100_{name}_{pair}"]
+            recipe = folder / f"cifar_baselines.py:{method[name]},resnet32x4,resnet8x4"
+            paper = api.load_config(recipe, data__download=True).to_dict()
+            assert arm | {"name": ""} == paper | {"name": ""}
 
     @pytest.mark.parametrize(
         ("file", "folder"),
