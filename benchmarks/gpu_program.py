@@ -12,7 +12,7 @@ is chosen by timing kernels on the device. A case is TERM:TEACHER:STEPS, optiona
 - `megabytes` and `gigaflops` per step: what the kernels read and write, and the multiplications and
   additions of their convolutions and matrix products.
 - `modelled_ms`: the sum over the kernels of the largest of 2 us, bytes / 3.35 TB/s and operations
-  per second at the peak of the number format. It is a lower bound and not a measurement: no kernel
+  over the peak of their number format. It is a lower bound and not a measurement: no kernel
   reaches these peaks, and the choice of algorithms is unknown.
 - `temp_megabytes`: memory for intermediate values.
 - `most`: the most frequent kinds of kernel.

@@ -1,4 +1,4 @@
-"""Train a CIFAR-100 teacher, in the folder in which the other CIFAR configs look for it.
+"""Train a CIFAR-100 teacher, which the other CIFAR configs find beside their own folders.
 
     python -m ipwd_jax.main --config=configs/cifar_teacher.py:resnet32x4 --config.data.download
 

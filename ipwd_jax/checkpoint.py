@@ -1,7 +1,7 @@
 """Checkpoints of a run, written asynchronously and atomically by Orbax, and resumed bit for bit.
 
 A checkpoint has four items: `last`, the variables of the student when the checkpoint is taken;
-`best`, its variables after the epoch with the best test accuracy so far; `state`, everything else
+`best`, its variables after the best epoch so far (see `Position`); `state`, everything else
 in the `TrainState`; and `meta`, JSON with the position of the run and a checksum of each item,
 because changed bytes in a file of numbers would otherwise go unnoticed. A teacher or an evaluation
 needs only the numbers of `last` or those of `best`.

@@ -1,4 +1,4 @@
-"""The command `ipwd-jax`: one name for everything that `python -m ipwd_jax.MODULE` does.
+"""The command `ipwd-jax`: one name for the modules `main`, `report`, `sweep` and `convert`.
 
   ipwd-jax train --config=configs/digits_ipwd.py --config.epochs=10
   ipwd-jax eval --config=configs/digits_ipwd.py
@@ -60,7 +60,7 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("run", help="work directory of the run")
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="epoch")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to print of each")
+    parser.add_argument("--top", type=int, default=3, help="number of classes to print per image")
     parser.add_argument(
         "--config", help="config file that adds the network, if ipwd_jax does not have it"
     )

@@ -109,7 +109,7 @@ def _teacher() -> ConfigDict:
     """The teacher, how it is asked, and how it is trained if it has to be."""
     config = ConfigDict()
     config.name = ""  # network of the teacher; empty: no teacher
-    config.workdir = ""  # run that trained it; empty: runs/DATA_NETWORK_CHECKSUM_seedSEED
+    config.workdir = ""  # its run; empty: DATA_NETWORK_CHECKSUM_seedSEED beside the student's
     config.pretrained = ""  # a trained teacher: its name (python -m ipwd_jax.teachers), or a file
     config.which = "last"  # epoch that teaches: "last" or "best"
     config.train_mode = False  # normalise by the batch, as ReviewKD's and WSLD's scripts do

@@ -5,10 +5,11 @@
   python -m ipwd_jax.main --config=configs/cifar_ipwd.py --config.data.download
   python -m ipwd_jax.main --config=configs/digits_ipwd.py --mode=eval
 
-Any setting of the config is changed with --config.NAME=VALUE; ipwd_jax/config.py lists them all
-with their meaning. The same command resumes a run that was stopped. A run leaves in its work
-directory: config.json, metrics.csv, tensorboard/, checkpoints/, predictions.npz, samples.npz (if it
-weights its samples), classes.csv, result.json.
+Any setting of the config is changed with --config.NAME=VALUE. ipwd_jax/config.py lists them with
+their meaning, and docs/methods/ those of each loss term and weighting. The same command resumes a
+run that was stopped. A run leaves in its folder: config.json, parameters.txt, metrics.csv,
+tensorboard/, checkpoints/, predictions.npz, samples.npz (if it weights its samples), classes.csv
+and result.json.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ _MODE = flags.DEFINE_enum(
     "directory.",
 )
 _EXTEND = flags.DEFINE_bool(
-    "extend", False, "Train a run with fewer epochs further, to the epochs of the config."
+    "extend", False, "Continue a finished run up to the larger number of epochs of the config."
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",
@@ -51,7 +52,7 @@ _DRY_RUN = flags.DEFINE_bool(
 _XLA_PROFILE = flags.DEFINE_string(
     "xla_profile",
     "",
-    "Compiler settings: one of ipwd_jax.xla.PROFILES, or none. Empty: the fastest on a CPU.",
+    "Compiler settings: one of ipwd_jax.xla.PROFILES, or none. Empty: cpu-eigen on a CPU.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",

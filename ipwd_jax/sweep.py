@@ -359,7 +359,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder; default: runs"
     )
     parser.add_argument(
-        "--minutes", type=_minutes, default=0.0, help="time of this call; default: no limit"
+        "--minutes", type=_minutes, default=0.0, help="stop after so many; default: no limit"
     )
     parser.add_argument("--index", type=int, default=0, help="first run of this call, from 0 on")
     parser.add_argument("--count", type=int, default=1, help="take every COUNTth run from there")

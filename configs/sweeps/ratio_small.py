@@ -3,7 +3,7 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:1.95,2.1 --out=runs/ratio
 
-The networks are small enough for a CPU: a student takes half an hour to an hour on one core. The
+The networks are small enough for a CPU: a student takes 0.5 to 1.5 hours on one core. The
 teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A student trains
 for 20 epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
 rounded. Images are mirrored but not cropped, so that the teacher's answers to all 100,000 views

@@ -4,8 +4,9 @@
 
 The test set then plays no part in that choice, so that the accuracy of the best epoch on it is what
 can be expected of other images. Students are trained on the other 45,000 images. Their teacher is
-that of ratio_small.py, which has seen all 50,000. A run refuses a teacher of other data than its
-own if it knows this data, so the teacher is named as a file here. The choice is only between epochs
+that of ratio_small.py, which has seen all 50,000. A run refuses a
+teacher that is known to be of other data than its own; of a teacher in a file this is not known, so
+the teacher is named as a file here. The choice is only between epochs
 of a student, which never gets the teacher's answers to the validation images.
 """
 

@@ -1,4 +1,4 @@
-"""The form that every data set has once it is read: two splits of images, and their statistics."""
+"""The form that every data set has once it is read: its splits of images, and their statistics."""
 
 import dataclasses
 import hashlib

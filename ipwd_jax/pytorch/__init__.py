@@ -17,8 +17,9 @@ The parts, each of which uses only those above it:
 - `state_dicts`: finds the network's tensors among everything else that training scripts save.
 - `convert`: `import_file` and `export_file`, the two functions that a program needs.
 
-In float64, all networks of this package return the same outputs and gradients as in PyTorch. A
-state dict that is imported and exported again is bitwise the same.
+In float64, networks return the same outputs as in PyTorch; docs/networks.md says of which of them
+the outputs and the gradients were compared. A state dict that is imported and exported again is
+bitwise the same.
 """
 
 from ipwd_jax.pytorch.convert import export_file, import_file

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="its folder")
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--out",
         type=pathlib.Path,

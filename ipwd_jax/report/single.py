@@ -147,7 +147,7 @@ def _results(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> S
         for name, label in _METRICS.items()
         if any(name in scores for scores in columns.values())
     ]
-    text = [f"{methods.about_best([result])}. All figures are of the last epoch."]
+    text = [f"{methods.about_best([result])}. All diagrams show the last epoch."]
     return Section(
         key, title, text, tables=[Table("Measured on the test set", ["metric", *columns], rows)]
     )
@@ -195,7 +195,7 @@ def _weights(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> S
     text = [
         f"The weighting {one_line(loaded.run.config.weighting.name)} multiplies the loss of each "
         "training sample by a weight. The weights of the last epoch have an effective sample size "
-        f"of {100 * share:.1f} % of the samples: few samples decide the loss if it is small."
+        f"of {100 * share:.1f} % of the samples. Where this is small, few samples decide the loss."
     ]
     return Section(key, title, text, figures)
 

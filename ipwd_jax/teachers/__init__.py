@@ -1,7 +1,8 @@
 """Trained teachers that come with the package, by names such as `vgg8@cifar100-16ep`.
 
 Each has two files in this folder: `NAME.safetensors` holds its kernels as float16 and the rest as
-float32, and `NAME.json` says how it was trained, how accurate it is, and the checksum of the first.
+float32, and `NAME.json` says how it was trained, how accurate it was before that rounding, and the
+checksum of the first.
 `python -m ipwd_jax.teachers` lists them; `ipwd_jax.teachers.add` adds one.
 """
 
