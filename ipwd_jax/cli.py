@@ -80,7 +80,8 @@ def predict(argv: Sequence[str]) -> None:
     for image, row in zip(given.images, found.probabilities, strict=True):
         best = row.argsort()[::-1][: given.top]
         shown = ", ".join(f"{student.class_names[label]} {row[label]:.1%}" for label in best)
-        print(f"{image}: {shown}")
+        # Names of files need not be UTF-8.
+        print(f"{image}: {shown}".encode(errors="replace").decode())
 
 
 if __name__ == "__main__":

@@ -147,19 +147,15 @@ def _config_path(argv: list[str]) -> str:
 
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
-        words = f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE"
-        raise app.UsageError(words, exitcode=2)
+        raise UserError(f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE")
     if _CONFIG.value is None:
         found = ", ".join(sorted(str(path) for path in pathlib.Path("configs").glob("*.py")))
-        words = f"--config=FILE is missing{f'; here: {found}' if found else ''}"
-        raise app.UsageError(words, exitcode=2)
+        raise UserError(f"--config=FILE is missing{f'; here: {found}' if found else ''}")
     described = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     if described != ("", None, None) and not _DISTRIBUTED.value:
-        words = "--coordinator, --num_processes and --process_id need --distributed"
-        raise app.UsageError(words, exitcode=2)
+        raise UserError("--coordinator, --num_processes and --process_id need --distributed")
     if _MODE.value != "train" and (_DRY_RUN.value or _EXTEND.value):
-        words = f"--dry_run and --extend are for whole runs, not for --mode={_MODE.value}"
-        raise app.UsageError(words, exitcode=2)
+        raise UserError(f"--dry_run and --extend are for whole runs, not for --mode={_MODE.value}")
     from ipwd_jax import parallel, xla
 
     logging.set_verbosity(logging.ERROR)
@@ -196,6 +192,10 @@ def _run(config: ConfigDict) -> None:
 
 def main() -> None:
     """Run the command line; exit with status 2 after a mistake, and 128 + signal when stopped."""
+    if __name__ != "__main__":  # absl explains the main module, which is a script of `ipwd-jax`
+        sys.modules["__main__"].__doc__ = __doc__
+        for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     resumes = not {"--mode=eval", "--dry_run"} & {*sys.argv}
     with signals.exit_statuses(resumes), signals.acknowledged():
         app.run(_main, flags_parser=_parse)

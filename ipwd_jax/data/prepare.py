@@ -6,10 +6,11 @@
 The data set is written to DIR. The default is $TFDS_DATA_DIR or else the default folder of TFDS.
 """
 
+import argparse
 import os
 import pathlib
-import sys
 
+from ipwd_jax import signals
 from ipwd_jax.errors import UserError, unknown_name
 
 
@@ -49,9 +50,13 @@ def prepare(name: str, root: str | None = None) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    try:
-        print(prepare(*sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with signals.exit_statuses(resumes=False):
+        parser = argparse.ArgumentParser(
+            prog="python -m ipwd_jax.data.prepare",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("name", metavar="NAME", help="name of the data set in TFDS")
+        parser.add_argument("root", metavar="DIR", nargs="?", help="folder to write to")
+        given = parser.parse_args()
+        print(prepare(given.name, given.root))

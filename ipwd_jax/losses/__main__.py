@@ -5,9 +5,9 @@ images of 32x32 pixels. The column "memory" counts the numbers that the term sto
 training images.
 """
 
+import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -139,4 +139,6 @@ def _count(tree: PyTree) -> int:
 
 if __name__ == "__main__":
     with signals.exit_statuses(resumes=False):
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(prog="python -m ipwd_jax.losses", description=__doc__)
+        parser.add_argument("names", nargs="*", metavar="TEACHER STUDENT", help="two networks")
+        main(parser.parse_args().names)

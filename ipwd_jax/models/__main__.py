@@ -5,8 +5,8 @@ classes and 224x224 pixels for ImageNet networks. The multiply-adds are those of
 and of the classifier for one image, including multiplications by the zeros of the padding.
 """
 
+import argparse
 import math
-import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -74,4 +74,6 @@ def main(names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with signals.exit_statuses(resumes=False):
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(prog="python -m ipwd_jax.models", description=__doc__)
+        parser.add_argument("names", nargs="*", metavar="NAME", help="a network; default: all")
+        main(parser.parse_args().names)

@@ -130,7 +130,7 @@ class Loaded:
 
 def _failure(workdir: pathlib.Path) -> str:
     why = failure(workdir)
-    return f" It failed: {one_line(why)}" if why else ""
+    return f" It failed: {one_line(why, 400)}" if why else ""
 
 
 def load(workdir: pathlib.Path) -> Loaded:
@@ -151,10 +151,8 @@ def load(workdir: pathlib.Path) -> Loaded:
     if run.result:
         _check_result(run)
     elif not history:
-        raise UserError(
-            f"{workdir} holds a run that has not finished its first epoch; run its "
-            f"command again to continue it.{_failure(workdir)}"
-        )
+        then = _failure(workdir) or " Run its command again to continue it."
+        raise UserError(f"{workdir} holds a run that has not finished its first epoch.{then}")
     problems += of_classes
     checksums, finished = _checksums(workdir), bool(run.result)
     return Loaded(run, checksums, history, finished, classes, tuple(problems))
@@ -173,7 +171,7 @@ def load_all(workdirs: Sequence[pathlib.Path]) -> tuple[list[Loaded], list[str]]
         try:
             loaded = load(workdir)
         except UserError as error:
-            problems.append(f"{one_line(error, 400)}.")
+            problems.append(f"{one_line(error, 600).rstrip('.')}.")
             continue
         found.append(loaded)
         problems += loaded.problems

@@ -1,6 +1,8 @@
 """List the trained teachers that come with the package: `python -m ipwd_jax.teachers`."""
 
-from ipwd_jax import teachers
+import argparse
+
+from ipwd_jax import signals, teachers
 
 
 def main() -> None:
@@ -16,4 +18,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with signals.exit_statuses(resumes=False):
+        argparse.ArgumentParser(
+            prog="python -m ipwd_jax.teachers", description=__doc__
+        ).parse_args()
+        main()
