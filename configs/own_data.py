@@ -15,6 +15,7 @@ imported from PyTorch needs its own --config.data.mean and --config.data.std.
 """
 
 import pathlib
+import re
 
 from ipwd_jax.config import cifar_learning_rate, default
 from ipwd_jax.errors import UserError
@@ -30,11 +31,13 @@ def get_config(arg: str = ""):
     if len(parts) not in (1, 3) or not all(parts):
         raise UserError(
             "configs/own_data.py needs the path of the data, --config=configs/own_data.py:PATH, or "
-            f"a path and two networks, PATH,TEACHER,STUDENT; found {arg!r}"
+            "a path without commas and two networks, PATH,TEACHER,STUDENT; found "
+            f"{arg!r}"
         )
     path, teacher, student = parts if len(parts) == 3 else (arg, "resnet32x4", "resnet8x4")
     config = default()
-    name = pathlib.Path(path).resolve().stem
+    # Checkpoints cannot be in a folder whose name has these characters.
+    name = re.sub(r"[\[*?]", "-", pathlib.Path(path).resolve().name.removesuffix(".npz"))
     config.name = f"{name}_ipwd_{teacher}_{student}"
     if path.endswith(".npz"):
         config.data.name = f"numpy:{path}"

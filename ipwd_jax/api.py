@@ -37,7 +37,7 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
         'resnet32'
     """
     name, colon, argument = str(path).partition(":")
-    module = load_module(pathlib.Path(name))
+    module = load_module(pathlib.Path(name).expanduser())
     if not hasattr(module, "get_config"):
         raise UserError(f"{name} has no function get_config, which every config file needs")
     try:

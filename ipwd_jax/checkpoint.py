@@ -242,6 +242,19 @@ def saved_arrays(path: pathlib.Path) -> PyTree:
         raise UserError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
 
 
+def check_path(workdir: pathlib.Path) -> None:
+    """Raise `UserError` if checkpoints in a directory could be written, but not read again.
+
+    Orbax takes the path for a pattern when it looks for the parts of a checkpoint.
+    """
+    path = str(workdir.resolve())
+    if found := [character for character in "[*?" if character in path]:
+        raise UserError(
+            f"checkpoints in {path} could not be read again, because this path has the character "
+            f"{found[0]!r}; choose another --workdir, or rename the folder"
+        )
+
+
 def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[PyTree, Position]:
     """Return the variables of the network that a run trained, and the position of the run.
 
@@ -251,11 +264,12 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         template: shapes of the expected network's variables.
 
     Returns:
-        The variables, on all devices, and the position at which the newest checkpoint was taken.
+        The variables, on all devices, and the position at which the newest checkpoint was taken. If
+        the run is not finished, a warning names that position.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, it is of another network, or some of
-            the variables are not finite.
+        UserError: there is no checkpoint, it cannot be read, it is of another network, there was no
+            best epoch yet, or some of the variables are not finite.
     """
     folder = pathlib.Path(parallel.from_first(lambda: str(newest(workdir))))
     path = folder / which
@@ -282,6 +296,18 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
         _verify(which, variables, checksums)
     except Exception as error:
         raise UserError(f"the checkpoint {path} cannot be read: {first_line(error)}") from error
+    if parallel.from_first(lambda: not (workdir / "result.json").exists()):
+        if which == "best" and not position.best_epoch:
+            raise UserError(
+                f"{workdir} is not finished and has no best epoch yet; run its command again, or "
+                "take the network of the last epoch"
+            )
+        print(
+            f"warning: {workdir} is not finished: this network has been trained for "
+            f"{position.epochs_of('main') if which == 'last' else position.best_epoch} epochs",
+            file=sys.stderr,
+            flush=True,
+        )
     if bad := not_finite(variables):
         raise UserError(
             f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or close "

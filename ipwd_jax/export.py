@@ -63,7 +63,9 @@ _ENTRIES = {"class_names", "image_shape", "input", "output", "centre_crop", "ver
 _TOLERANCE = 1e-4
 
 
-def export_run(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> dict[str, Any]:
+def export_run(
+    workdir: str | pathlib.Path, path: str | pathlib.Path, which: str = "last"
+) -> dict[str, Any]:
     """Write the network that a run trained to a StableHLO or an ONNX file.
 
     Args:
@@ -79,7 +81,7 @@ def export_run(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -
         UserError: as in `export_classifier`; or the run has no readable checkpoint, or it is not
             known how to normalise images for its network, as for an imported one.
     """
-    _check_path(path)
+    path = _checked(path)
     run = load_run(workdir)
     _check_run(run)
     about = {"network": run.config.model.name, "epoch": which}
@@ -87,7 +89,9 @@ def export_run(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -
 
 
 def export_classifier(
-    classifier: Classifier, path: pathlib.Path, about: Mapping[str, Any] = MappingProxyType({})
+    classifier: Classifier,
+    path: str | pathlib.Path,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write a classifier to a StableHLO or an ONNX file, which computes what its `logits` returns.
 
@@ -111,7 +115,7 @@ def export_classifier(
         UserError: `path` exists, has another suffix or cannot be written, a package is missing, or
             the network cannot be exported.
     """
-    _check_path(path)
+    path = _checked(path)
     entries = {**about, **_entries(classifier)}
     if path.suffix == _ONNX:
         entries["versions"]["jax2onnx"] = importlib.metadata.version("jax2onnx")
@@ -126,8 +130,9 @@ def _json_of(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _check_path(path: pathlib.Path) -> None:
+def _checked(path: str | pathlib.Path) -> pathlib.Path:
     """Raise `UserError` if a file cannot be written, before any time is spent on its content."""
+    path = pathlib.Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise UserError(f"the file to write must end in {' or '.join(SUFFIXES)}, found {path}")
     for file in (path, _json_of(path)) if path.suffix == _STABLEHLO else (path,):
@@ -136,6 +141,7 @@ def _check_path(path: pathlib.Path) -> None:
     module, command = _PACKAGES[path.suffix]
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{path.suffix} files need a package that is not installed: {command}")
+    return path
 
 
 def _is_left_behind(beside: pathlib.Path) -> bool:

@@ -12,12 +12,12 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.recorder import OnEpoch
 
 
-def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
+def live_plot(metrics: str | Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
     """Show a plot below a notebook's cell and redraw it after every epoch of a run.
 
     Args:
-        metrics: columns of `metrics.csv`, each of which gets axes of its own, with a line for each
-            seed.
+        metrics: a column of `metrics.csv`, or several, each of which gets axes of its own, with a
+            line for each seed.
 
     Returns:
         What `run` takes as `on_epoch`.
@@ -36,6 +36,7 @@ def live_plot(metrics: Sequence[str] = ("train_loss", "test_top1")) -> OnEpoch:
             "a live plot needs a notebook, but IPython is not installed; leave on_epoch out, or "
             "install it with pip install 'ipwd_jax[colab]'"
         ) from None
+    metrics = [metrics] if isinstance(metrics, str) else metrics
     figure = Figure(figsize=(4.5 * len(metrics), 3), layout="constrained")
     axes = dict(zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True))
     seen: dict[int, list[Mapping[str, Any]]] = defaultdict(list)

@@ -14,7 +14,7 @@ import functools
 import io
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -88,13 +88,13 @@ class Classifier:
             return outputs.logits
 
     def predict(
-        self, images: ImageLike | Sequence[ImageLike], batch_size: int = 500
+        self, images: ImageLike | Iterable[ImageLike], batch_size: int = 500
     ) -> Predictions:
         """Classify images.
 
         Args:
             images: a uint8 array (N, H, W, channels) or (H, W, channels), a file, a Pillow image,
-                or a list of single images. Files and Pillow images are resized and cropped like the
+                or several single images. Files and Pillow images are resized and cropped like the
                 test images of the run; arrays must have the size of the training images.
             batch_size: number of images that the device processes at once.
 
@@ -123,12 +123,14 @@ class Classifier:
 
         return functools.partial(jax.jit(compute), jax.device_put(self.variables))
 
-    def _pixels(self, images: ImageLike | Sequence[ImageLike]) -> np.ndarray:
+    def _pixels(self, images: ImageLike | Iterable[ImageLike]) -> np.ndarray:
         """Return the images as one array (N, H, W, channels) uint8."""
         if isinstance(images, np.ndarray | jax.Array):
             images = images[None] if images.ndim == len(self.image_shape) else images
         elif isinstance(images, str | pathlib.Path | Image.Image):
             images = [images]
+        else:
+            images = list(images)  # a generator, for example
         if not len(images):
             raise UserError("there is no image to classify: the list is empty")
         return np.stack([self._one(image) for image in images])
@@ -142,14 +144,19 @@ class Classifier:
                     "them resized"
                 )
             return np.asarray(image)
+        if not isinstance(image, str | pathlib.Path | Image.Image):
+            raise UserError(
+                f"an image must be a file name, a Pillow image or an array, found a value of type "
+                f"{type(image).__name__}"
+            )
         height, width, channels = self.image_shape
         if channels not in (1, 3):
             raise UserError(
                 f"the network takes images of {channels} channels, which files and Pillow images "
                 f"do not have; pass uint8 arrays of shape {self.image_shape}"
             )
-        encoded = _encoded(image)
         try:
+            encoded = _encoded(image)
             if self.centre_crop:
                 pixels = Image.fromarray(decode_eval(encoded, height))
             else:
@@ -169,16 +176,16 @@ def _encoded(image: str | pathlib.Path | Image.Image) -> bytes:
         file, upright = io.BytesIO(), ImageOps.exif_transpose(image)
         if upright.mode in ("I", "F"):
             raise UserError(
-                f"a Pillow image of mode {upright.mode} has pixels of unknown range; convert it to "
-                "8 bits per channel"
+                f"has the Pillow mode {upright.mode}, whose pixels have an unknown range; convert "
+                "it to 8 bits per channel"
             )
         keeps = upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA") or "16" in upright.mode
         (upright if keeps else upright.convert("RGB")).save(file, "PNG")
         return file.getvalue()
     try:
-        return pathlib.Path(image).read_bytes()
+        return pathlib.Path(image).expanduser().read_bytes()
     except OSError as error:
-        raise UserError(f"{image} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"cannot be read: {error.strerror or error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +314,7 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         >>> run.history[-1]["test_top1"] == run.result["last"]["top1"]
         True
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     path, result = workdir / "config.json", {}
     try:
         noted = json.loads(path.read_text())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -258,8 +259,8 @@ def find_workdir(
         return folder / (file.stem if file.is_file() else file.name)
     recipe = teacher_config(config)
     identity = workdir_lib.identity(recipe, checksums)
-    name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}".replace("/", "-")
-    own = folder / name.replace(":", "-")
+    name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}"
+    own = folder / re.sub(r"[/:\[*?]", "-", name)  # `checkpoint.check_path` refuses the last three
 
     def find() -> str:
         if own.exists():

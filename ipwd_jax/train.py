@@ -19,7 +19,7 @@ from ipwd_jax import pretrained as pretrained_lib
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax import workdir as workdir_lib
 from ipwd_jax.assemble import Experiment, assemble
-from ipwd_jax.checkpoint import Checkpoints, checksum
+from ipwd_jax.checkpoint import Checkpoints, check_path, checksum
 from ipwd_jax.data import Dataset
 from ipwd_jax.errors import Interrupted, UserError
 from ipwd_jax.image_checks import sees_strong_views
@@ -70,7 +70,7 @@ def run(
         >>> config = ipwd_jax.load_config("configs/digits_ipwd.py", epochs=10)
         >>> result = ipwd_jax.run(config, "runs/digits")  # doctest: +SKIP
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     experiment = _checked(config, dataset, teacher_only)
     dataset, checksums = experiment.dataset, _checksums(experiment, extend)
     runs = {} if teacher_only else of_each_seed(config, workdir)
@@ -116,7 +116,7 @@ def planned(
     Raises:
         UserError: what `run` would refuse before it begins to train.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser()
     experiment = _checked(config, dataset)
     checksums = _checksums(experiment, extend)
     runs = of_each_seed(config, workdir)
@@ -154,8 +154,12 @@ def _teacher_folder(
     """Return the folder of the teacher's run, which must not be that of a student."""
     config, name = experiment.config, experiment.dataset.name
     found = teacher_lib.find_workdir(config, workdir, name, of_data)
+    for folder in (*runs, *([found] if found else [])):
+        check_path(folder)
     if found and found.resolve() in [folder.resolve() for folder in runs]:
-        raise UserError(f"{found} is to hold the student and its teacher; choose another --workdir")
+        raise UserError(
+            f"{found} would hold both the student and its teacher; choose another --workdir"
+        )
     return found
 
 
@@ -249,7 +253,7 @@ def evaluate_run(
     validate(config)
     dataset = _load(config) if dataset is None else data_lib.check_type(dataset)
     check_input(config.model.name, *dataset.train.images.shape[1:3])
-    runs = of_each_seed(config, pathlib.Path(workdir))
+    runs = of_each_seed(config, pathlib.Path(workdir).expanduser())
     results = [score_run(own, folder, dataset) for folder, own in runs.items()]
     return {"name": config.name, "seeds": results} if config.seeds else results[0]
 

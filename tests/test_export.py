@@ -208,7 +208,7 @@ def test_existing_files_are_kept(there, student, tmp_path):
     (tmp_path / there).write_text("mine")
     path = tmp_path / there.removesuffix(".json")
     with pytest.raises(UserError, match=f"{there} exists already"):
-        export.export_run(student, path)
+        export.export_run(str(student), str(path))
     assert files_in(tmp_path) == [there] and (tmp_path / there).read_text() == "mine"
 
 

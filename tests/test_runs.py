@@ -72,7 +72,8 @@ def test_files_and_pillow_images_are_those_of_the_arrays(workdir, squares, tmp_p
     pillow = Image.fromarray(image[..., 0])
     pillow.save(tmp_path / "a.png")
     expected = student.predict(image).probabilities
-    for same in (pillow, tmp_path / "a.png", str(tmp_path / "a.png"), [image, pillow]):
+    paths = (path for path in [tmp_path / "a.png"])
+    for same in (pillow, tmp_path / "a.png", str(tmp_path / "a.png"), paths, [image, pillow]):
         for row in student.predict(same).probabilities:
             np.testing.assert_allclose(row, expected[0], atol=1e-6)
     pillow.resize((40, 40), Image.Resampling.BOX).convert("RGB").save(tmp_path / "large.png")
@@ -88,6 +89,8 @@ def test_files_and_pillow_images_are_those_of_the_arrays(workdir, squares, tmp_p
         ([], "the list is empty"),
         ("missing.png", "missing.png cannot be read: No such file"),
         (str(ROOT / "README.md"), "README.md cannot be read as an image"),
+        (b"bytes", "a Pillow image or an array, found a value of type int"),
+        ([Image.new("F", (8, 8))], "has the Pillow mode F, whose pixels have an unknown range"),
     ],
 )
 def test_images_that_cannot_be_classified(images, words, workdir):

@@ -3,7 +3,7 @@
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from ipwd_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-_SPLITS = {"test", "testing", "training", "val", "valid", "validation"}  # besides "train"
+# Names of splits besides "train", in lower case.
+_SPLITS = {"dev", "eval", "test", "testing", "training", "val", "valid", "validation"}
 _SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -147,7 +148,8 @@ def _split_folders(
     candidates = [config.test_split] if config.test_split else ["test", "val", "validation"]
     candidates = [name for name in candidates if root / name != train]
     test = next((root / name for name in candidates if (root / name).is_dir()), None)
-    unused = [x for x in class_folders(root) if x in _SPLITS and root / x not in (train, test)]
+    folders = [x for x in class_folders(root) if root / x not in (train, test)]
+    unused = [x for x in folders if x.lower() in _SPLITS]
     if unused and not config.test_split:
         tested = test or "images held out of the training split"
         print(
@@ -183,8 +185,8 @@ def class_folders(root: pathlib.Path) -> list[str]:
 def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path], np.ndarray]:
     """Return the image files of the classes `names` below `root`, and their labels (N,) int32.
 
-    Hidden files and everything in hidden folders are ignored. Broken links are ignored with a
-    warning.
+    Links to files and folders are followed. Hidden files and everything in hidden folders are
+    ignored. Broken links are ignored with a warning.
 
     Raises:
         UserError: there are no classes, or a class has no image files.
@@ -193,14 +195,13 @@ def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path
     dangling = [p for p in root.glob("[!.]*") if p.is_symlink() and not p.exists()]
     empty = None
     for label, name in enumerate(names):
-        found, start = [], below(root / name)
-        for path in (root / name).rglob("[!.]*"):  # macOS puts ._NAME beside NAME
-            if path.suffix.lower() not in _SUFFIXES or f"{os.sep}." in os.sep + str(path)[start:]:
-                continue
-            if path.is_file():
-                found.append(path)
-            elif path.is_symlink() and not path.exists():
-                dangling.append(path)
+        found = []
+        for path in _visible_files(root / name):
+            if path.suffix.lower() in _SUFFIXES:
+                if path.is_file():
+                    found.append(path)
+                elif path.is_symlink() and not path.exists():
+                    dangling.append(path)
         empty = empty or (None if found else root / name)
         files += sorted(found)
         labels += [label] * len(found)
@@ -217,9 +218,21 @@ def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path
     return files, np.array(labels, np.int32)
 
 
-def below(root: pathlib.Path) -> int:
-    """Return the position at which the part below `root` starts in the path of a file below it."""
-    return len(str(root / "_")) - 1
+def _visible_files(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the files below a folder that are not hidden, in links to folders too."""
+
+    def cannot_be_read(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=cannot_be_read, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder around it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # macOS puts ._NAME beside NAME.
+        yield from (pathlib.Path(folder, name) for name in files if not name.startswith("."))
 
 
 def _decode_all(root: pathlib.Path, files: Sequence[pathlib.Path], image_size: int) -> np.ndarray:

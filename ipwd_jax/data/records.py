@@ -69,7 +69,7 @@ def folder_records(root: str | os.PathLike, split: str) -> Records:
 
 def file_records(found: folder.Files, class_names: Sequence[str]) -> Records:
     files = [str(path) for path in found.paths]  # path objects take several times the memory
-    checksum, start = 0, folder.below(found.root)
+    checksum, start = 0, len(str(found.root / "_")) - 1
     for file in files:
         identity = f"/{file[start:]}\0{os.path.getsize(file)}\n"
         checksum = zlib.crc32(os.fsencode(identity), checksum)

@@ -26,8 +26,8 @@ from ipwd_jax.typing import PyTree
 
 
 def import_file(
-    path: pathlib.Path,
-    workdir: pathlib.Path | None = None,
+    path: str | pathlib.Path,
+    workdir: str | pathlib.Path | None = None,
     network: str = "",
     key: str = "",
     checksums: Mapping[str, str] | None = None,
@@ -51,7 +51,9 @@ def import_file(
             that are NaN or infinite or whose squares overflow; or the work directory exists.
             Nothing is written in these cases.
     """
-    workdir = workdir or pathlib.Path("runs") / path.stem
+    path = pathlib.Path(path).expanduser()
+    workdir = pathlib.Path(workdir or f"runs/{path.stem}").expanduser()
+    checkpoint.check_path(workdir)
     if os.path.exists(workdir):  # False for a name that no folder can have
         raise UserError(f"{workdir} exists already; choose another --workdir or delete it")
     fit, variables, metadata = _read(path, network, key)
@@ -84,10 +86,12 @@ def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -
         which: epoch of a run, "last" or "best".
 
     Raises:
-        UserError: there is neither a run nor a file, or it cannot be read.
+        UserError: there is neither a finished run nor a file, or it cannot be read.
     """
     if not path.is_dir():
         return _read(path, network)[1]
+    if not (path / "result.json").exists():
+        raise UserError(f"the run in {path} is not finished; run its command again first")
     _, template, term = _of_run(path, which)
     if term:
         raise UserError(
@@ -136,7 +140,7 @@ def _write(workdir: pathlib.Path, variables: PyTree, config: dict, result: dict)
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") -> str:
+def export_file(workdir: str | pathlib.Path, path: str | pathlib.Path, which: str = "last") -> str:
     """Write the network of a run as a state dict that PyTorch loads strictly.
 
     If a term has replaced the head, as SimKD does, the tensors of the network have the prefix
@@ -154,6 +158,7 @@ def export_file(workdir: pathlib.Path, path: pathlib.Path, which: str = "last") 
     Raises:
         UserError: the run has no readable checkpoint, or `path` cannot be written.
     """
+    workdir, path = (pathlib.Path(p).expanduser() for p in (workdir, path))
     name, template, _ = _of_run(workdir, which)
     variables, _ = checkpoint.load_network(workdir, which, template)
     tensors = to_torch(jax.device_get(variables))

@@ -13,7 +13,7 @@ __all__ = ["summary", "write_report"]
 
 
 def write_report(
-    runs: Sequence[str | pathlib.Path],
+    runs: str | pathlib.Path | Sequence[str | pathlib.Path],
     out: str | pathlib.Path | None = None,
     baseline: str | pathlib.Path | None = None,
     figures: bool = False,
@@ -24,7 +24,7 @@ def write_report(
     tables; several runs also get their table of results in LaTeX and in CSV.
 
     Args:
-        runs: the work directories of the runs.
+        runs: the work directory of a run, or those of several.
         out: the page, whose name ends in `.html`. By default `report.html` in the work directory of
             a single run, and in the current directory for several.
         baseline: the work directory of a run to compare with. A single run is compared with it
@@ -49,9 +49,10 @@ def write_report(
     # Matplotlib and SciPy's statistics take a second to import, and a training run needs neither.
     from ipwd_jax.report.write import write
 
+    def path(name: str | pathlib.Path | None) -> pathlib.Path | None:
+        return None if name is None else pathlib.Path(name).expanduser()
+
+    runs = [runs] if isinstance(runs, str | pathlib.Path) else runs
     return write(
-        [pathlib.Path(run) for run in runs],
-        pathlib.Path(out) if out is not None else None,
-        pathlib.Path(baseline) if baseline is not None else None,
-        figures,
+        [pathlib.Path(run).expanduser() for run in runs], path(out), path(baseline), figures
     )

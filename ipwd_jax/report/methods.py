@@ -266,6 +266,8 @@ def _method(one: Loaded) -> str:
     method = name.removesuffix(pair)
     if method == name:
         return _described(one.run.config)
+    if (rest := method.removeprefix(f"{one.data}_")) != method:
+        return one_line(rest, 60)
     data, _, rest = method.partition("_")
     known = any(data and data in source for source in (one.data, str(one.run.config.data.name)))
     if known and not rest:  # labels alone may have no name of their own

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ipwd_jax.errors import UserError
+
 # Metric -> unit, in the order of the table.
 _UNITS = {
     "top1": "%",
@@ -28,6 +30,9 @@ def summary(result: Mapping[str, Any]) -> str:
     Args:
         result: the content of `result.json`.
 
+    Raises:
+        UserError: it is empty, because the run is not finished.
+
     Examples:
         >>> result = ipwd_jax.load_run("runs/mine").result
         >>> "last epoch" in ipwd_jax.summary(result)
@@ -40,6 +45,8 @@ def summary(result: Mapping[str, Any]) -> str:
             f"{result['network']}, {result['classes']} classes: {result['parameters']:,} "
             f"parameters, imported from {result['imported']['file']}"
         )
+    if "network" not in result:
+        raise UserError("the run is not finished, so there are no results to show yet")
     columns = {
         f"{name} epoch {result[name]['epoch']}": result[name]
         for name in ("last", "best")

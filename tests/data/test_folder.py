@@ -45,6 +45,11 @@ def test_a_third_split_is_named(tmp_path, capsys):
     assert "has the folder 'val' too, which is not used" in capsys.readouterr().err
     load(f"folder:{tmp_path}", test_split="val")
     assert capsys.readouterr().err == ""
+    (tmp_path / "test").rename(tmp_path / "Test")
+    (tmp_path / "val").rename(tmp_path / "Eval")
+    load(f"folder:{tmp_path}")
+    words = capsys.readouterr().err
+    assert "has the folder 'Eval' too" in words and "are images held out" in words
 
 
 def test_the_training_split_is_not_tested_on(tmp_path):
@@ -131,6 +136,19 @@ def test_hidden_folders_are_left_out_at_any_depth(tmp_path):
                   "a/x/.trash/y/3.png"):  # fmt: skip
         write_image(tmp_path / place)
     assert same(load(f"folder:{tmp_path}", test_fraction=0.5), wanted)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    for place in ("more/1.png", "b/1.png", "b/2.png", "b/3.png"):
+        write_image(tmp_path / place)
+    (tmp_path / "data/a").mkdir(parents=True)
+    (tmp_path / "data/a/more").symlink_to("../../more")
+    (tmp_path / "data/a/again").symlink_to(".")
+    (tmp_path / "data/b").symlink_to("../b")
+    write_image(tmp_path / "data/a/2.png")
+    dataset = load(f"folder:{tmp_path}/data", test_fraction=0.5)
+    labels = np.concatenate([dataset.train.labels, dataset.test.labels])
+    assert np.bincount(labels).tolist() == [2, 3]
 
 
 def test_links_that_lead_nowhere_are_told(tmp_path, capsys):

@@ -90,6 +90,7 @@ def test_published_numbers_are_of_all_data(runs):
         changed(folder, "config.json", config__name=f"cifar100_{name}_resnet32x4_resnet8x4")
         changed(folder, "config.json", config__teacher__name="resnet32x4")
         changed(folder, "config.json", config__model__name="resnet8x4")
+        changed(folder, "config.json", config__data__name="cifar100")
         changed(folder, "config.json", config__data__long_tail=100.0)
     out = runs / "all.html"
     report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], out)
@@ -128,6 +129,15 @@ def test_curves_of_long_names_are_all_drawn(runs):
     )
     assert len(labels) == 3 and max(map(len, labels)) <= 26
     assert "](a%20b_figures/data0-training-0.svg)" in (runs / "a b.md").read_text()
+
+
+def test_the_name_of_the_data_is_no_part_of_the_method(runs):
+    for name in ("ipwd", "kd"):
+        changed(runs / f"{name}_seed0", "result.json", data="my_photos")
+        pair = "my_photos_" + name + "_tiny_net_tiny_net"
+        changed(runs / f"{name}_seed0", "config.json", config__name=pair, data__name="my_photos")
+    report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], runs / "all.html")
+    assert {name for name, _ in results(runs / "all.csv")} == {"ipwd", "kd"}
 
 
 def test_labels_alone_without_a_name_of_their_own(runs):

@@ -176,6 +176,10 @@ def test_published_numbers_are_shown_beside_ours(runs):
         changed(folder, "config.json", config__teacher__name="resnet32x4")
         changed(folder, "config.json", config__model__name="resnet8x4")
     out = runs / "all.html"
+    report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], out)
+    assert "Published" not in out.with_suffix(".md").read_text()  # other data of the same name
+    for name in ("ipwd", "kd"):
+        changed(runs / f"{name}_seed0", "config.json", config__data__name="cifar100")
     main([str(runs / "ipwd_seed0"), str(runs / "kd_seed0"), f"--out={out}"])
     text = out.with_suffix(".md").read_text().partition("## Published numbers")[2]
     numbers, minus = published.of_data("cifar100"), "\N{MINUS SIGN}"

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from helpers import settings, squares, stopped_after, teacher_folder
+from helpers import ROOT, module_of, settings, squares, stopped_after, teacher_folder
 
 from ipwd_jax import plan, train, workdir
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.recorder import Recorder
+from ipwd_jax.runs import load_student
 
 
 def config(**changes):
@@ -76,10 +77,36 @@ def test_a_finished_student_needs_no_teacher(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["cached", "run"]
 
 
+def test_a_path_that_orbax_would_take_for_a_pattern(tmp_path):
+    folder = tmp_path / "photos [2024]"
+    for start in (train.run, lambda *given: next(train.planned(*given))):
+        with pytest.raises(UserError, match=r"could not be read again, .* character '\['"):
+            start(config(), folder / "run", squares())
+    assert not list(folder.iterdir())
+    given = teacher_lib.find_workdir(config(), tmp_path / "run", folder.name, {"data": "0"})
+    assert given.name.startswith("photos -2024]_tiny_net_")
+    own = module_of(ROOT / "configs/own_data.py").get_config(str(folder))
+    assert own.name == "photos -2024]_ipwd_resnet32x4_resnet8x4"
+
+
+def test_the_network_of_an_unfinished_run(folder, capsys):
+    unfinished = folder / "unfinished"
+    with stopped_after(1):
+        train.run(config(checkpoint__every_seconds=0.0, steps_per_call=1), unfinished, squares())
+    with pytest.raises(UserError, match="is not finished and has no best epoch yet"):
+        load_student(unfinished, "best")
+    load_student(unfinished)
+    assert (
+        "unfinished is not finished: this network has been trained for" in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match=r"the run in .*unfinished is not finished"):
+        train.run(config(model__pretrained=str(unfinished)), folder / "student", squares())
+
+
 def test_a_student_is_not_its_own_teacher(folder):
     own = config(teacher__workdir=str(folder / "run/../run"))
     for start in (train.run, lambda *given: next(train.planned(*given))):
-        with pytest.raises(UserError, match="is to hold the student and its teacher"):
+        with pytest.raises(UserError, match="would hold both the student and its teacher"):
             start(own, folder / "run", squares())
 
 
