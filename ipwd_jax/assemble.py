@@ -177,12 +177,16 @@ class Experiment:
             streamed: tuple[jax.Array | None, ...],
         ) -> tuple[TrainState, ...]:
             if share_order:
-                # All seeds read the same key and step, so that the compiler recognises that they
-                # ask the teacher about the same images, and computes its answers only once.
+                # All seeds read the key, the step and the rows of the first, so that the compiler
+                # recognises that they ask the teacher about the same images, and computes its
+                # answers only once.
                 first = states[0]
                 states = tuple(
                     dataclasses.replace(s, key=first.key, step=first.step) for s in states
                 )
+                seeds = len(states)
+                index, mask = index[:1] * seeds, mask[:1] * seeds
+                streamed = streamed[:1] * seeds
             return tuple(
                 step.train_step(spec, now, data, inputs, rows, valid, images)
                 for now, rows, valid, images in zip(states, index, mask, streamed, strict=True)
@@ -235,7 +239,7 @@ def assemble(
     teacher: Teacher | None,
     pretrained: Mapping[tuple[str, ...], np.ndarray] | None = None,
 ) -> Experiment:
-    """Assemble a run, without computing anything on a device.
+    """Assemble a run.
 
     Args:
         config: config of the run, as `validate.validate` accepts it.

@@ -17,8 +17,8 @@ from ipwd_jax.errors import UserError
 SCHEDULES = ("step", "cosine")
 # Settings of `config.data` that do not apply to a teacher that is trained for a student.
 STUDENTS_ALONE = ("rand_augment", "rand_magnitude", "mixup", "cutmix")
-# all: every view of every image; drawn: those that the run draws; auto: the smaller of the two
-# tables, or none unless it saves a tenth of the answers.
+# all: every view of every image, which serves other runs too; drawn: those that the run draws;
+# auto: the first of the two that saves a tenth of the answers of this run, or none.
 VIEW_CACHES = ("auto", "off", "all", "drawn")
 
 
@@ -33,7 +33,8 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.name = ""  # label of the run; the default work directory is runs/NAME_seedSEED
     config.seeds = ()  # train several runs in one program, each as if alone: NAME_seed0...
-    config.share_order = False  # whether all of `seeds` see the first one's order, crops and flips
+    config.share_order = False  # whether all of `seeds` see the images of the first, in its order,
+    # and ask the teacher once for all of them; what the terms draw is the same for them, too
     config.seed = 0  # of initialisation, order of the samples, crops and flips
 
     config.data = _data()
@@ -41,8 +42,10 @@ def default() -> ConfigDict:
     config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
     # if the data has another number of classes, the classifier starts afresh
     config.model.classifier_bias = True  # False: no bias, and a kernel as CAT-KD's authors draw it
-    config.sync_batch_norm = True  # normalise by the global batch; False: by each device's rows, in
-    # the networks alone: the modules of loss terms always normalise by the global batch
+    config.sync_batch_norm = (
+        True  # normalise by the global batch; False: by each device's rows, but
+    )
+    # neither in modules of loss terms nor while a teacher is trained
 
     config.teacher = _teacher()
     config.deterministic = False  # same bits in every run on a GPU too, which costs speed
@@ -177,8 +180,8 @@ def cifar_learning_rate(network: str) -> float:
 def teacher_config(config: ConfigDict) -> ConfigDict:
     """The run that trains `config.teacher`: labels only, on the same data.
 
-    A function of `config.data` and `config.teacher` alone, so that every student of a teacher
-    finds the same one.
+    What it computes depends on `config.data` and `config.teacher` alone, so that every student of a
+    teacher finds the same one.
     """
     teacher = default()
     plain = {key: teacher.data[key] for key in STUDENTS_ALONE}
@@ -190,7 +193,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     for key in ("seed", "epochs", "batch_size", "optimizer"):
         teacher[key] = config.teacher[key]
     teacher.terms.ce.label_smoothing = config.teacher.label_smoothing
-    for key in ("sync_batch_norm", "eval_batch_size", "log_every_steps"):
+    for key in ("eval_batch_size", "log_every_steps"):
         teacher[key] = config[key]
     teacher.checkpoint = config.checkpoint
     return teacher

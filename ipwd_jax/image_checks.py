@@ -28,15 +28,20 @@ def check_images(config: ConfigDict, terms: Mapping[str, Term], dataset: Dataset
     """
     for name, term in terms.items():
         if term.rotations:
-            _check_rotations(config, name, dataset)
+            _check_rotations(config, name, term, dataset)
         if term.strong_view:
             _check_strong_view(config, name, terms, dataset)
     if config.data.mixup or config.data.cutmix:
         _check_mixing(config, terms)
 
 
-def _check_rotations(config: ConfigDict, name: str, dataset: Dataset) -> None:
+def _check_rotations(config: ConfigDict, name: str, term: Term, dataset: Dataset) -> None:
     """Raise `UserError` if a term cannot see four rotations of each image."""
+    if term.heads:
+        raise UserError(
+            f"the loss term {name} has heads, which do not see the rotations; leave out its heads, "
+            "or rotate no images"
+        )
     _, height, width, _ = dataset.train.images.shape
     if config.data.rand_augment:
         raise UserError(

@@ -291,6 +291,7 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
     variables, _ = load_network(workdir, config.teacher.which, template)
     teacher = from_variables(config, variables, dataset, workdir)
     predict = evaluate.make_predict(network.apply)
+    ask = teacher.ask  # JAX keeps `as_in_the_step`, and with it what it refers to
 
     def logits(split: Split, predict: Callable = predict, inputs: PyTree = variables) -> np.ndarray:
         data = parallel.replicate(resident(dataset, split))
@@ -298,7 +299,7 @@ def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher
 
     def as_in_the_step(inputs: PyTree, images: jax.Array) -> Outputs:
         with precision.of_products(config.precision):
-            return precision.at_least_float32(teacher.ask(inputs, images))
+            return precision.at_least_float32(ask(inputs, images))
 
     def of_both() -> dict[str, np.ndarray]:
         train = dataset.train

@@ -82,13 +82,12 @@ def run(
         teacher = None
         of_data = {"data": checksums["data"]}  # all that a teacher depends on, beside its recipe
         teacher_workdir = _teacher_folder(experiment, workdir, runs, of_data)
-        finished = parallel.from_first(lambda: all((f / "result.json").exists() for f in runs))
-        finished = finished and bool(runs) and not extend
+        finished = bool(runs) and parallel.from_first(
+            lambda: all(workdir_lib.is_finished(folder, config.epochs) for folder in runs)
+        )
         if not finished:
             print(plan.describe(experiment, list(runs), teacher_workdir), flush=True)
         if teacher_workdir and (not finished or workdir_lib.has_network(teacher_workdir)):
-            if not config.teacher.pretrained:
-                workdir_lib.check_begun_with(teacher_workdir, runs)
             teacher_result = _ensure_teacher(config, teacher_workdir, dataset, of_data)
             if teacher_only:
                 return teacher_result
@@ -151,15 +150,15 @@ def _teacher_folder(
     runs: Iterable[pathlib.Path],
     of_data: Mapping[str, str],
 ) -> pathlib.Path | None:
-    """Return the folder of the teacher's run, which must not be that of a student."""
+    """Return the folder of the teacher's run, after checks of it and of the runs' folders."""
     config, name = experiment.config, experiment.dataset.name
     found = teacher_lib.find_workdir(config, workdir, name, of_data)
     for folder in (*runs, *([found] if found else [])):
         check_path(folder)
     if found and found.resolve() in [folder.resolve() for folder in runs]:
-        raise UserError(
-            f"{found} would hold both the student and its teacher; choose another --workdir"
-        )
+        raise UserError(f"{found} would hold both student and teacher; choose another --workdir")
+    if found and not config.teacher.pretrained:
+        workdir_lib.check_begun_with(found, runs, config.epochs)
     return found
 
 

@@ -79,13 +79,14 @@ def with_cache(experiment: Experiment, cache: ViewCache) -> Experiment:
     """
     teacher = experiment.teacher
     assert teacher is not None
+    ask = teacher.ask  # JAX keeps `look_up`, and with it what it refers to
 
     def look_up(inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs:
         cache, of_network = inputs
         outputs = answer(cache, images, batch)
         if batch.strong_image is None:
             return outputs
-        return outputs.with_strong(teacher.ask(of_network, batch.strong_image, batch.mask))
+        return outputs.with_strong(ask(of_network, batch.strong_image, batch.mask))
 
     cached = dataclasses.replace(teacher, answer=answer, inputs=cache)
     if experiment.strong_view:
@@ -158,7 +159,7 @@ def load_or_build(
     folder = teacher.workdir / "views"
     config = experiment.config
     seeds = seeds or tuple(config.seeds) or (config.seed,)
-    seeds = config.seeds[:1] if config.share_order else seeds
+    seeds = sorted({int(experiment.order_seed(seed)) for seed in seeds})
     files, used = _files_and_views(experiment, folder, seeds)
     index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
     asked = answers_asked(experiment, len(seeds))
@@ -284,15 +285,16 @@ def _files_and_views(
     mode = config.teacher.view_cache
     whole = TableFiles(folder, {**identity, "views": "all"})
     if mode == "auto":
-        fits = views <= epochs * len(seeds) or parallel.from_first(whole.complete)
-        mode = "all" if fits else "drawn"
+        pays = views <= _WORTH * epochs * len(seeds) or parallel.from_first(whole.complete)
+        mode = "all" if pays else "drawn"
     if mode == "all":
         return whole, np.ones((size, views), bool)
     drawn = {"seeds": list(seeds), "epochs": epochs}
     files = TableFiles(folder, {**identity, "views": drawn})
-    of_all = TableFiles(folder, {**identity, "views": {**drawn, "seeds": list(config.seeds)}})
-    if len(seeds) < len(config.seeds) and parallel.from_first(of_all.complete):
-        files, seeds = of_all, config.seeds  # of runs that were stopped while they finished
+    of_config = sorted({int(experiment.order_seed(seed)) for seed in config.seeds})
+    of_all = TableFiles(folder, {**identity, "views": {**drawn, "seeds": of_config}})
+    if len(seeds) < len(of_config) and parallel.from_first(of_all.complete):
+        files, seeds = of_all, of_config  # of runs that were stopped while they finished
     return files, drawn_views(config, seeds, epochs, size)
 
 
@@ -301,16 +303,17 @@ def _ask_of(experiment: Experiment) -> Callable[..., jax.Array]:
 
     Its result (B, columns) float32 holds the logits and then, if a term reads it, the embedding.
     """
-    config, teacher = experiment.config, experiment.teacher
-    assert teacher is not None
+    assert experiment.teacher is not None
+    # JAX keeps `ask`, and with it what it refers to.
+    config, ask_teacher = experiment.config, experiment.teacher.ask
+    with_embedding = "embedding" in experiment.teacher_taps
 
     def ask(inputs: PyTree, data: Resident, index: jax.Array, view: jax.Array) -> jax.Array:
         images = augment.apply_views(
             data.images_at(index), view, config.data.crop_padding, config.data.flip
         )
         with precision.of_products(config.precision):
-            outputs = teacher.ask(inputs, augment.normalize(images, data.mean, data.std))
-        with_embedding = "embedding" in experiment.teacher_taps
+            outputs = ask_teacher(inputs, augment.normalize(images, data.mean, data.std))
         columns = [outputs.logits, *([outputs.embedding] if with_embedding else [])]
         return jnp.concatenate(precision.at_least_float32(columns), axis=1)
 

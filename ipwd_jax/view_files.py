@@ -108,16 +108,15 @@ class TableFiles:
     def make_room(self) -> None:
         """Remove old tables."""
         for table in self._old():
-            if table.exists():
-                size = _mib(table.stat().st_size)
-                print(f"Removing {table} ({size}), which can be built again", flush=True)
+            if size := _size_and_time(table)[0]:
+                print(f"Removing {table} ({_mib(size)}), which can be built again", flush=True)
             table.with_suffix(".json").unlink(missing_ok=True)
             table.unlink(missing_ok=True)
 
     def complete(self) -> bool:
         """Return whether the table is complete, judged by its note and its size."""
         said = self._read(self.note)
-        return bool(said) and self.table.exists() and self.table.stat().st_size == said["bytes"]
+        return bool(said) and _size_and_time(self.table)[0] == said["bytes"]
 
     def load(self) -> np.ndarray | None:
         """Return the memory-mapped table; None if it was removed or, with a warning, is damaged."""

@@ -108,15 +108,25 @@ def has_network(workdir: pathlib.Path) -> bool:
     )
 
 
-def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path]) -> None:
+def is_finished(workdir: pathlib.Path, epochs: int) -> bool:
+    """Return whether the run in a directory has finished with this number of epochs."""
+    try:
+        noted = json.loads((workdir / "config.json").read_text())["config"]["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return noted == epochs and (workdir / "result.json").exists()
+
+
+def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path], epochs: int) -> None:
     """Raise `UserError` if a run has begun with a teacher that is not in the directory `teacher`.
 
     A teacher that is trained again need not have the same bits, and its students would be refused
-    only then.
+    only then. A run that has finished its `epochs` needs no teacher.
     """
 
     def check() -> None:
-        begun = [path for path in workdirs if "teacher" in _noted_checksums(path)]
+        left = [path for path in workdirs if not is_finished(path, epochs)]
+        begun = [path for path in left if "teacher" in _noted_checksums(path)]
         if begun and not any(teacher.glob("checkpoints/*")):
             raise UserError(
                 f"{begun[0]} has begun with a teacher that is not in {teacher}. Move the teacher's "

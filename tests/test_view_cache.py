@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from types import SimpleNamespace
@@ -72,6 +73,8 @@ def test_a_cache_is_built_by_itself_only_where_the_run_asks_for_more(
 
     few, said = built(seed=5)
     assert not few and "and the run asks for 80. For several students" in said
+    some, said = built(seed=5, epochs=19)  # not all of the 18 views that there are
+    assert some and 400 < int(re.search(r"Computing (\d+) answers", said)[1]) < 560
     many, said = built(seed=5, seeds=(5, 6), epochs=12)  # 24 views are drawn of 18 that there are
     assert many and "Computing 720 answers of the teacher takes about 0:00" in said
     assert "need not ask for 960 answers" in said

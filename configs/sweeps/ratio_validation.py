@@ -2,6 +2,8 @@
 
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_validation.py --out=runs/ratio_validation
 
+The command must be started in the folder that holds `ipwd_jax` and `configs`.
+
 The test set then plays no part in that choice, so that the accuracy of the best epoch on it is what
 can be expected of other images. Students are trained on the other 45,000 images. Their teacher is
 that of ratio_small.py, which has seen all 50,000. A run refuses a

@@ -73,6 +73,7 @@ def test_a_finished_student_needs_no_teacher(folder, capsys):
     shutil.rmtree(teacher_folder(folder, "tiny_net"))
     result = train.run(config(), folder / "run", squares())
     assert result == json.loads((folder / "run/result.json").read_text())
+    assert train.run(config(), folder / "run", squares(), extend=True) == result
     assert "Training" not in capsys.readouterr().out
     assert sorted(path.name for path in folder.iterdir()) == ["cached", "run"]
 
@@ -106,7 +107,7 @@ def test_the_network_of_an_unfinished_run(folder, capsys):
 def test_a_student_is_not_its_own_teacher(folder):
     own = config(teacher__workdir=str(folder / "run/../run"))
     for start in (train.run, lambda *given: next(train.planned(*given))):
-        with pytest.raises(UserError, match="would hold both the student and its teacher"):
+        with pytest.raises(UserError, match="would hold both student and teacher"):
             start(own, folder / "run", squares())
 
 
@@ -239,8 +240,9 @@ def test_a_student_without_the_teacher_that_it_began_with_is_refused(folder, cap
     (folder / "moved").mkdir()
     teacher.rename(folder / "moved/teacher")
     capsys.readouterr()
-    with pytest.raises(UserError, match="has begun with a teacher that is not in"):
-        train.run(longer, folder / "begun", squares())
+    for start in (train.run, lambda *given: next(train.planned(*given))):
+        with pytest.raises(UserError, match="has begun with a teacher that is not in"):
+            start(longer, folder / "begun", squares())
     assert not teacher.exists() and "Teacher tiny_net" not in capsys.readouterr().out
     longer.teacher.workdir = str(folder / "moved/teacher")
     train.run(longer, folder / "begun", squares())
@@ -269,10 +271,21 @@ def test_numbers_of_numpy_are_recorded_as_numbers(folder):
     assert train.run(plain, folder / "numpy", squares())["last"]
 
 
-def test_nothing_of_a_run_stays_in_memory(folder):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher__view_cache": "off"},
+        {"teacher__view_cache": "drawn"},
+        {"teacher__fold": True},
+        {"loss__kd": 0.0, "loss__crld": 1.0, "weighting__terms": ("crld",)},
+    ],
+)
+def test_nothing_of_a_run_stays_in_memory(changes, folder):
     dataset = squares()
     images = weakref.ref(dataset.train.images)
-    train.run(config(seed=5), folder / "other", dataset)
+    train.run(
+        config(**{"seed": 5, "teacher__view_cache": "all", **changes}), folder / "other", dataset
+    )
     del dataset
     gc.collect()
     assert images() is None

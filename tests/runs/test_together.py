@@ -8,9 +8,11 @@ import pytest
 from helpers import settings
 
 import ipwd_jax
-from ipwd_jax import packing, report, train
+from ipwd_jax import models, packing, parallel, report, train
+from ipwd_jax.assemble import assemble
+from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
-from ipwd_jax.teacher import compare
+from ipwd_jax.teacher import compare, from_variables
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,23 @@ def test_parameters_in_one_vector_give_the_same(changes, alone, squares, folder,
         ipwd_jax.load_student(folder / run).variables["params"] for run in (name, "alone_0")
     )
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, usual)
+
+
+def test_seeds_that_share_the_order_ask_the_teacher_once(squares):
+    network = models.create("tiny_net", 2)
+    variables = jax.jit(network.init)(jax.random.key(0), squares.train.images[:1])
+
+    def convolutions(**changes):
+        config = settings(seeds=(0, 1), teacher__view_cache="off", **changes)
+        experiment = assemble(config, squares, from_variables(config, variables, squares))
+        states = tuple(experiment.begin(0, experiment.initial_state(seed)) for seed in (0, 1))
+        batches = zip(*(next(experiment.batches(seed, 0)) for seed in (0, 1)), strict=True)
+        data = parallel.replicate(resident(squares, squares.train))
+        given = parallel.replicate(states), data, experiment.teacher.inputs, *batches
+        program = experiment.train_step(0).lower(*given).compile().as_text()
+        return program.count(" convolution(")
+
+    assert convolutions() - convolutions(share_order=True) == 2  # those of one answer
 
 
 @pytest.mark.slow
