@@ -11,7 +11,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from ipwd_jax.models.base import BatchNorm, Linear, Outputs, conv, pool_and_classify, relu
+from ipwd_jax.models.base import BatchNorm, Conv, Linear, Outputs, conv, pool_and_classify, relu
 
 
 class BasicBlock(nn.Module):
@@ -19,17 +19,19 @@ class BasicBlock(nn.Module):
 
     width: int
     stride: int
+    conv: Callable[..., Conv]
     norm: Callable[..., BatchNorm]
+    shortcut: str = "downsample"
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        y = conv(self.width, stride=self.stride, name="conv1")(x)
+        y = self.conv(self.width, stride=self.stride, name="conv1")(x)
         y = relu(self.norm(name="bn1")(y, mask))
-        y = conv(self.width, name="conv2")(y)
+        y = self.conv(self.width, name="conv2")(y)
         y = self.norm(name="bn2")(y, mask)
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = conv(self.width, kernel=1, stride=self.stride, name="downsample.0")(x)
-            x = self.norm(name="downsample.1")(x, mask)
+            x = self.conv(self.width, kernel=1, stride=self.stride, name=f"{self.shortcut}.0")(x)
+            x = self.norm(name=f"{self.shortcut}.1")(x, mask)
         return x + y
 
 
@@ -67,7 +69,7 @@ class ResNet(nn.Module):
         for stage, width in enumerate(stages, start=1):
             for block in range(self.blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
-                pre = BasicBlock(width, stride, norm, name=f"layer{stage}.{block}")(x, mask)
+                pre = BasicBlock(width, stride, conv, norm, name=f"layer{stage}.{block}")(x, mask)
                 x = relu(pre)
             features += (x,)
             preact += (pre,)

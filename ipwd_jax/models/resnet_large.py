@@ -24,27 +24,7 @@ from ipwd_jax.models.base import (
     relu,
     torch_uniform_kernel,
 )
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; returns the sum before the final ReLU."""
-
-    width: int
-    stride: int
-    conv: Callable[..., Conv]
-    norm: Callable[..., BatchNorm]
-    shortcut: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        y = self.conv(self.width, stride=self.stride, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y, mask))
-        y = self.conv(self.width, name="conv2")(y)
-        y = self.norm(name="bn2")(y, mask)
-        if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.conv(self.width, kernel=1, stride=self.stride, name=f"{self.shortcut}.0")(x)
-            x = self.norm(name=f"{self.shortcut}.1")(x, mask)
-        return x + y
+from ipwd_jax.models.resnet import BasicBlock
 
 
 class Bottleneck(nn.Module):
