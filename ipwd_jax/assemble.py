@@ -82,18 +82,17 @@ class Experiment:
     @property
     def teacher_taps(self) -> frozenset[str]:
         """Names of the fields of the teacher's `Outputs` that any stage reads."""
-        stages = range(len(self.stages))
-        return frozenset().union(*(self.step_spec(stage).teacher_taps for stage in stages))
+        return frozenset().union(*(stage.teacher_taps for stage in self.stages))
 
     @property
     def rotated(self) -> bool:
         """Whether the networks see every image in four rotations in any stage."""
-        return any(self.step_spec(stage).rotated for stage in range(len(self.stages)))
+        return any(stage.rotated for stage in self.stages)
 
     @property
     def strong_view(self) -> bool:
         """Whether the networks also see a strong view of every image in any stage."""
-        return any(self.step_spec(stage).strong_view for stage in range(len(self.stages)))
+        return any(stage.strong_view for stage in self.stages)
 
     def order_seed(self, seed: int) -> int:
         """Return the seed that decides the order and the views of the samples.
@@ -137,13 +136,8 @@ class Experiment:
             steps_per_epoch=self.steps_per_epoch,
             network=self.network,
             heads=self.heads,
-            terms=this.terms,
-            loss_weights=this.loss,
-            pretrains=this.pretrains,
-            weighting=this.weighting,
+            stage=this,
             answer=self.teacher.answer if self.teacher else None,
-            optimizer=this.optimizer,
-            trainable=this.trainable,
             flat=self._flat(this),
         )
 

@@ -12,6 +12,7 @@ from ipwd_jax import losses, models, optim, parallel, student
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.errors import UserError
 from ipwd_jax.image_checks import check_images
+from ipwd_jax.losses import weighting
 from ipwd_jax.losses.base import Term
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.teacher import Teacher
@@ -46,6 +47,24 @@ class Stage:
     optimizer: optax.GradientTransformation
     trainable: PyTree
     first_step: int
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the networks see every image in four rotations."""
+        return any(term.rotations for term in self.terms.values())
+
+    @property
+    def strong_view(self) -> bool:
+        """Whether the networks also see a strong view of every image."""
+        return any(term.strong_view for term in self.terms.values())
+
+    @property
+    def teacher_taps(self) -> frozenset[str]:
+        """Names of the fields of the teacher's `Outputs` that the terms or the weighting read."""
+        taps = {tap for term in self.terms.values() for tap in term.teacher_taps}
+        return frozenset(
+            {*taps, *(weighting.create(self.weighting).teacher_taps if self.weighting else ())}
+        )
 
 
 def create(

@@ -8,7 +8,7 @@ devices by collectives over `parallel.AXIS`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import optax
 from clu.metrics import Average
 from jax import lax
-from ml_collections import ConfigDict
 
 from ipwd_jax import precision
 from ipwd_jax.data import views
 from ipwd_jax.data.resident import Resident
 from ipwd_jax.losses import weighting
-from ipwd_jax.losses.base import Batch, Term
+from ipwd_jax.losses.base import Batch
 from ipwd_jax.losses.taps import only_declared
 from ipwd_jax.models.base import Outputs, frozen_norms
 from ipwd_jax.models.heads import Heads
 from ipwd_jax.packing import Packing
 from ipwd_jax.parallel import AXIS
+from ipwd_jax.stages import Stage
 from ipwd_jax.state import TrainState, augment_key, terms_key
 from ipwd_jax.typing import Answer, PyTree
 
@@ -39,7 +39,7 @@ _ROWS = ("image", "label", "index", "view", "mask", "partner_label", "share", "s
 class StepSpec:
     """The static part of the steps of one stage, as `assemble.Experiment.step_spec` returns it.
 
-    The loss is the sum over the terms of `loss_weights[name]` times the mean of the term's loss
+    The loss is the sum over the terms of `stage.loss[name]` times the mean of the term's loss
     over the global batch. The losses of the terms that the weighting names are first multiplied by
     the per-sample weights, except for the part that `Term.label_loss` returns.
 
@@ -51,14 +51,10 @@ class StepSpec:
         steps_per_epoch: number of steps in an epoch.
         network: the student.
         heads: the student's extra heads.
-        terms: the active terms, by name.
-        loss_weights: weight of each term in the loss.
-        pretrains: whether terms with `first_stage_params` are applied by their method `pretrain`.
-        weighting: `config.weighting`, or None if the stage is not weighted.
+        stage: the stage, with its terms, weighting, optimiser and trained parameters. A BatchNorm
+            layer that trains none of its parameters normalises by its running statistics and leaves
+            them unchanged.
         answer: the function by which the teacher is asked, or None if there is no teacher.
-        optimizer: optimiser of the whole `TrainState.params`, frozen parts included.
-        trainable: bools in the structure of `TrainState.params`. A BatchNorm layer that trains none
-            of its parameters normalises by its running statistics and leaves them unchanged.
         flat: whether a call of several steps keeps the kernels of the networks, and what the
             optimiser keeps for each of their numbers, in vectors (`packing.Flat`). The optimiser
             must then change every number independently of the others.
@@ -71,32 +67,9 @@ class StepSpec:
     steps_per_epoch: int
     network: nn.Module
     heads: Heads
-    terms: Mapping[str, Term]
-    loss_weights: Mapping[str, float]
-    pretrains: bool
-    weighting: ConfigDict | None
+    stage: Stage
     answer: Answer | None
-    optimizer: optax.GradientTransformation
-    trainable: PyTree
     flat: bool
-
-    @property
-    def rotated(self) -> bool:
-        """Whether the networks see every image in four rotations."""
-        return any(term.rotations for term in self.terms.values())
-
-    @property
-    def strong_view(self) -> bool:
-        """Whether the networks also see a strong view of every image."""
-        return any(term.strong_view for term in self.terms.values())
-
-    @property
-    def teacher_taps(self) -> frozenset[str]:
-        """Names of the fields of the teacher's `Outputs` that the terms or the weighting read."""
-        taps = {tap for term in self.terms.values() for tap in term.teacher_taps}
-        return frozenset(taps) | (
-            weighting.teacher_taps(self.weighting) if self.weighting else frozenset()
-        )
 
 
 def train_step(
@@ -148,7 +121,7 @@ def train_step(
         return answered, cut
 
     with precision.of_products(spec.precision):
-        looks_ahead = spec.look_ahead and spec.teacher_taps and len(index) > 1
+        looks_ahead = spec.look_ahead and spec.stage.teacher_taps and len(index) > 1
         body, rows = ahead(state) if looks_ahead else (one, (index, mask, streamed))
         packed = packing.pack(state)
         if len(index) == 1:
@@ -177,12 +150,12 @@ def load_batch(
     how, key, second = spec.augmentation, augment_key(state.key), None
     if streamed is not None and streamed.ndim == 5:
         streamed, second = streamed[:, 0], streamed[:, 1]
-    images, view, mixed = views.load(how, key, epoch, data, index, streamed, spec.rotated)
+    images, view, mixed = views.load(how, key, epoch, data, index, streamed, spec.stage.rotated)
     strong_image = None
-    if spec.strong_view:
+    if spec.stage.strong_view:
         strong_image = views.strong(how, key, epoch, data, index, second)
     batch = Batch(
-        image=_upright(images) if spec.rotated else images,
+        image=_upright(images) if spec.stage.rotated else images,
         label=data.labels[index],
         index=index,
         view=view,
@@ -198,12 +171,12 @@ def load_batch(
 
 def ask_teacher(spec: StepSpec, inputs: PyTree, images: jax.Array, batch: Batch) -> Outputs | None:
     """Return the teacher's answers in float32 or better, or None if nothing reads them."""
-    if not spec.teacher_taps:
+    if not spec.stage.teacher_taps:
         return None
     assert spec.answer is not None
     answers = spec.answer(inputs, images, batch)
     # What nothing reads is dropped here, so that it is never computed.
-    return precision.at_least_float32(only_declared(answers, spec.teacher_taps))
+    return precision.at_least_float32(only_declared(answers, spec.stage.teacher_taps))
 
 
 def forward(
@@ -215,7 +188,7 @@ def forward(
         The outputs of the student, the logits of its heads by name, and the new running statistics
         of both.
     """
-    mask = jnp.repeat(batch.mask, 4) if spec.rotated else batch.mask
+    mask = jnp.repeat(batch.mask, 4) if spec.stage.rotated else batch.mask
     cast = lambda tree: precision.cast(spec.precision, tree)  # noqa: E731
 
     def run(images: jax.Array, batch_stats: PyTree) -> tuple[Outputs, PyTree]:
@@ -223,7 +196,7 @@ def forward(
             {
                 "params": cast(params["student"]),
                 "batch_stats": batch_stats,
-                "frozen": frozen_norms(spec.trainable["student"]),
+                "frozen": frozen_norms(spec.stage.trainable["student"]),
             },
             cast(images),
             train=True,
@@ -244,9 +217,9 @@ def forward(
         {
             "params": of_heads,
             "batch_stats": batch_stats["heads"],
-            "frozen": frozen_norms(spec.trainable["heads"]),
+            "frozen": frozen_norms(spec.stage.trainable["heads"]),
         },
-        _upright(student.embedding) if spec.rotated else student.embedding,
+        _upright(student.embedding) if spec.stage.rotated else student.embedding,
         image,
         True,
         batch.mask,
@@ -278,20 +251,20 @@ def apply_terms(
     losses: dict[str, jax.Array] = {}
     batch_stats: dict[str, PyTree] = {}
     memory: dict[str, PyTree] = {}
-    for name, term in spec.terms.items():
+    for name, term in spec.stage.terms.items():
         variables = {
             "params": params["terms"],
             "batch_stats": state.batch_stats["terms"],
             "memory": state.memory["terms"],
         }
         variables = {k: v[name] for k, v in variables.items() if name in v}
-        frozen = frozen_norms(spec.trainable["terms"].get(name, {}))
+        frozen = frozen_norms(spec.stage.trainable["terms"].get(name, {}))
         losses[name], updated = term.apply(
             {**variables, "frozen": frozen},
             *(rotated if term.rotations else upright),
             batch,
             mutable=["batch_stats", "memory"],
-            method="pretrain" if spec.pretrains and term.first_stage_params else None,
+            method="pretrain" if spec.stage.pretrains and term.first_stage_params else None,
         )
         batch_stats |= {name: updated["batch_stats"]} if "batch_stats" in updated else {}
         memory |= {name: updated["memory"]} if "memory" in updated else {}
@@ -313,23 +286,23 @@ def loss_and_updates(
         `batch_stats`, the new `memory`, and the averages of this step by name.
     """
     outputs, extra, stats = forward(spec, params, state.batch_stats, batch, images)
-    student = outputs.map_rows(_upright) if spec.rotated else outputs
+    student = outputs.map_rows(_upright) if spec.stage.rotated else outputs
     student = dataclasses.replace(student, extra_logits=extra)
-    teacher = answers.map_rows(_upright) if spec.rotated and answers else answers
+    teacher = answers.map_rows(_upright) if spec.stage.rotated and answers else answers
     weights, of_weighting = None, state.memory["weighting"]
-    if spec.weighting:
+    if spec.stage.weighting:
         weights, of_weighting = weighting.weigh(
-            spec.weighting, student, teacher, batch, of_weighting, AXIS
+            spec.stage.weighting, student, teacher, batch, of_weighting, AXIS
         )
     losses, of_terms, memory = apply_terms(
         spec, state, params, (outputs, answers), (student, teacher), batch
     )
-    for name, term in spec.terms.items():
-        if weights is not None and spec.weighting and name in spec.weighting.terms:
+    for name, term in spec.stage.terms.items():
+        if weights is not None and spec.stage.weighting and name in spec.stage.weighting.terms:
             losses[name] = losses[name] * weights
         if (of_labels := term.label_loss(student, batch)) is not None:
             losses[name] = of_labels + losses[name]
-    loss = sum(spec.loss_weights[name] * value for name, value in losses.items())
+    loss = sum(spec.stage.loss[name] * value for name, value in losses.items())
     predicted = student.logits.argmax(axis=1)
     correct = batch.over_labels(lambda label: (predicted == label).astype(jnp.float32))
     mask = batch.mask
@@ -363,7 +336,7 @@ def update(
         # Each device's running statistics are weighted by its share of the valid rows.
         share = batch.mask.sum() / lax.psum(batch.mask.sum(), AXIS)
         batch_stats = lax.psum(jax.tree.map(lambda x: share * x, batch_stats), AXIS)
-    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = spec.stage.optimizer.update(grads, state.opt_state, state.params)
     new_epoch = state.step % spec.steps_per_epoch == 0
     first, bad = state.nonfinite, ~jnp.isfinite(averages.total)
     return dataclasses.replace(

@@ -237,8 +237,7 @@ def answers_asked(experiment: Experiment, orders: int) -> int:
         experiment: the runs.
         orders: number of orders in which they see the images: one for each seed, or for all.
     """
-    stages = enumerate(experiment.stages)
-    epochs = sum(s.epochs for i, s in stages if experiment.step_spec(i).teacher_taps)
+    epochs = sum(stage.epochs for stage in experiment.stages if stage.teacher_taps)
     return orders * epochs * len(experiment.dataset.train.labels)
 
 

@@ -307,11 +307,6 @@ def create(weighting: ConfigDict) -> Weighting:
     return kind(**{field.name: weighting[field.name] for field in dataclasses.fields(kind)})
 
 
-def teacher_taps(weighting: ConfigDict) -> frozenset[str]:
-    """Names of the fields of the teacher's `Outputs` that a weighting reads."""
-    return frozenset(create(weighting).teacher_taps)
-
-
 def init_memory(weighting: ConfigDict, size: int) -> dict[str, jax.Array]:
     """What a weighting stores for every training sample, each (size,) float32 and initially 0.
 
