@@ -146,7 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     torch.set_num_threads(arguments.threads)
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("XLA_FLAGS", " ".join(xla.PROFILES["cpu-eigen"].flags))
+    os.environ.setdefault("XLA_FLAGS", " ".join(xla.PROFILES["cpu-eigen"]))
     of_teacher, of_student = (
         collections.Counter(convolutions(name, arguments.batch, arguments.image_size))
         for name in arguments.pair.split(",")

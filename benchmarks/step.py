@@ -43,7 +43,7 @@ from ipwd_jax.pytorch.names import to_torch
 GATE_STEPS, GATE_LEARNING_RATE, LOSS_TOLERANCE, WEIGHT_TOLERANCE = 10, 0.01, 1e-9, 1e-6
 BASELINE = "torch_channels_last"
 ON_GPU = pathlib.Path("/dev/nvidiactl").exists()
-EIGEN, GRAPHS = (" ".join(xla.PROFILES[name].flags) for name in ("cpu-eigen", "gpu-graphs"))
+EIGEN, GRAPHS = (" ".join(xla.PROFILES[name]) for name in ("cpu-eigen", "gpu-graphs"))
 
 
 def torch_arms() -> dict[str, dict[str, Any]]:

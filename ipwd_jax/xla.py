@@ -10,41 +10,25 @@ part of a profile, because a process reads it when it starts: on Linux,
 
 import os
 import pathlib
-from typing import NamedTuple
 
 import jax
 
 from ipwd_jax.errors import UserError, unknown_name
 
-
-class Profile(NamedTuple):
-    """Flags for XLA, and their purpose as an imperative phrase."""
-
-    purpose: str
-    flags: tuple[str, ...]
-
-
-PROFILES = {
-    "gpu-graphs": Profile(
-        "launch whole steps as CUDA graphs, convolutions and loops included",
-        (
-            "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
-            "--xla_gpu_graph_min_graph_size=1",
-        ),
+# Profile -> its flags for XLA.
+PROFILES: dict[str, tuple[str, ...]] = {
+    # Launch whole steps as CUDA graphs, convolutions and loops included.
+    "gpu-graphs": (
+        "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
+        "--xla_gpu_graph_min_graph_size=1",
     ),
-    "gpu-conv-fusion": Profile(
-        "fuse a convolution with the operations around it through cuDNN; experimental",
-        ("--xla_gpu_experimental_enable_conv_fusion=true",),
-    ),
-    "gpu-quick-compile": Profile(
-        "take the first algorithm for each convolution instead of timing all of them",
-        ("--xla_gpu_autotune_level=0",),
-    ),
-    "cpu-eigen": Profile(
-        "compute convolutions and matrix products with Eigen and oneDNN, which are faster than "
-        "YNN; YNN still computes the sums",
-        ("--xla_cpu_experimental_ynn_fusion_type=reduce",),
-    ),
+    # Fuse a convolution with the operations around it through cuDNN; experimental.
+    "gpu-conv-fusion": ("--xla_gpu_experimental_enable_conv_fusion=true",),
+    # Take the first algorithm for each convolution instead of timing all of them.
+    "gpu-quick-compile": ("--xla_gpu_autotune_level=0",),
+    # Compute convolutions and matrix products with Eigen and oneDNN, which are faster than YNN; YNN
+    # still computes the sums.
+    "cpu-eigen": ("--xla_cpu_experimental_ynn_fusion_type=reduce",),
 }
 
 
@@ -76,7 +60,7 @@ def apply(
         raise unknown_name("XLA profile", profile, (*PROFILES, "none"))
     given = os.environ.get("XLA_FLAGS", "").split()
     names = {flag.partition("=")[0]: flag for flag in given}
-    flags = () if profile == "none" else PROFILES[profile or DEFAULT].flags
+    flags = () if profile == "none" else PROFILES[profile or DEFAULT]
     wanted = dict.fromkeys(flags if profile else (), f"the profile {profile}")
     wanted |= dict.fromkeys(_DETERMINISTIC if deterministic else (), "config.deterministic")
     for flag, why in wanted.items():
@@ -116,6 +100,6 @@ def active() -> str:
     on_cpu = jax.default_backend() == "cpu"
     return ", ".join(
         name
-        for name, profile in PROFILES.items()
-        if name.startswith("cpu-") == on_cpu and set(profile.flags) <= set(given)
+        for name, flags in PROFILES.items()
+        if name.startswith("cpu-") == on_cpu and set(flags) <= set(given)
     )

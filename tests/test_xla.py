@@ -17,7 +17,7 @@ def test_a_cpu_gets_the_fastest_convolutions_unless_told_otherwise(monkeypatch):
     xla.apply("none")
     assert os.environ["XLA_FLAGS"] == "--xla_a=1" and xla.active() == ""
     xla.apply()
-    (flag,) = xla.PROFILES["cpu-eigen"].flags
+    (flag,) = xla.PROFILES["cpu-eigen"]
     assert os.environ["XLA_FLAGS"] == f"--xla_a=1 {flag}" and xla.active() == "cpu-eigen"
     own = flag.replace("reduce", "none")
     monkeypatch.setenv("XLA_FLAGS", own)
