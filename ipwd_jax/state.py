@@ -137,7 +137,7 @@ def init_state(
     key = jax.random.key(seed)
     student_key, heads_key, init_key = jax.random.split(jax.random.fold_in(key, 0), 3)
     variables = jax.jit(network.init)(student_key, jnp.zeros((1, *image_shape)))
-    batch = _batch_of_zeros(image_shape, train_size, key)
+    batch = batch_of_zeros(image_shape, train_size, key)
     student = outputs_of_zeros(network, batch.image)
     teacher_outputs = outputs_of_zeros(teacher, batch.image) if teacher else None
     of_heads = heads.init(heads_key, student.embedding, batch.image, False)
@@ -175,7 +175,7 @@ def init_state(
     )
 
 
-def _batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Array) -> Batch:
+def batch_of_zeros(image_shape: tuple[int, ...], train_size: int, key: jax.Array) -> Batch:
     """Return a batch of two samples, of which only the shapes and types matter."""
     rows = jnp.zeros(2, jnp.int32)
     return Batch(

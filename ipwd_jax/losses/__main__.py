@@ -15,24 +15,23 @@ import jax.numpy as jnp
 
 from ipwd_jax import losses, models, signals
 from ipwd_jax.errors import UserError
-from ipwd_jax.losses.base import Batch, Term, as_seen
+from ipwd_jax.losses.base import Term, as_seen
 from ipwd_jax.models.base import Outputs
 from ipwd_jax.models.heads import Heads
+from ipwd_jax.state import batch_of_zeros, outputs_of_zeros
 from ipwd_jax.typing import PyTree
 
 CLASSES, SIZE, TRAIN_SIZE = 100, 32, 50_000
 
 
-def network_outputs(name: str, classes: int = CLASSES, size: int = SIZE) -> Outputs:
-    """The shapes that the network `name` returns for two images of `size` x `size` pixels.
+def network_outputs(name: str) -> Outputs:
+    """What the network `name` returns for two images, with zeros in all arrays.
 
     Raises:
         UserError: the network does not exist, or needs larger images.
     """
-    models.check_input(name, size, size)
-    network = models.create(name, classes)
-    image = jnp.zeros((2, size, size, 3))
-    return jax.eval_shape(lambda key: network.init_with_output(key, image)[0], jax.random.key(0))
+    models.check_input(name, SIZE, SIZE)
+    return outputs_of_zeros(models.create(name, CLASSES), jnp.zeros((2, SIZE, SIZE, 3)))
 
 
 def variable_shapes(
@@ -56,7 +55,7 @@ def variable_shapes(
         term = term.clone(train_size=train_size)
 
     def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> dict[str, PyTree]:
-        batch = _blank_batch(student.logits.shape[0], train_size)
+        batch = batch_of_zeros((1, 1, 1), train_size, key)
         heads = Heads(student.logits.shape[1], linear)
         of_heads = heads.init(key, student.embedding, batch.image, False)
         student = dataclasses.replace(
@@ -117,20 +116,6 @@ def main(names: Sequence[str]) -> None:
     for name, kind in losses.WEIGHTINGS.items():
         fields = " ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(kind))
         print(f"{name:10}{' '.join(kind.teacher_taps) or '-':29}{fields}".rstrip())
-
-
-def _blank_batch(rows: int, train_size: int) -> Batch:
-    numbers = jnp.zeros(rows, jnp.int32)
-    return Batch(
-        image=jnp.zeros((rows, 1, 1, 1)),
-        label=numbers,
-        index=numbers,
-        view=numbers,
-        mask=jnp.ones(rows),
-        epoch=jnp.int32(0),
-        train_labels=jnp.zeros(train_size, jnp.int32),
-        key=jax.random.key(0),
-    )
 
 
 def _count(tree: PyTree) -> int:
