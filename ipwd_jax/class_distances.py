@@ -1,5 +1,6 @@
 """Distances between the classes of a data set, as a trained network sees them."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,6 @@ from ipwd_jax.data import memory
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import resident
 from ipwd_jax.errors import UserError
-from ipwd_jax.models.base import Outputs
 from ipwd_jax.typing import PyTree
 
 
@@ -47,13 +47,10 @@ def of_features(features: jax.Array) -> jax.Array:
     """
     centred = features - features.mean(axis=1, keepdims=True)
 
-    def with_all(a: jax.Array) -> jax.Array:
-        def with_one(b: jax.Array) -> jax.Array:
-            return jnp.square(jnp.matmul(b.T, a, precision="highest")).sum()
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.square(jnp.matmul(b.T, a, precision="highest")).sum()
 
-        return lax.map(with_one, centred)
-
-    products = lax.map(with_all, centred)
+    products = lax.map(lambda a: lax.map(functools.partial(product, a), centred), centred)
     norms = jnp.sqrt(jnp.diagonal(products))
     scale = jnp.maximum(norms[:, None] * norms[None], jnp.finfo(norms.dtype).tiny)
     return jnp.clip(1 - products / scale, 0, 1)
@@ -85,7 +82,7 @@ def of_maps(apply: Callable, variables: PyTree, dataset: Dataset, batch_size: in
             "teacher's classifier instead"
         )
     by_class = [np.flatnonzero(train.labels == c)[: counts.min()] for c in range(classes)]
-    predict = evaluate.make_predict(apply, _last_map)
+    predict = evaluate.make_predict(apply, lambda outputs: outputs.features[-1])
 
     def maps_of(index: np.ndarray) -> np.ndarray:
         split = train.take(index.astype(np.int32))
@@ -104,7 +101,3 @@ def of_maps(apply: Callable, variables: PyTree, dataset: Dataset, batch_size: in
     for c in range(1, classes):
         features[c] = maps_of(by_class[c])
     return np.asarray(of_features(jnp.asarray(features)))
-
-
-def _last_map(outputs: Outputs) -> jax.Array:
-    return outputs.features[-1]

@@ -1,6 +1,7 @@
 """A network's predictions for a whole split, and their metrics."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -15,12 +16,9 @@ from ipwd_jax.models.base import Outputs
 from ipwd_jax.typing import PyTree
 
 
-def _logits(outputs: Outputs) -> jax.Array:
-    return outputs.logits
-
-
 def make_predict(
-    apply: Callable[[PyTree, jax.Array], Any], read: Callable[[Outputs], jax.Array] = _logits
+    apply: Callable[[PyTree, jax.Array], Any],
+    read: Callable[[Outputs], jax.Array] = operator.attrgetter("logits"),
 ) -> Callable[..., jax.Array]:
     """Compile `predict(variables, data, index, images) -> logits` for unaugmented images.
 
