@@ -7,7 +7,7 @@ carry a gradient. To add a weighting, write a class like those below and add a l
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from ipwd_jax.losses.taps import check_taps, only_declared
 from ipwd_jax.models.base import Outputs
 
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
+# The weights (B,) of a batch, and arrays by name.
+Weights: TypeAlias = tuple[jax.Array, dict[str, jax.Array]]
 # Settings in `config.weighting` that belong to no single weighting; no field can have their names.
 _OF_ALL = ("name", "terms", "start_epoch", "clip", "batch_normalize", "average")
 _LARGEST_RATIO = 1e26  # times a loss and summed over samples, it still fits into float32
@@ -155,9 +157,7 @@ class Weighting:
         """
         return {}
 
-    def weights(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weights(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Weights:
         """The weight of each sample, (B,), and a record (B,) for each name in `memory`.
 
         Args:
@@ -184,9 +184,7 @@ class Uniform(Weighting):
     weighs = False
     mixed_images = True
 
-    def weights(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weights(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Weights:
         return jnp.ones_like(batch.mask), {}
 
 
@@ -203,9 +201,7 @@ class Constant(Weighting):
     varies = False
     mixed_images = True
 
-    def weights(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weights(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Weights:
         return jnp.full_like(batch.mask, self.constant), {}
 
 
@@ -215,9 +211,7 @@ class WSLD(Weighting):
 
     teacher_taps = ("logits",)
 
-    def weights(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weights(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Weights:
         assert teacher is not None
         return wsld_weights(student.logits, teacher.logits, batch.label), {}
 
@@ -247,9 +241,7 @@ class IPWD(Weighting):
             heads["kd"] = "with config.weighting.kd_source=head needs the distilled head"
         return heads
 
-    def weights(
-        self, student: Outputs, teacher: Outputs | None, batch: Batch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def weights(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Weights:
         distilled = student.extra_logits["kd"] if self.kd_source == "head" else student.logits
         label_only = student.extra_logits["cls"]
         h_kd, h_cls = batch.over_labels(
@@ -351,7 +343,7 @@ def weigh(
     batch: Batch,
     memory: dict[str, jax.Array],
     axis_name: str | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> Weights:
     """The weights of one batch, and the memory updated with them.
 
     The running mean, the clip, the division by the batch mean and `start_epoch` are applied in this
