@@ -87,10 +87,7 @@ def class_recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Returns:
         (C,) in percent; nan for a class without samples.
     """
-    classes = logits.shape[1]
-    hits = np.bincount(labels[logits.argmax(axis=1) == labels], minlength=classes)
-    count = np.bincount(labels, minlength=classes)
-    return 100 * np.divide(hits, count, out=np.full(classes, np.nan), where=count > 0)
+    return 100 * class_means(logits.argmax(axis=1) == labels, labels, logits.shape[1])
 
 
 def group_recall(

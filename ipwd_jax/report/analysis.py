@@ -38,13 +38,10 @@ class Confidence:
         Each is (BINS,); the first two are in 0..1, and nan for a bin without answers.
         """
         inside = np.clip(np.ceil(self.confidence * BINS).astype(int) - 1, 0, BINS - 1)
-        count = np.bincount(inside, minlength=BINS)
-
-        def mean(values: np.ndarray) -> np.ndarray:
-            total = np.bincount(inside, values, BINS)
-            return np.divide(total, count, out=np.full(BINS, np.nan), where=count > 0)
-
-        return mean(self.confidence), mean(self.correct.astype(np.float64)), count
+        confidence, accuracy = (
+            metrics.class_means(x, inside, BINS) for x in (self.confidence, self.correct)
+        )
+        return confidence, accuracy, np.bincount(inside, minlength=BINS)
 
     def risk_coverage(self) -> tuple[np.ndarray, np.ndarray]:
         """Coverage k / N and the share of errors among the k most confident answers, k = 1..N."""

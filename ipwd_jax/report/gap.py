@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import metrics
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import groups_by_mass, mean_measured
+from ipwd_jax.report.analysis import column, groups_by_mass, mean_measured
 from ipwd_jax.report.content import Figure, Section, Table, short
 from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
@@ -182,8 +182,7 @@ def _gain_with_mass(
 
 def _noted(run: Loaded, name: str) -> np.ndarray | None:
     """A column of `classes.csv`, nan where it is empty; None if it has no number."""
-    values = [row.get(name) for row in run.classes]
-    numbers = np.array([v if isinstance(v, float) else np.nan for v in values])
+    numbers = column(run.classes, name)
     return None if np.isnan(numbers).all() else numbers
 
 
