@@ -90,28 +90,28 @@ def class_recall(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return 100 * class_means(logits.argmax(axis=1) == labels, labels, logits.shape[1])
 
 
-def group_recall(
-    logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray, groups: int = 4
-) -> list[float]:
-    """Compute the mean recall of classes that are grouped by the mass that the teacher gives them.
+def groups_by_mass(class_mass: np.ndarray) -> list[np.ndarray]:
+    """Divide the classes into four equal groups, from those that the teacher favours most down.
 
-    Niu et al., 2022, Table 1: the classes are ranked by the teacher's total predicted probability
-    in descending order, and the ranking is divided into equal groups.
-
-    Args:
-        logits: (N, C).
-        labels: (N,) integers; a class without samples is left out of the mean of its group.
-        class_mass: (C,) the teacher's probabilities, summed over the training set.
-        groups: number of groups.
-
-    Returns:
-        The mean recall of each group in percent, from the head of the ranking to its tail; nan for
-        a group without samples.
+    Niu et al., 2022, Table 1: the classes are ranked by the teacher's total predicted probability.
     """
-    recall = class_recall(logits, labels)
-    order = np.argsort(-class_mass, kind="stable")
-    parts = (recall[part] for part in np.array_split(order, groups))
-    return [part[~np.isnan(part)].mean() if (~np.isnan(part)).any() else np.nan for part in parts]
+    return np.array_split(np.argsort(-class_mass, kind="stable"), 4)
+
+
+def mean_measured(values: np.ndarray) -> float:
+    """Compute the mean of the finite values; nan if there are none."""
+    measured = values[np.isfinite(values)]
+    return float(measured.mean()) if len(measured) else float("nan")
+
+
+def group_means(values: np.ndarray, class_mass: np.ndarray) -> list[float]:
+    """Compute the mean of values of classes (C,), such as recalls, in each of `groups_by_mass`."""
+    return [mean_measured(values[group]) for group in groups_by_mass(class_mass)]
+
+
+def group_recall(logits: np.ndarray, labels: np.ndarray, class_mass: np.ndarray) -> list[float]:
+    """Compute the `group_means` of the `class_recall`; the mass is that on the training set."""
+    return group_means(class_recall(logits, labels), class_mass)
 
 
 def weight_summary(weights: np.ndarray) -> dict[str, float]:

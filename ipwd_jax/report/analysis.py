@@ -93,11 +93,6 @@ def marks(history: list[dict[str, Any]], stepped: Collection[str]) -> Marks:
     return Marks(drops, stages)
 
 
-def groups_by_mass(class_mass: np.ndarray, groups: int = 4) -> list[np.ndarray]:
-    """The classes in groups from the teacher's favourites down, as in `metrics.group_recall`."""
-    return np.array_split(np.argsort(-class_mass, kind="stable"), groups)
-
-
 def confusions(
     logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray, most: int = 10
 ) -> list[tuple[int, int, int, int]]:
@@ -125,9 +120,3 @@ def confusions(
     order = np.argsort(-difference, kind="stable")[:most]
     pairs = [divmod(int(flat), classes) for flat in order if difference[flat]]
     return [(i, j, int(student[i, j]), int(teacher[i, j])) for i, j in pairs]
-
-
-def mean_measured(values: np.ndarray) -> float:
-    """The mean of what is measured; nan if nothing is."""
-    measured = values[np.isfinite(values)]
-    return float(measured.mean()) if len(measured) else float("nan")

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from ipwd_jax import metrics
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import BINS, Confidence, Marks, column, mean_measured
+from ipwd_jax.report.analysis import BINS, Confidence, Marks, column
 from ipwd_jax.report.content import Figure, one_line, short
 from ipwd_jax.report.drawing import BLUE, COLOURS, GREEN, INK, LINES, VERMILLION, draw
 
@@ -202,7 +203,7 @@ def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -
     """The gain in recall of each class over a baseline, from the teacher's favourites down."""
     order = np.concatenate(groups)
     ends = np.cumsum([len(group) for group in groups])
-    means = [mean_measured(gains[group]) for group in groups]
+    means = [metrics.mean_measured(gains[group]) for group in groups]
 
     def paint(axes: Axes) -> None:
         for number, group in enumerate(groups):

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import metrics
 from ipwd_jax.report import drawing
-from ipwd_jax.report.analysis import column, groups_by_mass, mean_measured
+from ipwd_jax.report.analysis import column
 from ipwd_jax.report.content import Figure, Section, Table, short
 from ipwd_jax.report.drawing import INK, draw
 from ipwd_jax.report.load import Loaded
@@ -39,7 +39,7 @@ def by_mass(
         if to not in noted:
             continue
         recalls = {
-            method: {seed: _of_groups(*found) for seed, found in of_seeds.items()}
+            method: {seed: metrics.group_means(*found) for seed, found in of_seeds.items()}
             for method, of_seeds in noted.items()
         }
         rows, gains = [], {}
@@ -159,10 +159,6 @@ def _class_recalls(
             if recall is not None and mass is not None and len(recall) == len(mass) >= _GROUPS:
                 found.setdefault(one.method, {})[seed] = recall, mass
     return found
-
-
-def _of_groups(recall: np.ndarray, mass: np.ndarray) -> list[float]:
-    return [mean_measured(recall[part]) for part in groups_by_mass(mass, _GROUPS)]
 
 
 def _gain_with_mass(

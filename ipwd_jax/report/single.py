@@ -224,13 +224,12 @@ def _gains(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Sec
     if not len(mass) == ours["last_logits"].shape[1] == theirs["last_logits"].shape[1]:
         raise UserError("the runs and their teacher's class masses differ in the number of classes")
     labels = ours["labels"]
-    gains = metrics.class_recall(ours["last_logits"], labels)
-    gains = gains - metrics.class_recall(theirs["last_logits"], labels)
-    groups = analysis.groups_by_mass(mass)
+    recalls = [metrics.class_recall(x["last_logits"], labels) for x in (theirs, ours)]
+    gains = recalls[1] - recalls[0]
+    groups = metrics.groups_by_mass(mass)
     names = loaded.class_names(len(mass))
     rows = []
-    before = metrics.group_recall(theirs["last_logits"], labels, mass)
-    after = metrics.group_recall(ours["last_logits"], labels, mass)
+    before, after = (metrics.group_means(recall, mass) for recall in recalls)
     for number, group in enumerate(groups):
         shown = ", ".join(names[label] for label in group[:8]) + (", …" if len(group) > 8 else "")
         numbers = (before[number], after[number], after[number] - before[number])
