@@ -152,22 +152,6 @@ def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
 
 
-def mass_correlation(weights: np.ndarray, labels: np.ndarray, class_mass: np.ndarray) -> float:
-    """Compute Spearman's rank correlation of the mean weight and the teacher's mass of the classes.
-
-    An inverse propensity must be negatively correlated with the mass.
-
-    Args:
-        weights: (N,) weights of the training samples.
-        labels: (N,) integers; every class must have a sample.
-        class_mass: (C,) the teacher's probabilities, summed over the training set.
-
-    Returns:
-        The correlation, or nan if the mean weights or the masses are constant.
-    """
-    return rank_correlation(class_means(weights, labels, len(class_mass)), class_mass)
-
-
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Compute Spearman's rank correlation of two series, both (N,); nan if one is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -193,7 +193,8 @@ class SeedRun:
             labels, mass = self.experiment.dataset.train.labels, self._class_mass()
             hardness = self._hardness
             for name, weights in alternatives.items():
-                row[f"mass_correlation_{name}"] = metrics.mass_correlation(weights, labels, mass)
+                means = metrics.class_means(weights, labels, len(mass))
+                row[f"mass_correlation_{name}"] = metrics.rank_correlation(means, mass)
                 if hardness is not None:
                     correlation = metrics.rank_correlation(weights, hardness)
                     row[f"hardness_correlation_{name}"] = correlation

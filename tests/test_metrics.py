@@ -61,9 +61,10 @@ def test_weight_summary():
 def test_mass_correlation_is_of_class_means_and_ranks():
     labels = np.array([0, 0, 1, 2])
     weights = np.array([1.0, 5.0, 2.0, 1.5])  # class means 3, 2, 1.5
-    assert metrics.mass_correlation(weights, labels, np.array([1, 10, 11.0])) == pytest.approx(-1)
-    assert metrics.mass_correlation(weights, labels, np.array([9, 2, 1.0])) == pytest.approx(1)
-    assert np.isnan(metrics.mass_correlation(np.ones(4), labels, np.array([1, 2, 3.0])))
+    means = metrics.class_means(weights, labels, 3)
+    assert metrics.rank_correlation(means, np.array([1, 10, 11.0])) == pytest.approx(-1)
+    assert metrics.rank_correlation(means, np.array([9, 2, 1.0])) == pytest.approx(1)
+    assert np.isnan(metrics.rank_correlation(np.ones(3), np.array([1, 2, 3.0])))
 
 
 def test_rank_correlation():

@@ -208,7 +208,7 @@ def _gap(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Secti
         raise UserError("some classes have no training sample in samples.npz")
     if np.ptp(mass) == 0:
         raise UserError("the run has no teacher that favours some classes")
-    rank = metrics.mass_correlation(weight, label, mass)
+    rank = metrics.rank_correlation(means, mass)
     text = [
         "An inverse propensity gives large weights to the classes that the teacher gives little "
         "probability, so that the correlation is negative."
