@@ -73,14 +73,19 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per row; the columns are all keys, in the order of their first use."""
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line per row; the columns are all keys, in the order of their first use."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    return text.getvalue()
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `csv_text`."""
+    write_atomically(path, csv_text(rows).encode())
 
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:

@@ -1,8 +1,6 @@
 """What a report consists of, before it becomes HTML, Markdown, LaTeX or CSV."""
 
-import csv
 import dataclasses
-import io
 import re
 from collections.abc import Sequence
 from urllib.parse import quote
@@ -195,15 +193,6 @@ def latex_table(table: Table) -> str:
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def csv_records(records: Sequence[dict[str, str | int | float]]) -> str:
-    """Records as CSV; the columns are those of the first record, which has them all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def _md(text: str) -> str:

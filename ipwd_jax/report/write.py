@@ -11,7 +11,7 @@ from ipwd_jax.errors import UserError
 from ipwd_jax.report import content, drawing, several, single
 from ipwd_jax.report.content import Report
 from ipwd_jax.report.load import Loaded, load, load_all, without_teachers
-from ipwd_jax.writers import write_atomically
+from ipwd_jax.writers import csv_text, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def write(
     folder = f"{out.stem}_figures" if figures else ""
     files = {out: page(report), out.with_suffix(".md"): content.markdown(report, folder)}
     if report.results:
-        files[out.with_suffix(".csv")] = content.csv_records(report.results)
+        files[out.with_suffix(".csv")] = csv_text(report.results)
         tables = [content.latex_table(table) for table in report.tables]
         files[out.with_suffix(".tex")] = "\n".join(["% needs the package booktabs", *tables])
     if figures:
