@@ -201,7 +201,7 @@ def signed(value: float | None) -> str:
 
 def changes(config: ConfigDict, other: ConfigDict) -> list[str]:
     """Return the settings in which `config` differs from `other`, but not the name and seeds."""
-    ours, theirs = _leaves(config), _leaves(other)
+    ours, theirs = leaves(config), leaves(other)
     return [
         f"{path}={one_line(ours.get(path, 'missing'), 60)}"
         for path in sorted(ours.keys() | theirs.keys())
@@ -225,9 +225,8 @@ def _identity(one: Loaded) -> str:
     config = one.run.config
     if config.weighting.name in WEIGHTINGS:
         return workdir.identity(config, {})
-    leaves = _leaves(config)  # of a weighting that is not known here
-    free = ("name=", "seed=", *_FREE)
-    return json.dumps({k: v for k, v in leaves.items() if not f"{k}=".startswith(free)})
+    free = ("name=", "seed=", *_FREE)  # of a weighting that is not known here
+    return json.dumps({k: v for k, v in leaves(config).items() if not f"{k}=".startswith(free)})
 
 
 def _named(found: dict[tuple[Pair, str], dict[int, Loaded]]) -> list[Group]:
@@ -295,6 +294,7 @@ def _is_plain_distillation(config: ConfigDict) -> bool:
     return plain and not standardized and not config.first_stage.epochs
 
 
-def _leaves(config: ConfigDict) -> dict[str, Any]:
+def leaves(config: ConfigDict) -> dict[str, Any]:
+    """Path -> value of every setting, as it is when read back from JSON."""
     settings = flat(ConfigDict(config_lib.plain(config)))
     return {path: v for path, v in settings.items() if not hasattr(v, "items")}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ipwd_jax import metrics
-from ipwd_jax.config import default, flat
+from ipwd_jax.config import default
 from ipwd_jax.errors import UserError
 from ipwd_jax.report import analysis, curves, methods, pictures
 from ipwd_jax.report.content import Report, Section, Table, one_line
@@ -307,21 +307,15 @@ def _facts(loaded: Loaded, baseline: Loaded | None, key: str, title: str) -> Sec
 
 def _changed(loaded: Loaded) -> list[list[str]]:
     """Setting, value and default of all settings that are not at their default."""
-    usual = {path: _plain(value) for path, value in _leaves(default()).items()}
-    rows = []
-    for path, value in sorted(_leaves(loaded.run.config).items()):
-        if _plain(value) != usual.get(path):
-            rows.append([path, _plain(value), usual.get(path, "(no such setting)")])
-    return [[one_line(cell, 120) for cell in row] for row in rows]
-
-
-def _leaves(config: Any) -> dict[str, Any]:
-    return {path: v for path, v in flat(config).items() if not hasattr(v, "items")}
-
-
-def _plain(value: Any) -> str:
-    """A setting as JSON has it, so that a tuple equals the list that was read from a file."""
-    return json.dumps(value, default=str)
+    here, usual = (
+        {path: json.dumps(value, default=str) for path, value in methods.leaves(config).items()}
+        for config in (loaded.run.config, default())
+    )
+    return [
+        [one_line(cell, 120) for cell in (path, value, usual.get(path, "(no such setting)"))]
+        for path, value in sorted(here.items())
+        if value != usual.get(path)
+    ]
 
 
 def _number(value: Any) -> str:
