@@ -202,7 +202,8 @@ def transfer_gap(means: np.ndarray, mass: np.ndarray, names: list[str], rank: fl
 def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -> Figure:
     """The gain in recall of each class over a baseline, from the teacher's favourites down."""
     order = np.concatenate(groups)
-    ends = np.cumsum([len(group) for group in groups])
+    sizes = np.array([len(group) for group in groups])
+    ends = np.cumsum(sizes)
     means = [metrics.mean_measured(gains[group]) for group in groups]
 
     def paint(axes: Axes) -> None:
@@ -216,7 +217,7 @@ def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -
         few = len(order) <= _MANY
         long = few and max(len(names[label]) for label in order) > 3
         axes.set_xticks(
-            np.arange(len(order)) if few else [(a + b) / 2 for a, b in _spans(groups)],
+            np.arange(len(order)) if few else ends - (sizes + 1) / 2,
             [names[label] for label in order] if few else [f"group {i}" for i in (1, 2, 3, 4)],
             rotation=60 if long else 0,
             ha="right" if long else "center",
@@ -230,11 +231,6 @@ def class_gains(gains: np.ndarray, groups: list[np.ndarray], names: list[str]) -
     caption = "Bars are classes and lines are the means of the four groups, in the order of the "
     caption += "teacher's mass."
     return Figure(draw("gains", alt, paint, 3.3), alt, caption)
-
-
-def _spans(groups: list[np.ndarray]) -> list[tuple[int, int]]:
-    ends = np.cumsum([len(group) for group in groups])
-    return [(int(end) - len(group), int(end) - 1) for group, end in zip(groups, ends, strict=True)]
 
 
 def _line(axes: Axes, epochs: np.ndarray, values: np.ndarray, **style: Any) -> None:
