@@ -71,7 +71,7 @@ class Snapshot:
     position: Position
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one work directory, numbered by the steps of all stages together."""
 
     def __init__(self, workdir: pathlib.Path, keep: int):
@@ -103,11 +103,11 @@ class Checkpoints:
             "best": snapshot.best,
             "state": _without_network(snapshot.state),
         }
-        shared = parallel.shared(items)
-        args = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(item) for name, item in shared.items()},
-            meta=ocp.args.JsonSave(_meta(snapshot.position, items)),
-        )
+        self._write(number, parallel.shared(items), _meta(snapshot.position, items))
+
+    def _write(self, number: int, items: dict[str, PyTree], meta: dict[str, Any]) -> None:
+        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args = ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.save(number, args=args, force=True)
 
@@ -179,7 +179,7 @@ class Checkpoints:
         items = {name: parallel.unshared(items[name]) for name in ("last", "best", "state")}
         for name, item in items.items():
             _verify(name, item, checksums)
-        state = _with_network(items["state"], items["last"])
+        state = items["state"].replace_network(items["last"])
         return Snapshot(state, items["best"], position)
 
     def _set_aside(self, damaged: dict[int, Exception]) -> None:
@@ -201,14 +201,8 @@ class Checkpoints:
             )
             (self.folder / str(number)).rename(self.folder / name)
 
-    def close(self) -> None:
-        self._manager.close()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._manager.close()
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
@@ -273,8 +267,10 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
     """
     folder = pathlib.Path(parallel.from_first(lambda: str(newest(workdir))))
     path = folder / which
-    shapes = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(saved_arrays(path))}
-    wanted = {jax.tree_util.keystr(p): x.shape for p, x in _leaves(template)}
+    shapes, wanted = (
+        {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (saved_arrays(path), template)
+    )
     wrong = [
         f"{name}: found {shapes.get(name, 'none')}, expected {wanted.get(name, 'none')}"
         for name in sorted({*shapes, *wanted})
@@ -328,13 +324,9 @@ def save_network(workdir: pathlib.Path, variables: PyTree) -> None:
         UserError: the checkpoint could not be written.
     """
     items = {"last": variables, "best": variables}
-    args = ocp.args.Composite(
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-        meta=ocp.args.JsonSave(_meta(Position(), items)),
-    )
-    with Checkpoints(workdir, keep=1) as checkpoints, checkpoints._writing():
-        checkpoints._manager.save(0, args=args, force=True)
-        checkpoints._manager.wait_until_finished()
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints._write(0, items, _meta(Position(), items))
+        checkpoints.wait()
 
 
 def _meta(position: Position, items: dict[str, PyTree]) -> dict[str, Any]:
@@ -376,21 +368,9 @@ def _checksum_of_json(value: Any) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-def _leaves(tree: PyTree) -> list[tuple[jax.tree_util.KeyPath, PyTree]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
 def _without_network(state: TrainState) -> TrainState:
     return dataclasses.replace(
         state,
         params={k: v for k, v in state.params.items() if k != "student"},
         batch_stats={k: v for k, v in state.batch_stats.items() if k != "student"},
-    )
-
-
-def _with_network(state: TrainState, network: PyTree) -> TrainState:
-    return dataclasses.replace(
-        state,
-        params={**state.params, "student": network["params"]},
-        batch_stats={**state.batch_stats, "student": network["batch_stats"]},
     )

@@ -57,6 +57,14 @@ class TrainState:
         """Return the student's own variables, as its `apply` takes them."""
         return {"params": self.params["student"], "batch_stats": self.batch_stats["student"]}
 
+    def replace_network(self, variables: Mapping[str, PyTree]) -> "TrainState":
+        """Return the state with the student's own variables, as `network` returns them."""
+        return dataclasses.replace(
+            self,
+            params={**self.params, "student": variables["params"]},
+            batch_stats={**self.batch_stats, "student": variables["batch_stats"]},
+        )
+
 
 def not_finite(tree: PyTree) -> list[str]:
     """Return the paths of the leaves that hold NaN, infinity or a number close to overflow.
@@ -240,13 +248,9 @@ def with_network(
         variables: the new values by their paths, such as `("params", "fc", "kernel")`.
     """
     # Copies, because the step reuses the memory of the state that it is given.
-    flat = flatten_dict(state.network()) | {k: jnp.array(x) for k, x in variables.items()}
-    network = unflatten_dict(flat)
-    return dataclasses.replace(
-        state,
-        params={**state.params, "student": network["params"]},
-        batch_stats={**state.batch_stats, "student": network.get("batch_stats", {})},
-    )
+    new = {k: jnp.array(x) for k, x in variables.items()}
+    flat = flatten_dict(state.network(), keep_empty_nodes=True)
+    return state.replace_network(unflatten_dict(flat | new))
 
 
 def begin_stage(
