@@ -11,7 +11,6 @@ from ipwd_jax import device_memory, parallel
 from ipwd_jax.data.resident import Resident, resident
 from ipwd_jax.errors import Interrupted
 from ipwd_jax.recorder import Recorder
-from ipwd_jax.seed_run import SeedRun
 
 
 class Loop:
@@ -20,16 +19,15 @@ class Loop:
     They share the data and the teacher, and give the same numbers as if each were trained alone.
 
     Attributes:
-        runs: one run per seed; all of them are at the same step.
-        recorders: the recorders of the runs, in the same order.
+        recorders: the recorder of each seed's run; all runs are at the same step.
+        runs: these runs.
     """
 
-    def __init__(
-        self, runs: Sequence[SeedRun], recorders: Sequence[Recorder], stopped_by: list[int]
-    ) -> None:
+    def __init__(self, recorders: Sequence[Recorder], stopped_by: list[int]) -> None:
         """The signal handlers append to `stopped_by` the signals that ask the loop to stop."""
-        self.runs, self.recorders, self.stopped_by = runs, recorders, stopped_by
-        self.experiment = runs[0].experiment
+        self.recorders, self.stopped_by = recorders, stopped_by
+        self.runs = [recorder.run for recorder in recorders]
+        self.experiment = self.runs[0].experiment
         self._saved_at = time.monotonic()
         self._compiled: set[int] = set()  # lengths in steps of the calls that are compiled
 

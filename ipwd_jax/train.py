@@ -357,16 +357,12 @@ def _recorders(
 
 def _train_together(recorders: Sequence[Recorder], stopped_by: list[int]) -> None:
     """Train runs to their end in one program, after those that are behind have caught up."""
-
-    def loop(recorders: Sequence[Recorder]) -> Loop:
-        return Loop([recorder.run for recorder in recorders], recorders, stopped_by)
-
     for number, following in itertools.pairwise(sorted({r.run.number() for r in recorders})):
         behind = [recorder for recorder in recorders if recorder.run.number() <= number]
         seeds = ", ".join(str(recorder.run.seed) for recorder in behind)
         print(f"Seed {seeds} first catches up from step {number} to {following}", flush=True)
-        loop(behind).train(until=following)
-    loop(recorders).train()
+        Loop(behind, stopped_by).train(until=following)
+    Loop(recorders, stopped_by).train()
 
 
 def _with_view_cache(experiment: Experiment, seeds: Mapping[pathlib.Path, int]) -> Experiment:
