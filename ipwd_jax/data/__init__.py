@@ -13,9 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ipwd_jax import parallel
+from ipwd_jax.config import default
 from ipwd_jax.data import arrays, cifar, folder, streaming, tfds
 from ipwd_jax.data.base import (
-    TEST_FRACTION,
     Dataset,
     Split,
     fingerprint,
@@ -60,15 +60,6 @@ USED_BY = {
     "image_size": ("folder", "streaming"),
     "threads": ("streaming",),
 }
-_UNSET = {
-    "dir": "",
-    "download": False,
-    "train_split": "",
-    "test_split": "",
-    "test_fraction": TEST_FRACTION,
-    "image_size": 0,
-    "threads": 0,
-}
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -90,8 +81,9 @@ def load(config: ConfigDict) -> Dataset:
     if not found:
         raise unknown_name("data set", config.name, SOURCES)
     readers = {kind, "streaming"} if config.streaming else {kind}
+    unset = default().data
     for setting, used_by in USED_BY.items():
-        if config[setting] != _UNSET[setting] and readers.isdisjoint(used_by):
+        if config[setting] != unset[setting] and readers.isdisjoint(used_by):
             streams = kind in streaming.SOURCES and "streaming" in used_by
             raise UserError(
                 f"config.data.{setting} is {config[setting]!r}, which data from {kind} does not "
@@ -129,8 +121,8 @@ def given(dataset: Dataset, config: ConfigDict) -> Dataset:
             f"config.data.streaming is {config.streaming}, but the images of the data set that was "
             f"passed are {kind}; set it to {dataset.train.streamed}"
         )
-    of_sources = {**_UNSET, "mean": (), "std": ()}
-    changed = [f"config.data.{k}" for k, x in of_sources.items() if config[k] and config[k] != x]
+    unset, of_sources = default().data, (*USED_BY, "mean", "std")
+    changed = [f"config.data.{k}" for k in of_sources if config[k] and config[k] != unset[k]]
     if changed:
         print(
             f"warning: {', '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect on "

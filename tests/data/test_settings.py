@@ -5,7 +5,6 @@ from data_helpers import arrays, fails, write_images
 
 from ipwd_jax import config as config_lib
 from ipwd_jax import data, train
-from ipwd_jax.data.base import TEST_FRACTION
 from ipwd_jax.errors import UserError
 
 
@@ -66,8 +65,6 @@ def test_every_setting_of_the_data_is_used_or_refused():
     }
     of_all |= set(config_lib.STUDENTS_ALONE)
     assert set(data.USED_BY) | of_all == set(defaults)
-    assert all(defaults[setting] == data._UNSET.get(setting, TEST_FRACTION)
-               for setting in data.USED_BY)  # fmt: skip
 
 
 def test_settings_that_a_data_set_in_their_place_does_not_use_are_named(tmp_path, capsys):
