@@ -27,8 +27,7 @@ def at_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
         (B,) loss, in float32 or better.
     """
-    maps = (at_least_float32(x) for x in (student, teacher))
-    s, t = map(attention, pool_to_smaller(*maps))
+    s, t = map(attention, pool_to_smaller(*at_least_float32((student, teacher))))
     return jnp.square(s - t).mean(axis=1)
 
 

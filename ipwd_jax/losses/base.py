@@ -293,9 +293,7 @@ def pre_pool_of(outputs: Outputs) -> jax.Array:
     Raises:
         ValueError: the network does not return it.
     """
-    if outputs.pre_pool is None:
-        raise ValueError(_missing("pre_pool"))
-    return at_least_float32(outputs.pre_pool)
+    return _tap(outputs, "pre_pool")
 
 
 def logits_of_views(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
@@ -315,17 +313,16 @@ def classifier_of(outputs: Outputs) -> tuple[jax.Array, jax.Array]:
     Raises:
         ValueError: the network does not return them.
     """
-    if outputs.classifier is None:
-        raise ValueError(_missing("classifier"))
-    kernel, bias = (at_least_float32(x) for x in outputs.classifier)
-    return kernel, bias
+    return _tap(outputs, "classifier")
 
 
-def _missing(field: str) -> str:
-    return (
-        f"a loss term reads `{field}`, which the `Outputs` of a network lack; let the network "
-        "return `ipwd_jax.models.base.pool_and_classify(...)`, or choose another network"
-    )
+def _tap(outputs: Outputs, field: str) -> PyTree:
+    if (found := getattr(outputs, field)) is None:
+        raise ValueError(
+            f"a loss term reads `{field}`, which the `Outputs` of a network lack; let the network "
+            "return `ipwd_jax.models.base.pool_and_classify(...)`, or choose another network"
+        )
+    return at_least_float32(found)
 
 
 def late_decay(epoch: jax.Array, decay_from: int, epochs: int) -> jax.Array:

@@ -46,10 +46,7 @@ class FitNet(Term):
                 f"config.terms.fitnet.layer is {self.layer}, but student and teacher only have the "
                 f"maps 0 to {maps - 1} in common; choose one of these"
             )
-        s, t = (
-            at_least_float32(x)
-            for x in (student.features[self.layer], teacher.features[self.layer])
-        )
+        s, t = at_least_float32((student.features[self.layer], teacher.features[self.layer]))
         fitted = ConvRegressor(t.shape, self.axis_name, name="regressor")(s, batch.mask)
         if fitted.shape != t.shape:
             found, wanted = (" x ".join(map(str, x.shape[1:3])) for x in (fitted, t))

@@ -19,9 +19,8 @@ def fsp_matrices(maps: Sequence[jax.Array]) -> list[jax.Array]:
     Args:
         maps: maps of shape (B, H, W, C).
     """
-    wide = [at_least_float32(x) for x in maps]
     matrices = []
-    for a, b in itertools.pairwise(wide):
+    for a, b in itertools.pairwise(at_least_float32(maps)):
         a, b = pool_to_smaller(a, b)
         products = jnp.einsum("bhwc,bhwd->bcd", a, b, precision="highest")
         matrices.append(products / (a.shape[1] * a.shape[2]))

@@ -154,5 +154,4 @@ class FT(Term):
 
 
 def _last_map(outputs: Outputs) -> jax.Array:
-    x = outputs.features[-1]
-    return at_least_float32(x)
+    return at_least_float32(outputs.features[-1])

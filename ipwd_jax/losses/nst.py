@@ -27,10 +27,8 @@ def nst_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Returns:
         (B,) loss, in float32 or better.
     """
-    maps = (at_least_float32(x) for x in (student, teacher))
-    s, t = (
-        l2_normalize(x.reshape(len(x), -1, x.shape[-1]), axis=1) for x in pool_to_smaller(*maps)
-    )
+    maps = pool_to_smaller(*at_least_float32((student, teacher)))
+    s, t = (l2_normalize(x.reshape(len(x), -1, x.shape[-1]), axis=1) for x in maps)
     if s.shape[1] <= max(s.shape[2], t.shape[2]):
         return jnp.square(_pixel_gram(s) - _pixel_gram(t)).sum(axis=(1, 2))
     return _mean_kernel(t, t) + _mean_kernel(s, s) - 2 * _mean_kernel(s, t)

@@ -103,7 +103,7 @@ class OFD(Term):
         Raises:
             ValueError: `preact_norms` does not match the teacher's maps.
         """
-        maps_s, maps_t = _wide(student.preact[1:]), _wide(teacher.preact[1:])
+        maps_s, maps_t = at_least_float32((student.preact[1:], teacher.preact[1:]))
         margins = self._margins(maps_t)
         n = min(len(maps_s), len(maps_t))
         loss: jax.Array | float = 0.0
@@ -116,7 +116,7 @@ class OFD(Term):
             loss = loss / 2 + ofd_distance(s, t, margin)
         return jnp.asarray(loss)
 
-    def _margins(self, maps: list[jax.Array]) -> list[jax.Array]:
+    def _margins(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
         norms = self.preact_norms or [((1.0,) * t.shape[-1], (0.0,) * t.shape[-1]) for t in maps]
         channels = [t.shape[-1] for t in maps]
         found = [(len(scale), len(bias)) for scale, bias in norms]
@@ -129,7 +129,3 @@ class OFD(Term):
             ofd_margin(jnp.asarray(scale, t.dtype), jnp.asarray(bias, t.dtype))
             for (scale, bias), t in zip(norms, maps, strict=True)
         ]
-
-
-def _wide(maps: Sequence[jax.Array]) -> list[jax.Array]:
-    return [at_least_float32(x) for x in maps]

@@ -163,5 +163,4 @@ class ReviewKD(Term):
 
 def _levels(maps: Sequence[jax.Array], outputs: Outputs) -> list[jax.Array]:
     """The maps after the stem, and the embedding as (B, 1, 1, D), in float32 or better."""
-    levels = [*maps[1:], outputs.embedding[:, None, None, :]]
-    return [at_least_float32(x) for x in levels]
+    return at_least_float32([*maps[1:], outputs.embedding[:, None, None, :]])

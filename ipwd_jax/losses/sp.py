@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
 from ipwd_jax.models.base import Outputs
+from ipwd_jax.precision import at_least_float32
 
 
 def similarity(x: jax.Array) -> jax.Array:
@@ -32,8 +33,7 @@ def sp_loss(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Arra
 
 
 def _rows(x: jax.Array, valid: jax.Array) -> jax.Array:
-    x = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.where(valid[:, None], x, 0)
+    return jnp.where(valid[:, None], at_least_float32(x.reshape(len(x), -1)), 0)
 
 
 class SP(Term):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ipwd_jax.losses.base import Batch, Term, gather_rows, safe_norm
+from ipwd_jax.losses.base import Batch, Term, gather_rows, l2_normalize
 from ipwd_jax.losses.kd import kd_loss
 from ipwd_jax.models.base import Linear, Outputs, relu
 
@@ -20,8 +20,7 @@ def similarity(embedding: jax.Array) -> jax.Array:
     Returns:
         (3 B, B); three consecutive rows belong to one image.
     """
-    norm = safe_norm(embedding, keepdims=True)
-    unit = (embedding / jnp.maximum(norm, 1e-8)).reshape(-1, 4, embedding.shape[1])
+    unit = l2_normalize(embedding, eps=1e-8).reshape(-1, 4, embedding.shape[1])
     rotated = unit[:, 1:].reshape(-1, embedding.shape[1])
     return jnp.matmul(rotated, unit[:, 0].T, precision="highest")
 

@@ -28,9 +28,7 @@ def ttm_loss(
     Returns:
         (B,) loss in nats, in float32 or better.
     """
-    log_s, log_t = (
-        jax.nn.log_softmax(at_least_float32(x)) for x in (student_logits, teacher_logits)
-    )
+    log_s, log_t = map(jax.nn.log_softmax, at_least_float32((student_logits, teacher_logits)))
     log_u = jax.nn.logsumexp(gamma * log_t, axis=1)
     log_q = gamma * log_t - log_u[:, None]
     loss = jnp.sum(jnp.exp(log_q) * (log_q - log_s), axis=1)

@@ -42,8 +42,7 @@ class Variational(nn.Module):
         Raises:
             ValueError: `variance` is not above 1e-5.
         """
-        maps = (at_least_float32(x) for x in (student, teacher))
-        mean, target = pool_to_smaller(*maps)
+        mean, target = pool_to_smaller(*at_least_float32((student, teacher)))
         channels = target.shape[-1]
         for i in (0, 2, 4):
             mean = Conv(channels, 1, name=f"regressor.{i}")(relu(mean) if i else mean)
