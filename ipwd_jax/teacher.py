@@ -90,16 +90,11 @@ class Teacher:
 
         The network must declare in a method `preact_norms` which BatchNorm layers these are.
         """
-        params = jax.device_get(self.variables["params"])
-
-        def leaf(path: tuple[str, ...], name: str) -> tuple[float, ...]:
-            layer = params
-            for module in path:
-                layer = layer[module]
-            return tuple(layer[name].tolist())
-
-        paths = self.network.preact_norms()
-        return tuple((leaf(path, "scale"), leaf(path, "bias")) for path in paths)
+        params = flatten_dict(jax.device_get(self.variables["params"]))
+        return tuple(
+            tuple(tuple(params[*path, name].tolist()) for name in ("scale", "bias"))
+            for path in self.network.preact_norms()
+        )
 
     def classifier(self) -> tuple[np.ndarray, np.ndarray]:
         """Return kernel (D, C) and bias (C,) of the network's classifier, float32.
