@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ipwd_jax import losses, models
 from ipwd_jax.config import default as default_config
-from ipwd_jax.config import has_key, unknown_key
+from ipwd_jax.config import flat, unknown_key
 from ipwd_jax.errors import UserError
 from ipwd_jax.models import create as create_model
 
@@ -50,7 +50,7 @@ def load_config(path: str | pathlib.Path, **changes: Any) -> ConfigDict:
         raise UserError(f"get_config() of {name} returns {config!r}, not the config")
     for key, value in changes.items():
         key = key.replace("__", ".")
-        if not has_key(config, key):
+        if key not in flat(config):
             raise unknown_key(key, config)
         try:
             config.update_from_flattened_dict({key: value})

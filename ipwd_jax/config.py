@@ -252,11 +252,6 @@ def flat(config: ConfigDict) -> dict[str, Any]:
     return paths
 
 
-def has_key(config: ConfigDict, path: str) -> bool:
-    """Whether `path` ("optimizer.momentum") is a setting of `config`."""
-    return path in flat(config)
-
-
 def unknown_key(path: str, config: ConfigDict) -> UserError:
     """The error for a `path` that is not a setting of `config`, with the nearest that is."""
     known = sorted(flat(config), key=len)

@@ -101,11 +101,11 @@ def _explained(error: Exception, argv: list[str]) -> UserError:
         return UserError(f"the config file {path} cannot be read: {chain[-1]}")
     if isinstance(error, flags.Error):
         return UserError(str(error).strip().splitlines()[-1])
-    from ipwd_jax.config import default, has_key, unknown_key
+    from ipwd_jax.config import default, flat, unknown_key
 
     for argument in argv:  # an override of what the config does not have
         name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if argument.lstrip("-").startswith("config.") and not has_key(default(), name):
+        if argument.lstrip("-").startswith("config.") and name not in flat(default()):
             return unknown_key(name, default())
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return UserError(
