@@ -14,6 +14,7 @@ from jax import lax
 
 # An operation takes an image (H, W, channels) uint8 and a strength, and returns such an image.
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
+_N = jax.Array | float
 
 
 def rand_augment(
@@ -131,15 +132,7 @@ def rotate(image: jax.Array, degrees: jax.Array) -> jax.Array:
     return _affine(image, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def _affine(
-    image: jax.Array,
-    a: jax.Array | float,
-    b: jax.Array | float,
-    c: jax.Array | float,
-    d: jax.Array | float,
-    e: jax.Array | float,
-    f: jax.Array | float,
-) -> jax.Array:
+def _affine(image: jax.Array, a: _N, b: _N, c: _N, d: _N, e: _N, f: _N) -> jax.Array:
     """Let the pixel (x, y) show what is at (a x + b y + c, d x + e y + f), and black outside."""
     height, width = image.shape[:2]
     x, y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
