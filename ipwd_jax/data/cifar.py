@@ -6,9 +6,9 @@ Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images.
 import hashlib
 import os
 import pathlib
+import shutil
 import sys
 import tarfile
-import urllib.error
 import urllib.request
 import uuid
 
@@ -129,14 +129,13 @@ def _fetch(url: str, path: pathlib.Path, sha256: str) -> None:
         with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
             size = f"{int(response.headers.get('Content-Length') or 0) / 1e6:,.0f} MB"
             print(f"Downloading {url} ({size}) to {path}", file=sys.stderr, flush=True)
-            while block := response.read(1 << 20):
-                file.write(block)
+            shutil.copyfileobj(response, file)
         if _sha256(partial) != sha256:
             raise UserError(
                 f"the file received from {url} does not have the SHA-256 {sha256}. {by_hand}"
             )
         os.replace(partial, path)
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise UserError(f"{path.name} could not be downloaded: {error}. {by_hand}") from error
     finally:
         partial.unlink(missing_ok=True)

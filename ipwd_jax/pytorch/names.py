@@ -104,9 +104,7 @@ def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: 
     table += [(n, str(found.get(n, "-")), str(wanted.get(n, "-"))) for n in names[:rows]]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [", ".join(f"{count} {what}" for what, count in counts.items() if count)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append(f"  {'  '.join(cells)}".rstrip())
+    lines += [f"  {'  '.join(map(str.ljust, row, widths))}".rstrip() for row in table]
     if len(names) > rows:
         lines.append(f"  and {len(names) - rows} more")
     return "\n".join(lines)

@@ -242,8 +242,6 @@ def _correlations_figure(key: str, pair: Pair, curves: Mapping[str, np.ndarray])
     alt = f"{pair}: rank correlation of class weight and teacher's mass over the epochs; at the "
     alt += f"last one: {words}."
     caption = f"{pair}: rank correlation between the mean weight of a class and the teacher's mass "
-    caption += (
-        "of the class after each epoch; the shaded band spans the seeds. An inverse propensity is "
-    )
-    caption += "below 0."
+    caption += "of the class after each epoch; the shaded band spans the seeds. An inverse "
+    caption += "propensity is below 0."
     return Figure(draw(key, alt, paint, 3.0 + 0.22 * -(-len(curves) // 2)), alt, caption)
