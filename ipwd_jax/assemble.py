@@ -259,7 +259,10 @@ def assemble(
     sources = {head: source for term in of_all.values() for head, source in term.heads.items()}
     separate = models.create(config.model.name, classes, axis_name)
     heads = Heads(classes, sources, separate if "network" in sources.values() else None)
-    params = _shapes_of_params(config, dataset, network, heads, of_all)
+    try:
+        initial = jax.eval_shape(lambda: _initial_state(config, dataset, network, heads, of_all, 0))
+    except ValueError as error:  # a term or the weighting cannot process the shapes
+        raise UserError(str(error)) from error
     if teacher:
         for term in of_all.values():
             of_head = term.inherited(teacher).items()
@@ -276,7 +279,7 @@ def assemble(
         network=network,
         pretrained=pretrained,
         heads=heads,
-        stages=stages.create(config, parts, terms, params, network, heads, steps_per_epoch),
+        stages=stages.create(config, parts, terms, initial.params, network, heads, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
         steps_per_call=ahead or config.steps_per_call or default,
     )
@@ -305,19 +308,3 @@ def _initial_state(
     teacher = models.create(config.teacher.name, classes) if config.teacher.name else None
     shape, size = train.images.shape[1:], len(train.labels)
     return state.init_state(seed, network, heads, terms, teacher, config.weighting, shape, size)
-
-
-def _shapes_of_params(
-    config: ConfigDict,
-    dataset: Dataset,
-    network: nn.Module,
-    heads: Heads,
-    terms: Mapping[str, Term],
-) -> PyTree:
-    """Return the shapes of `TrainState.params`."""
-    try:
-        return jax.eval_shape(
-            lambda: _initial_state(config, dataset, network, heads, terms, seed=0).params
-        )
-    except ValueError as error:  # a term or the weighting cannot process the shapes
-        raise UserError(str(error)) from error
