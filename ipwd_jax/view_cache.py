@@ -162,7 +162,8 @@ def load_or_build(
     seeds = sorted({int(experiment.order_seed(seed)) for seed in seeds})
     files, used = _files_and_views(experiment, folder, seeds)
     index, view = (rows.astype(np.int32) for rows in np.nonzero(used))
-    asked = answers_asked(experiment, len(seeds))
+    epochs = sum(stage.epochs for stage in experiment.stages if stage.teacher_taps)
+    asked = len(seeds) * epochs * len(used)
     if not required and not parallel.from_first(files.complete) and len(index) > _WORTH * asked:
         print(
             f"The teacher is asked in the steps: a cache would need {len(index):,} answers, and "
@@ -228,17 +229,6 @@ def _load(files: TableFiles, build: Callable[[], np.ndarray]) -> np.ndarray:
     if table is None:
         raise UserError(f"{files.table} cannot be read, but the first process wrote it there")
     return table
-
-
-def answers_asked(experiment: Experiment, orders: int) -> int:
-    """Return how many answers the teacher gives during runs if none are cached.
-
-    Args:
-        experiment: the runs.
-        orders: number of orders in which they see the images: one for each seed, or for all.
-    """
-    epochs = sum(stage.epochs for stage in experiment.stages if stage.teacher_taps)
-    return orders * epochs * len(experiment.dataset.train.labels)
 
 
 def _say_what_it_takes(
