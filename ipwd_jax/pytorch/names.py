@@ -36,22 +36,15 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Mapping[str, PyT
             part.
     """
     given = {k: np.asarray(v) for k, v in state_dict.items() if "num_batches_tracked" not in k}
-    wanted = traverse_util.flatten_dict(variables)
-    check_shapes({name: x.shape for name, x in given.items()}, torch_shapes(variables))
+    shapes, wanted = {name: x.shape for name, x in given.items()}, torch_shapes(variables)
+    if shapes != wanted:
+        raise UserError(differences(shapes, wanted))
     arrays = {}
-    for path in wanted:
+    for path in traverse_util.flatten_dict(variables):
         x = given[_torch_name(path)]
         back = sorted(range(x.ndim), key=_axes(path, x.ndim).__getitem__)
         arrays[path] = _transposed(x, back)
     return traverse_util.unflatten_dict(arrays)
-
-
-def check_shapes(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> None:
-    """Raise `UserError` with a table of the differences unless all names and shapes are equal."""
-    if found != wanted:
-        raise UserError(
-            f"these weights do not belong to this network: {_differences(found, wanted)}"
-        )
 
 
 def torch_shapes(variables: Mapping[str, PyTree]) -> dict[str, tuple[int, ...]]:
@@ -89,8 +82,9 @@ def _transposed(x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
     return np.array(x.transpose(axes), order="C")
 
 
-def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: int = 20) -> str:
+def differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> str:
     """Return a table of the tensors that are missing, left over or of a different shape."""
+    rows = 20
     names = [n for n in (*wanted, *found) if found.get(n) != wanted.get(n)]
     if len(names) > rows:  # names of both are to be seen, for example if all have another prefix
         names = [*[n for n in names if n not in wanted][: rows // 2], *names]
@@ -107,4 +101,4 @@ def _differences(found: Mapping[str, tuple], wanted: Mapping[str, tuple], rows: 
     lines += [f"  {'  '.join(map(str.ljust, row, widths))}".rstrip() for row in table]
     if len(names) > rows:
         lines.append(f"  and {len(names) - rows} more")
-    return "\n".join(lines)
+    return "these weights do not belong to this network: " + "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 from ipwd_jax import models
 from ipwd_jax.errors import UserError
-from ipwd_jax.pytorch.names import check_shapes, torch_shapes
+from ipwd_jax.pytorch.names import differences, torch_shapes
 from ipwd_jax.state import network_shapes
 from ipwd_jax.typing import PyTree
 
@@ -55,12 +55,9 @@ def guess(shapes: Shapes, network: str = "") -> Fit:
     nearest = min(names, key=lambda name: fits[name][1])
     fit = fits[nearest][0]
     wanted = torch_shapes(template_of(fit))
-    try:
-        check_shapes(renamed(shapes, wanted), wanted)
-    except UserError as error:
-        hint = "" if network else "no network has these tensors; the closest is "
-        raise UserError(f"{hint}{nearest}, {fit.classes} classes: {error}") from None
-    raise AssertionError("unreachable: the shapes differ")
+    hint = "" if network else "no network has these tensors; the closest is "
+    differ = differences(renamed(shapes, wanted), wanted)
+    raise UserError(f"{hint}{nearest}, {fit.classes} classes: {differ}")
 
 
 def _patterned(shapes: Shapes) -> list[str]:

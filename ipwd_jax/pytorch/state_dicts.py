@@ -34,13 +34,13 @@ def unwrap(tree: Any, key: str = "") -> tuple[dict[str, np.ndarray], dict[str, A
     metadata = {k: v for k, x in tree.items() if (v := _scalar(x)) is not None}
     place = _place(tree, key)
     tree = _named(tree[place]) if place else tree
-    plain = [_plain(name) for name, value in tree.items() if _is_tensor(value)]
+    plain = [_plain(name) for name, value in tree.items() if isinstance(value, np.ndarray)]
     if twice := [name for name, count in collections.Counter(plain).items() if count > 1]:
         raise UserError(
             f"the file has the tensor {twice[0]!r} twice, with and without a prefix such as "
             "'module.'; save one of the two networks"
         )
-    tensors = {_plain(k): np.asarray(x) for k, x in tree.items() if _is_tensor(x)}
+    tensors = {_plain(k): np.asarray(x) for k, x in tree.items() if isinstance(x, np.ndarray)}
     tensors = {k: x for k, x in tensors.items() if not k.endswith(COUNTER)}
     if any(name.startswith("backbone.") for name in tensors):
         extra = [name for name in tensors if name.startswith("proj_head.")]
@@ -60,14 +60,10 @@ def _named(tree: Mapping) -> dict[str, Any]:
     return {name: value for name, value in tree.items() if isinstance(name, str)}
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
-
-
 def _is_state_dict(value: Any) -> bool:
     """Return whether `value` is a dictionary that holds the kernel of a layer."""
     return isinstance(value, Mapping) and any(
-        _is_tensor(x) and x.ndim > 1 for x in _named(value).values()
+        isinstance(x, np.ndarray) and x.ndim > 1 for x in _named(value).values()
     )
 
 
@@ -94,7 +90,7 @@ def _place(tree: Mapping, key: str) -> str:
 
 def _scalar(value: Any) -> bool | int | float | str | None:
     """Return a single number or a short string for `result.json`, and None for anything else."""
-    if _is_tensor(value):
+    if isinstance(value, np.ndarray):
         return value.item() if value.size == 1 and value.dtype.kind in "biuf" else None
     is_scalar = isinstance(value, bool | int | float) or (
         isinstance(value, str) and len(value) <= 200
