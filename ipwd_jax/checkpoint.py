@@ -12,7 +12,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ipwd_jax import orbax_reads, parallel
-from ipwd_jax.errors import UserError, first_line
+from ipwd_jax.errors import UserError, first_line, warn
 from ipwd_jax.state import TrainState, not_finite
 from ipwd_jax.typing import PyTree
 
@@ -193,11 +192,9 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             name = f"damaged-{number}"
             while (self.folder / name).exists():
                 name += "-again"
-            print(
-                f"warning: checkpoint {number} in {self.folder} cannot be read "
-                f"({first_line(error)}). It has been renamed to {name}, and an older one is used.",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"checkpoint {number} in {self.folder} cannot be read ({first_line(error)}). It "
+                f"has been renamed to {name}, and an older one is used."
             )
             (self.folder / str(number)).rename(self.folder / name)
 
@@ -298,12 +295,8 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
                 f"{workdir} is not finished and has no best epoch yet; run its command again, or "
                 "take the network of the last epoch"
             )
-        print(
-            f"warning: {workdir} is not finished: this network has been trained for "
-            f"{position.epochs_of('main') if which == 'last' else position.best_epoch} epochs",
-            file=sys.stderr,
-            flush=True,
-        )
+        epochs = position.epochs_of("main") if which == "last" else position.best_epoch
+        warn(f"{workdir} is not finished: this network has been trained for {epochs} epochs")
     if bad := not_finite(variables):
         raise UserError(
             f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or close "

@@ -2,6 +2,7 @@
 
 import difflib
 import signal
+import sys
 from collections.abc import Iterable
 
 
@@ -28,6 +29,11 @@ class Interrupted(Exception):
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+
+
+def warn(text: object) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

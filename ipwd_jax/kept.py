@@ -2,7 +2,6 @@
 
 import io
 import pathlib
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ipwd_jax import parallel, writers
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, warn
 
 
 def arrays(
@@ -36,7 +35,7 @@ def arrays(
     try:
         writers.write_npz(path, **computed)
     except UserError as error:  # for example in the folder of somebody else's teacher
-        print(f"warning: {error} Until then, it is computed anew.", file=sys.stderr, flush=True)
+        warn(f"{error} Until then, it is computed anew.")
     return computed
 
 
@@ -48,5 +47,5 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
         with np.load(io.BytesIO(path.read_bytes())) as file:  # compares the checksum of each array
             return dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        print(f"warning: {path} is damaged and will be computed again", file=sys.stderr, flush=True)
+        warn(f"{path} is damaged and will be computed again")
         return None

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -13,6 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from ipwd_jax import evaluate, parallel, writers
+from ipwd_jax.errors import warn
 from ipwd_jax.progress import Progress, duration
 from ipwd_jax.seed_run import SeedRun
 
@@ -115,7 +115,7 @@ class Recorder:
         for kind, text in _warnings(self.run, row):
             if kind not in self._warned:
                 self._warned.add(kind)
-                print(f"warning: epoch {row['epoch']} {text}", file=sys.stderr, flush=True)
+                warn(f"epoch {row['epoch']} {text}")
         if self._on_epoch:
             self._on_epoch({"seed": self.run.seed, **row})
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from ipwd_jax import evaluate, parallel, writers
 from ipwd_jax.checkpoint import load_network
 from ipwd_jax.data.base import Dataset
 from ipwd_jax.data.resident import resident
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, warn
 from ipwd_jax.state import network_shapes
 from ipwd_jax.student import network_of
 
@@ -58,7 +57,7 @@ def score_run(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> di
     try:
         writers.write_json(workdir / "eval.json", result)
     except UserError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        warn(error)
     return result
 
 

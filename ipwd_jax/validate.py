@@ -7,7 +7,6 @@ several settings must agree on. A pattern in a table matches the whole path of a
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 from ipwd_jax import config as config_lib
 from ipwd_jax import limits, losses, models, no_effect, optim
 from ipwd_jax.data.base import Dataset
-from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.errors import UserError, unknown_name, warn
 from ipwd_jax.models.heads import SOURCES as HEAD_SOURCES
 from ipwd_jax.precision import PRECISIONS
 
@@ -171,7 +170,7 @@ def validate(config: ConfigDict) -> None:
     _check_heads(config)
     _check_weighting(config)
     for line in no_effect.warnings(config):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        warn(line)
 
 
 def _of_pattern(table: Mapping[str, Any], path: str) -> Any:

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ipwd_jax import device_memory, writers
+from ipwd_jax.errors import warn
 from ipwd_jax.progress import Progress, duration
 
 _FLUSH_SECONDS = 60.0
@@ -134,9 +134,7 @@ class TableFiles:
             with contextlib.suppress(OSError):  # the folder may be read-only
                 self.note.touch()  # makes it the most recently used
             return table
-        print(
-            f"warning: {self.table} is damaged and will be built again", file=sys.stderr, flush=True
-        )
+        warn(f"{self.table} is damaged and will be built again")
         return None
 
     def build(

@@ -5,7 +5,6 @@ in `USED_BY`.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from ipwd_jax.data.base import (
     hold_out,
     long_tailed,
 )
-from ipwd_jax.errors import UserError, unknown_name
+from ipwd_jax.errors import UserError, unknown_name, warn
 
 __all__ = [
     "SOURCES",
@@ -124,11 +123,9 @@ def given(dataset: Dataset, config: ConfigDict) -> Dataset:
     unset, of_sources = default().data, (*USED_BY, "mean", "std")
     changed = [f"config.data.{k}" for k in of_sources if config[k] and config[k] != unset[k]]
     if changed:
-        print(
-            f"warning: {', '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect on "
-            "the data set that was passed in place of config.data.name",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{', '.join(changed)} {'have' if len(changed) > 1 else 'has'} no effect on the data "
+            "set that was passed in place of config.data.name"
         )
     return _divided(dataset, config)
 

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -18,7 +17,7 @@ from ipwd_jax.data.base import (
     from_arrays,
     hold_out,
 )
-from ipwd_jax.errors import UserError
+from ipwd_jax.errors import UserError, warn
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -152,11 +151,9 @@ def _split_folders(
     unused = [x for x in folders if x.lower() in _SPLITS]
     if unused and not config.test_split:
         tested = test or "images held out of the training split"
-        print(
-            f"warning: {root} has the folder {unused[0]!r} too, which is not used: the test images "
-            f"are {tested}; choose others with --config.data.test_split",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{root} has the folder {unused[0]!r} too, which is not used: the test images are "
+            f"{tested}; choose others with --config.data.test_split"
         )
     if test is not None and config.test_fraction != TEST_FRACTION:
         raise UserError(
@@ -206,11 +203,7 @@ def image_files(root: pathlib.Path, names: list[str]) -> tuple[list[pathlib.Path
         files += sorted(found)
         labels += [label] * len(found)
     if dangling:
-        print(
-            f"warning: {len(dangling)} broken links in {root} are ignored, among them "
-            f"{min(dangling)}",
-            file=sys.stderr,
-        )
+        warn(f"{len(dangling)} broken links in {root} are ignored, among them {min(dangling)}")
     if empty:
         raise UserError(f"the class folder {empty} has no image files")
     if not files:

@@ -12,10 +12,10 @@ plain knowledge distillation, or with the method of the baseline, over the seeds
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from ipwd_jax import signals
+from ipwd_jax.errors import warn
 from ipwd_jax.report import write_report
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = given.out.expanduser() if given.out else None
         written = write_report(given.runs, out, given.baseline, given.figures)
         for problem in written.problems:
-            print(f"warning: {problem}", file=sys.stderr)
+            warn(problem)
         print(f"Written to {', '.join(str(file) for file in written.files)}")
 
 
