@@ -84,9 +84,9 @@ def describe(
     return "\n".join(f"{name.split()[0]:<9}{text}" for name, text in lines.items())
 
 
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    """Return the first of some names, and an ellipsis if there are more."""
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+def _listed(names: Sequence[str]) -> str:
+    """Return the first three of some names, and an ellipsis if there are more."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def costs(experiment: Experiment, runs: int, teacher_workdir: pathlib.Path | None) -> str:

@@ -5,6 +5,8 @@ import time
 
 from tqdm.auto import tqdm
 
+_SECONDS = 10.0  # between passing lines
+
 
 def duration(seconds: float) -> str:
     """`75` -> `1:15`, `3675` -> `1:01:15`."""
@@ -17,10 +19,10 @@ class Progress:
     """A bar that counts up to `total`, below lines that stay.
 
     Where the output is neither a terminal nor a notebook there is no bar, and passing lines, which
-    say in words what it shows, come at most once in `seconds`.
+    say in words what it shows, come at most once in ten seconds.
     """
 
-    def __init__(self, total: int, unit: str, seconds: float = 10.0) -> None:
+    def __init__(self, total: int, unit: str) -> None:
         in_notebook = "ipykernel" in sys.modules
         self._bar = tqdm(
             total=total,
@@ -31,8 +33,7 @@ class Progress:
             leave=False,
             bar_format="{desc} {bar} {n_fmt}/{total_fmt} {unit}s, {remaining} left",
         )
-        self._seconds, self._shown_at = seconds, time.monotonic()
-        self._title = ""
+        self._shown_at, self._title = time.monotonic(), ""
 
     def title(self, text: str) -> None:
         """Show lines that stay, unless they are the title that was shown last."""
@@ -49,7 +50,7 @@ class Progress:
     def count(self, done: int, description: str, passing: str = "") -> None:
         """Move the bar to `done`, with a description before it, or show a passing line."""
         if self._bar.disable:
-            if passing and time.monotonic() - self._shown_at > self._seconds:
+            if passing and time.monotonic() - self._shown_at > _SECONDS:
                 self.line(passing)
             return
         if self._bar.n == 0:  # what an earlier process did says nothing of the speed of this one

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -44,7 +43,7 @@ def score_run(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> di
     result: dict[str, Any] = {
         "data": dataset.name,
         "network": config.model.name,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(template["params"])),
+        "parameters": sum(x.size for x in jax.tree.leaves(template["params"])),
         "seed": config.seed,
     }
     for which in ("last", "best"):

@@ -8,6 +8,7 @@ devices by collectives over `parallel.AXIS`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -189,7 +190,7 @@ def forward(
         of both.
     """
     mask = jnp.repeat(batch.mask, 4) if spec.stage.rotated else batch.mask
-    cast = lambda tree: precision.cast(spec.precision, tree)  # noqa: E731
+    cast = functools.partial(precision.cast, spec.precision)
 
     def run(images: jax.Array, batch_stats: PyTree) -> tuple[Outputs, PyTree]:
         outputs, updated = spec.network.apply(

@@ -93,12 +93,12 @@ def failures_noted(workdirs: Iterable[pathlib.Path]) -> Iterator[None]:
         raise
 
 
-def _noted_checksums(workdir: pathlib.Path) -> dict[str, str]:
-    """Return the checksums that `config.json` in a directory records; empty if there are none."""
+def _noted(path: pathlib.Path, key: str) -> Any:
+    """Return an entry of a JSON file; None if the file or the entry is missing or damaged."""
     try:
-        return dict(json.loads((workdir / "config.json").read_text())["checksums"])
+        return json.loads(path.read_text())[key]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return None
 
 
 def has_network(workdir: pathlib.Path) -> bool:
@@ -110,11 +110,8 @@ def has_network(workdir: pathlib.Path) -> bool:
 
 def is_finished(workdir: pathlib.Path, epochs: int) -> bool:
     """Return whether the run in a directory has finished with this number of epochs."""
-    try:
-        noted = json.loads((workdir / "config.json").read_text())["config"]["epochs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return noted == epochs and (workdir / "result.json").exists()
+    noted = _noted(workdir / "config.json", "config") or {}
+    return noted.get("epochs") == epochs and (workdir / "result.json").exists()
 
 
 def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path], epochs: int) -> None:
@@ -126,7 +123,7 @@ def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path], ep
 
     def check() -> None:
         left = [path for path in workdirs if not is_finished(path, epochs)]
-        begun = [path for path in left if "teacher" in _noted_checksums(path)]
+        begun = [p for p in left if "teacher" in (_noted(p / "config.json", "checksums") or ())]
         if begun and not any(teacher.glob("checkpoints/*")):
             raise UserError(
                 f"{begun[0]} has begun with a teacher that is not in {teacher}. Move the teacher's "
@@ -139,10 +136,7 @@ def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path], ep
 
 def failure(workdir: pathlib.Path) -> str:
     """Return why the latest training in a directory failed; empty if it did not."""
-    try:
-        return str(json.loads((workdir / FAILURE).read_text())["reason"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return str(_noted(workdir / FAILURE, "reason") or "")
 
 
 def _lock(workdir: pathlib.Path, wait: bool) -> TextIO:
@@ -300,16 +294,11 @@ def holds(workdir: pathlib.Path, config: ConfigDict, checksums: Mapping[str, str
         there = json.loads((workdir / "config.json").read_text())
         same = all(there["checksums"].get(name) == value for name, value in checksums.items())
         same = same and _numbers(there["config"]) == _numbers(plain(config))
-        return same and (workdir / "result.json").exists() and not _imported(workdir)
+        # The `config.json` of an imported network does not tell its recipe.
+        result = workdir / "result.json"
+        return same and result.exists() and _noted(result, "imported") is None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # not a run of this package, or a damaged one
-
-
-def _imported(workdir: pathlib.Path) -> bool:
-    """Return whether a network was imported, so that its `config.json` does not tell its recipe."""
-    with contextlib.suppress(OSError, ValueError):
-        return "imported" in json.loads((workdir / "result.json").read_text())
-    return False
 
 
 def _numbers(config: dict) -> dict:

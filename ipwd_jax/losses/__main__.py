@@ -7,7 +7,6 @@ training images.
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -119,7 +118,7 @@ def main(names: Sequence[str]) -> None:
 
 
 def _count(tree: PyTree) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

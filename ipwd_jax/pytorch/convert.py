@@ -77,13 +77,12 @@ def import_file(
     return result
 
 
-def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -> PyTree:
+def load_variables(path: pathlib.Path, network: str = "") -> PyTree:
     """Return the variables, float32, of a network that is in a run's folder or a PyTorch file.
 
     Args:
         path: work directory of a run, or a file as `import_file` takes it.
-        network: the network of a file; if empty, it is inferred.
-        which: epoch of a run, "last" or "best".
+        network: the network of a file; if empty, it is inferred. Of a run, it is the last epoch.
 
     Raises:
         UserError: there is neither a finished run nor a file, or it cannot be read.
@@ -92,13 +91,13 @@ def load_variables(path: pathlib.Path, network: str = "", which: str = "last") -
         return _read(path, network)[1]
     if not (path / "result.json").exists():
         raise UserError(f"the run in {path} is not finished; run its command again first")
-    _, template, term = _of_run(path, which)
+    _, template, term = _of_run(path, "last")
     if term:
         raise UserError(
             f"{path} was trained with the loss term {term}, whose head makes the predictions, so "
             "its network cannot be read alone; name another run"
         )
-    return checkpoint.load_network(path, which, template)[0]
+    return checkpoint.load_network(path, "last", template)[0]
 
 
 def _read(path: pathlib.Path, network: str, key: str = "") -> tuple[Fit, PyTree, dict[str, Any]]:

@@ -94,15 +94,14 @@ def marks(history: list[dict[str, Any]], stepped: Collection[str]) -> Marks:
 
 
 def confusions(
-    logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray, most: int = 10
+    logits: np.ndarray, teacher_logits: np.ndarray, labels: np.ndarray
 ) -> list[tuple[int, int, int, int]]:
-    """The confusions whose frequencies differ most between the student and the teacher.
+    """The ten confusions whose frequencies differ most between the student and the teacher.
 
     Args:
         logits: (N, C) of the student.
         teacher_logits: (N, C).
         labels: (N,).
-        most: how many are returned at most; those that do not differ never are.
 
     Returns:
         True class, predicted class, and how often the student and the teacher confuse them so.
@@ -117,6 +116,6 @@ def confusions(
 
     student, teacher = count(logits.argmax(axis=1)), count(teacher_logits.argmax(axis=1))
     difference = np.abs(student - teacher).ravel()
-    order = np.argsort(-difference, kind="stable")[:most]
+    order = np.argsort(-difference, kind="stable")[:10]
     pairs = [divmod(int(flat), classes) for flat in order if difference[flat]]
     return [(i, j, int(student[i, j]), int(teacher[i, j])) for i, j in pairs]

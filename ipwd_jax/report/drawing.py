@@ -125,17 +125,16 @@ def legend_below(axes: Axes, columns: int = 3) -> None:
         figure.legend(loc="outside lower center", ncols=columns, handlelength=3.2, columnspacing=1)
 
 
-def logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
-    """Make axes logarithmic, with plain numbers at their ticks; after all data is drawn."""
-    for name in names:
-        axis = axes.xaxis if name == "x" else axes.yaxis
-        (axes.set_xscale if name == "x" else axes.set_yscale)("log")
-        low, high = axis.get_view_interval()
-        digits = (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
-        axis.set_major_locator(LogLocator(subs=digits, numticks=8))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_locator(NullLocator())
-        axis.set_minor_formatter(NullFormatter())
+def logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks; after all data is drawn."""
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    (axes.set_xscale if name == "x" else axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    digits = (1.0, 2.0, 5.0) if high < 500 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=digits, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def name_points(axes: Axes, points: np.ndarray, names: Sequence[str]) -> None:

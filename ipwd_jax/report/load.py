@@ -221,7 +221,7 @@ def _check_result(run: Run) -> None:
     result = run.result
     scores = [result.get(name) for name in ("last", "best")] if isinstance(result, dict) else []
     teacher = result.get("teacher") if isinstance(result, dict) else None
-    good = scores and all(_has_number(score, "top1") for score in scores)
+    good = scores and all(map(_has_top1, scores))
     if not good or not (teacher is None or isinstance(teacher, dict)):
         raise UserError(
             f"{run.workdir / 'result.json'} is damaged or not of a training run: it lacks the "
@@ -229,8 +229,8 @@ def _check_result(run: Run) -> None:
         )
 
 
-def _has_number(score: Any, name: str) -> bool:
-    value = score.get(name) if isinstance(score, dict) else None
+def _has_top1(score: Any) -> bool:
+    value = score.get("top1") if isinstance(score, dict) else None
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -68,9 +68,9 @@ class Group:
     pair: Pair
     runs: dict[int, Loaded]
 
-    def values(self, epoch: str, metric: str = "top1") -> dict[int, float]:
-        """Seed -> the metric of the "last" or "best" epoch."""
-        return {seed: one.run.result[epoch][metric] for seed, one in self.runs.items()}
+    def values(self, epoch: str) -> dict[int, float]:
+        """Seed -> the top-1 accuracy of the "last" or "best" epoch."""
+        return {seed: one.run.result[epoch]["top1"] for seed, one in self.runs.items()}
 
     def curves(self, name: str) -> np.ndarray:
         """(seeds, epochs) a column of `metrics.csv`, as far as all seeds have noted it."""
