@@ -13,6 +13,7 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}"
 
 import helpers
+import hypothesis
 import jax
 import pytest
 
@@ -22,6 +23,9 @@ from ipwd_jax import data, xla
 xla.apply()
 # Arrays of different ranks are never broadcast silently.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples every time, however long each takes.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module", autouse=True)

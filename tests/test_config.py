@@ -18,11 +18,6 @@ def changed(**changes) -> ConfigDict:
     return config
 
 
-def test_wrong_type_is_refused_by_the_config():
-    with pytest.raises(TypeError):
-        config_lib.default().epochs = "many"
-
-
 def test_flat_has_the_path_of_every_setting_and_section():
     paths = config_lib.flat(config_lib.default())
     assert paths["seed"] == 0 and paths["optimizer.decay"] == 0.1
@@ -55,6 +50,18 @@ def test_teacher_config_depends_on_data_and_teacher_alone():
     assert not teacher.teacher.name and teacher.weighting.name == "uniform"
     assert {k: v for k, v in teacher.loss.items() if v} == {"ce": 1.0}
     validate.validate(teacher)
+
+
+def test_labels_are_smoothed_for_a_teacher_that_asks_for_it():
+    teacher = config_lib.teacher_config(changed(**IPWD, **{"teacher.label_smoothing": 0.1}))
+    assert teacher.terms.ce.label_smoothing == 0.1
+
+
+def test_a_first_stage_has_its_own_optimizer():
+    changes = {"first_stage.epochs": 1, "first_stage.optimizer.learning_rate": 0.3}
+    first, main = config_lib.stages(changed(**changes))
+    assert first.optimizer.learning_rate == 0.3
+    assert main.optimizer.learning_rate == config_lib.default().optimizer.learning_rate != 0.3
 
 
 def test_stages():

@@ -180,7 +180,7 @@ def test_all_kinds_of_runs(kind, processes, tmp_path):
     runs = sorted(
         path.parent.relative_to(tmp_path / "one") for path in tmp_path.glob("one/*/c*.json")
     )
-    assert len(runs) == 1 if kind == "pskd" else 2
+    assert len(runs) == (1 if kind == "pskd" else 3 if kind == "seeds" else 2)
     for run in runs:  # a teacher, too
         assert_equal(tmp_path / "many" / run, tmp_path / "one" / run)
         files = [{p.name for p in (tmp_path / side / run).glob("*.*")} for side in ("many", "one")]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers import config_file
 
-from ipwd_jax import data, load_config, losses, models
+from ipwd_jax import data, load_config, losses, models, sweep
 from ipwd_jax.config import default, flat
 from ipwd_jax.models.__main__ import describe
 from ipwd_jax.report import published
@@ -182,6 +182,26 @@ def test_every_data_source_and_its_settings_are_described():
         assert all((name if name != "streaming" else "streamed") in read_by for name in used_by)
     described = {code(row[0]).rpartition(".")[2] for row in rows(text, "config.data.")}
     assert set(data.USED_BY) <= described
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))],
+    ids=lambda page: page.name,
+)
+def test_commands_settings_and_links_of_a_page(page):
+    text = page.read_text()
+    for file in re.findall(r"--config=((?:configs|examples)/[^\s`'\")]+)", text):
+        if "/sweeps/" in file:
+            assert sweep.load_runs(str(ROOT / file)), file
+        elif not re.search(r":.*(PATH|METHOD|photos)", file):  # what is to be replaced
+            assert load_config(ROOT / file), file
+    for setting in re.findall(r"--config\.([a-z_][\w.]*\w)(?==| |`|')", text):
+        # CONTRIBUTING adds the term `distance`.
+        assert setting in DEFAULTS or "distance" in setting, setting
+    for link in re.findall(r"\]\(([^)#]+)|src=\"([^\"]+)", text):
+        if "://" not in "".join(link):
+            assert (page.parent / "".join(link)).exists(), link
 
 
 @pytest.mark.slow

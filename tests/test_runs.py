@@ -36,6 +36,8 @@ def test_a_finished_run(workdir, squares):
     assert np.average(samples["weight"]) == pytest.approx(run.result["weights"]["weight_mean"])
     assert samples["class_mass"].sum() == pytest.approx(40, rel=1e-5)
     teacher = ipwd_jax.load_run(next(workdir.parent.glob("*tiny_net*")))
+    probabilities = teacher.classifier().predict(squares.train.images).probabilities
+    np.testing.assert_allclose(samples["class_mass"], probabilities.sum(axis=0), rtol=1e-4)
     last = teacher.predictions()["last_logits"]
     np.testing.assert_allclose(run.predictions()["teacher_logits"], last, atol=1e-5)
     with pytest.raises(UserError, match=r"has no samples\.npz"):

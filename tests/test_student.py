@@ -27,9 +27,8 @@ def test_how_a_classifier_without_a_bias_begins(name, variance):
     assert not np.any(found["params", layer, "bias"])
 
 
-@pytest.mark.slow
 def test_a_run_without_a_classifier_bias(squares, tmp_path):
-    config = settings(model__classifier_bias=False, loss__cat_kd=1.0)
+    config = settings(model__classifier_bias=False, loss__cat_kd=1.0, epochs=1)
     train.run(config, tmp_path / "run", squares)
     fc = ipwd_jax.load_student(tmp_path / "run").variables["params"]["fc"]
     assert not fc["bias"].any() and fc["kernel"].any()

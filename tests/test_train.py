@@ -132,9 +132,12 @@ class TestResult:
         assert (
             1 < float(row["weight_min"]) <= float(row["weight_decile5"]) <= float(row["weight_max"])
         )
-        for ratio in "AB":
-            assert -1 <= float(row[f"mass_correlation_{ratio}"]) <= 1
         samples = np.load(workdir / "samples.npz")
+        labels = range(len(samples["class_mass"]))
+        weights = [samples["weight"][samples["label"] == label].mean() for label in labels]
+        expected = spearmanr(weights, samples["class_mass"]).statistic
+        assert float(row["mass_correlation_A"]) == pytest.approx(expected, abs=1e-3)
+        assert -1 <= float(row["mass_correlation_B"]) <= 1
         hardness = spearmanr(samples["weight"], samples["teacher_nll"]).statistic
         assert float(row["hardness_correlation_A"]) == pytest.approx(hardness, abs=1e-3)
         assert {f"test_recall_group{i}" for i in range(1, 5)} <= row.keys()
@@ -150,7 +153,8 @@ class TestResult:
         assert [row["class"] for row in table] == load_run(workdir).data["class_names"]
         for label, row in enumerate(table):
             here = predictions["labels"] == label
-            for column, name in {"recall_last": "last", "recall_teacher": "teacher"}.items():
+            for name in ("last", "best", "teacher"):
+                column = f"recall_{name}"
                 right = predictions[f"{name}_logits"][here].argmax(axis=1) == label
                 assert float(row[column]) == pytest.approx(100 * right.mean())
             mean = samples["weight"][samples["label"] == label].mean()

@@ -158,7 +158,7 @@ degenerate_kinds = st.sampled_from(
 @pytest.mark.parametrize("name", RELATIONAL + PER_SAMPLE)
 def test_degenerate_inputs_are_finite(name, rows, dtype):
     @given(degenerate_kinds, degenerate_kinds, st.integers(0, 3))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def check(student_kind, teacher_kind, seed):
         student, teacher = (
             jax.tree.map(
@@ -236,7 +236,7 @@ kinds = st.sampled_from(["zero", "constant", "same rows", "random"])
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_values_and_gradients_are_finite(name, rows_and_dtype, kind, scale, seed):
     rows, dtype = rows_and_dtype
     rng = np.random.default_rng(seed)
@@ -313,7 +313,7 @@ def mean_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_MAPS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     kind=st.sampled_from(["identical", "large", "normal", "zero"]),
     rows=st.sampled_from([1, 3]),

@@ -144,7 +144,7 @@ kinds = st.sampled_from(("zero", "constant", "identical", "sparse", "huge", "tin
 
 
 @NAMES
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(kinds, kinds, st.sampled_from([(1, "float32"), (3, "bfloat16")]))
 def test_degenerate_inputs_are_finite(name, student_kind, teacher_kind, rows_and_dtype):
     rows, dtype = rows_and_dtype

@@ -14,7 +14,7 @@ from ipwd_jax.losses.ofd import OFD, ofd_distance, ofd_margin
 
 class TestOFD:
     @given(st.floats(0.05, 3), st.floats(-3, 3), st.booleans())
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_margin_is_the_mean_of_the_negative_part(self, spread, mean, flipped):
         tail = stats.norm.cdf(0, mean, spread)
         moment, _ = integrate.quad(

@@ -105,7 +105,7 @@ def test_two_devices_are_as_one(size):
 kinds = st.sampled_from(("zero", "constant", "identical", "sparse", "huge", "tiny", "normal"))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(kinds, kinds, st.sampled_from([(1, "float32"), (3, "bfloat16")]))
 def test_degenerate_maps_are_finite(student_kind, teacher_kind, rows_and_dtype):
     rows, dtype = rows_and_dtype

@@ -13,6 +13,7 @@ from losses_helpers import CLS_LOGITS, KD_LOGITS, KINDS, LABELS, TRAIN_LABELS, b
 from ipwd_jax import config as config_lib
 from ipwd_jax import losses
 from ipwd_jax.losses.base import cross_entropy
+from ipwd_jax.losses.kd import KD, KDHead
 from ipwd_jax.losses.weighting import (
     init_memory,
     ipwd_scores,
@@ -75,6 +76,15 @@ class TestIpwd:
         np.testing.assert_allclose(memory["h_kd"], [*self.H_KD, 0, 0], rtol=1e-5)
         np.testing.assert_allclose(memory["h_cls"], [*self.H_CLS, 0, 0], rtol=1e-5)
         np.testing.assert_allclose(memory["weight"], [*getattr(self, ratio), 0, 0], rtol=1e-5)
+
+    def test_the_distilled_head_of_ipwd_dagger(self):
+        config = weighting(name="ipwd", kd_source="head")
+        student = outputs(CLS_LOGITS + 1, cls=CLS_LOGITS, kd=KD_LOGITS)
+        weights, _ = weigh(config, student, None, batch_of_four(), init_memory(config, 4))
+        np.testing.assert_allclose(weights, self.A, rtol=1e-5)
+        found = KDHead()(student, outputs(KD_LOGITS[::-1]), batch_of_four())
+        expected = KD()(outputs(KD_LOGITS), outputs(KD_LOGITS[::-1]), batch_of_four())
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
     def test_scale_and_shift_of_a_head_matter_only_without_standardisation(self):
         moved = 5 * CLS_LOGITS + 2

@@ -141,7 +141,6 @@ def read_or_refused(path):
             return None
 
 
-@settings(deadline=None)
 @given(
     body=OBJECTS, wrong=st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=3)), max_size=2)
 )
@@ -157,7 +156,7 @@ def test_any_pickle_is_read_or_refused(folder, body, wrong):
 LENGTHS = st.one_of(st.integers(-1, 4), st.sampled_from([6, 24, 2_000_000, 2**31, 2**62]))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @example(write=zip_of, surplus=0, present=1, offset=0, axes=[(1, 2**62)])
 @given(
     write=st.sampled_from([zip_of, legacy_of]),
@@ -186,7 +185,6 @@ def test_any_view_is_read_or_refused(folder, write, surplus, present, offset, ax
         assert actual["x"].ravel().tolist() == numbers[places].tolist()
 
 
-@settings(deadline=None)
 @given(
     suffix=st.sampled_from([".pth", ".pt", ".safetensors"]),
     wrong=st.lists(st.tuples(st.integers(0, 1500), st.binary(max_size=8)), min_size=1, max_size=3),

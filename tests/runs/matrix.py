@@ -155,8 +155,9 @@ def one(out: Path, method: str, devices: int, seeds: list[int], streamed, stages
         template = network_shapes(models.create("tiny_net", CLASSES), (8, 8, 3))
         template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float64"), template)
         network, _ = checkpoint.load_network(out / f"{name}_seed{seed}", "last", template)
-        running_mean = network["batch_stats"]["bn0"]["mean"]
-        np.savez(out / f"{name}_seed{seed}.npz", **left, running_mean=running_mean)
+        of_layer = network["batch_stats"]["bn0"]
+        running = {f"running_{key}": of_layer[key] for key in ("mean", "var")}
+        np.savez(out / f"{name}_seed{seed}.npz", **left, **running)
     jax.clear_caches()
 
 

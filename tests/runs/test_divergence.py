@@ -70,6 +70,14 @@ def test_a_network_that_does_not_learn_is_reported():
     assert said == [[], [], ["chance"], [], ["collapse"]]
 
 
+def test_a_run_that_does_not_learn_says_so_once(squares, tmp_path, capsys):
+    config = labels_only(epochs=4, optimizer__learning_rate=1e-30)
+    train.run(config, tmp_path, squares)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("epoch 3 ends" in line and "does not seem to learn" in line for line in lines) == 1
+    assert not any("epoch 4 ends" in line for line in lines)
+
+
 def test_no_checkpoint_after_a_bad_step(squares, tmp_path):
     config = labels_only(epochs=2, checkpoint__every_seconds=0.0)
     config.optimizer.learning_rate = 1e38

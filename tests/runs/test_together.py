@@ -104,9 +104,15 @@ def test_seeds_that_share_the_order_ask_the_teacher_once(squares):
         config = settings(seeds=(0, 1), teacher__view_cache="off", **changes)
         experiment = assemble(config, squares, from_variables(config, variables, squares))
         states = tuple(experiment.begin(0, experiment.initial_state(seed)) for seed in (0, 1))
-        batches = zip(*(next(experiment.batches(seed, 0)) for seed in (0, 1)), strict=True)
+        batches = [next(experiment.batches(seed, 0)) for seed in (0, 1)]
+        assert np.array_equal(batches[0][0], batches[1][0]) == config.share_order
         data = parallel.replicate(resident(squares, squares.train))
-        given = parallel.replicate(states), data, experiment.teacher.inputs, *batches
+        given = (
+            parallel.replicate(states),
+            data,
+            experiment.teacher.inputs,
+            *zip(*batches, strict=True),
+        )
         program = experiment.train_step(0).lower(*given).compile().as_text()
         return program.count(" convolution(")
 

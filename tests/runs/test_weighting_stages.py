@@ -46,6 +46,18 @@ def test_a_first_stage_is_the_same_whatever_the_weighting(
     assert len(warnings) == 1 and "few samples decide the weighted loss" in warnings[0]
 
 
+def test_a_weighted_pskd_keeps_its_part_of_the_labels(squares, tmp_path):
+    """In the only step, 0.8 of the loss is the past prediction's part, which is the label."""
+    found = {}
+    for weighting in ("uniform", "constant"):
+        config = settings(epochs=1, batch_size=40, teacher__name="")
+        config.loss.update({"ce": 0.0, "kd": 0.0, "cls": 0.0, "pskd": 1.0})
+        config.weighting.update({"name": weighting, "constant": 7.0, "terms": ("pskd",)})
+        train.run(config, tmp_path / weighting, squares)
+        found[weighting] = float(rows(tmp_path / weighting)[0]["train_pskd"])
+    assert found["constant"] == pytest.approx((0.2 + 7 * 0.8) * found["uniform"], rel=1e-5)
+
+
 def test_only_the_terms_that_are_named_are_weighted(squares, tmp_path):
     """One step from the same parameters: the weights multiply KD, and nothing else."""
     found = {}
