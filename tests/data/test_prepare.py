@@ -11,4 +11,4 @@ def test_preparing_needs_tensorflow(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 1 and done.stderr.startswith("error: preparing a data set needs")
+    assert done.returncode == 2 and done.stderr.startswith("error: preparing a data set needs")

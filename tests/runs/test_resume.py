@@ -301,6 +301,7 @@ class TestCheckpoint:
         assert not printed and "asyncio" not in {record.name for record in caplog.records}
 
     def test_one_item(self, run):
+        (run / "result.json").write_text("{}")
         template = jax.eval_shape(lambda: self.state(0).network())
         variables, position = load_network(run, "best", template)
         assert position.step == 2
