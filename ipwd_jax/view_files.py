@@ -176,7 +176,6 @@ class TableFiles:
             "identity": self.identity,
             "bytes": table_path.stat().st_size,
             "checksum": _checksum(table),
-            "seconds": time.monotonic() - started,
         }
         with writers.explained(self.table):
             self.note.unlink(missing_ok=True)
