@@ -10,16 +10,16 @@ rounded. Images are mirrored but not cropped, so that the teacher's answers to a
 take minutes; with crops, they would take as long as the students. A missing CIFAR-100 is
 downloaded. Two of these commands at the same time share the runs.
 
-The seven methods that decide come first, with two seeds, and the others after them: the scores
+The seven most important methods come first, with two seeds, and the others after them: the scores
 without standardisation, whose weights differ much more, WSLD, a head that does not train the
 backbone, and WSLD's loss with the constant that is its mean weight. The third seed of all of them
 comes last.
 
-A weight larger than 1 strengthens distillation as a whole, so two of the arms, one of them with
-IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
+A weight larger than 1 strengthens distillation as a whole, so two of the methods, one of them
+with IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
 `weight_mean` in the `result.json` of its run. The first command takes 1.95, the mean weight of
-ratio A with seed 0. The second command has both arms for each of the constants that follow the
-colon instead. The scores without standardisation have no bound on their ratio; if such an arm
+ratio A with seed 0. The second command has both of these for each of the constants that follow
+the colon instead. The scores without standardisation have no bound on their ratio; if such a run
 diverges, it is reported as failed, and the others are trained.
 """
 
@@ -46,7 +46,7 @@ OTHERS = [
 
 
 def get_runs(constants="1.95"):
-    """The methods that decide, seed after seed, and then the others; last, all with the third seed.
+    """The important methods, seed after seed, and then the others; last, all with the third seed.
 
     Args:
         constants: the constant weights, with commas between them.

@@ -22,7 +22,7 @@ ARMS = ("kd", "ipwd_A", "kd_cls_times1.95", "ipwd_A_raw", "wsld", "ce")
 
 
 def get_runs():
-    """The arms that decide, each with two seeds, seed after seed."""
+    """Six of the methods, each with two seeds, seed after seed."""
     runs = []
     for run in SMALL.get_runs():
         config = run["config"]
