@@ -3,9 +3,9 @@
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py --out=runs/ratio
     python -m ipwd_jax.sweep --config=configs/sweeps/ratio_small.py:1.95,2.1 --out=runs/ratio
 
-The networks are small enough for a CPU: a student takes 0.5 to 1.5 hours on one core. The
-teacher is one of those that come with the package (`python -m ipwd_jax.teachers`). A student trains
-for 20 epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
+The networks are small enough for a CPU: a student takes 0.5 to 1.5 hours on one core. The teacher
+is one of those that come with the package (`python -m ipwd_jax.teachers`). A student trains for 20
+epochs instead of the paper's 240, and the learning rate falls at the same fractions of them,
 rounded. Images are mirrored but not cropped, so that the teacher's answers to all 100,000 views
 take minutes; with crops, they would take as long as the students. A missing CIFAR-100 is
 downloaded. Two of these commands at the same time share the runs.
@@ -15,11 +15,11 @@ without standardisation, whose weights differ much more, WSLD, a head that does 
 backbone, and WSLD's loss with the constant that is its mean weight. The third seed of all of them
 comes last.
 
-A weight larger than 1 strengthens distillation as a whole, so two of the methods, one of them
-with IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
+A weight larger than 1 strengthens distillation as a whole, so two of the methods, one of them with
+IPWD's second head, multiply the loss of KD by a constant. It should be IPWD's mean weight, which is
 `weight_mean` in the `result.json` of its run. The first command takes 1.95, the mean weight of
-ratio A with seed 0. The second command has both of these for each of the constants that follow
-the colon instead. The scores without standardisation have no bound on their ratio; if such a run
+ratio A with seed 0. The second command has both of these for each of the constants that follow the
+colon instead. The scores without standardisation have no bound on their ratio; if such a run
 diverges, it is reported as failed, and the others are trained.
 """
 
