@@ -256,7 +256,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
 
     Returns:
         The variables, on all devices, and the position at which the newest checkpoint was taken. If
-        the run is not finished, a warning names that position.
+        the run is not finished, a warning names the epoch.
 
     Raises:
         UserError: there is no checkpoint, it cannot be read, it is of another network, there was no
@@ -296,7 +296,7 @@ def load_network(workdir: pathlib.Path, which: str, template: PyTree) -> tuple[P
                 "take the network of the last epoch"
             )
         epochs = position.epochs_of("main") if which == "last" else position.best_epoch
-        warn(f"{workdir} is not finished: this network has been trained for {epochs} epochs")
+        warn(f"{workdir} is not finished: its network after {epochs} whole epochs is taken")
     if bad := not_finite(variables):
         raise UserError(
             f"the network in {path} has diverged: {len(bad)} of its arrays are not finite or close "

@@ -42,10 +42,9 @@ def default() -> ConfigDict:
     config.model.pretrained = ""  # folder of a run, or PyTorch file, whose weights it starts with;
     # if the data has another number of classes, the classifier starts afresh
     config.model.classifier_bias = True  # False: no bias, and a kernel as CAT-KD's authors draw it
-    config.sync_batch_norm = (
-        True  # normalise by the global batch; False: by each device's rows, but
-    )
-    # neither in modules of loss terms nor while a teacher is trained
+    # Normalise by the global batch. False: by each device's rows, but neither in modules of loss
+    # terms nor while a teacher is trained.
+    config.sync_batch_norm = True
 
     config.teacher = _teacher()
     config.deterministic = False  # same bits in every run on a GPU too, which costs speed

@@ -131,7 +131,7 @@ def _json_of(path: pathlib.Path) -> pathlib.Path:
 
 
 def _checked(path: str | pathlib.Path) -> pathlib.Path:
-    """Raise `UserError` if a file cannot be written, before any time is spent on its content."""
+    """Return the path of a file; raise `UserError` first thing if it cannot be written."""
     path = pathlib.Path(path).expanduser()
     if path.suffix not in SUFFIXES:
         raise UserError(f"the file to write must end in {' or '.join(SUFFIXES)}, found {path}")

@@ -42,7 +42,7 @@ _MODE = flags.DEFINE_enum(
     "directory.",
 )
 _EXTEND = flags.DEFINE_bool(
-    "extend", False, "Continue a finished run up to the larger number of epochs of the config."
+    "extend", False, "Continue a run with fewer epochs up to those of the config."
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run",

@@ -136,11 +136,11 @@ def weight_summary(weights: np.ndarray) -> dict[str, float]:
     }
 
 
-def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Compute the mean weight of the samples of each class.
+def class_means(values: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Compute the mean of values of samples, such as their weights, in each class.
 
     Args:
-        weights: (N,).
+        values: (N,).
         labels: (N,) integers in 0..classes-1.
         classes: number of classes.
 
@@ -148,7 +148,7 @@ def class_means(weights: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
         (classes,) float64; nan for a class without samples.
     """
     count = np.bincount(labels, minlength=classes)
-    total = np.bincount(labels, weights.astype(np.float64), classes)
+    total = np.bincount(labels, values.astype(np.float64), classes)
     return np.divide(total, count, out=np.full(classes, np.nan), where=count > 0)
 
 

@@ -29,7 +29,8 @@ def score_run(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> di
         dataset: the data; its images are normalised as those of the run were.
 
     Returns:
-        Metrics of the `last` and of the `best` epoch of the main stage.
+        Metrics of the `last` and of the `best` epoch of the main stage; of the former alone if the
+        run is not finished and has no best epoch yet.
 
     Raises:
         UserError: there is no readable checkpoint of this network, or the run has other classes.
@@ -46,12 +47,15 @@ def score_run(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> di
         "parameters": sum(x.size for x in jax.tree.leaves(template["params"])),
         "seed": config.seed,
     }
+    finished = parallel.from_first(lambda: (workdir / "result.json").exists())
     for which in ("last", "best"):
         variables, position = load_network(workdir, which, template)
         size = config.eval_batch_size
         logits = evaluate.predict_all(predict, variables, data, dataset.test, size)
         epochs = {"last": position.epochs_of("main"), "best": position.best_epoch}
         result[which] = {"epoch": epochs[which], **evaluate.score(logits, dataset.test.labels)}
+        if not (finished or position.best_epoch):
+            break  # there is no best epoch yet
     result = writers.plain(result)
     try:
         writers.write_json(workdir / "eval.json", result)

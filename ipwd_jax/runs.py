@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -130,7 +131,7 @@ class Classifier:
         elif isinstance(images, str | pathlib.Path | Image.Image):
             images = [images]
         else:
-            images = list(images)  # a generator, for example
+            images = list(images) if isinstance(images, Iterable) else [images]
         if not len(images):
             raise UserError("there is no image to classify: the list is empty")
         return np.stack([self._one(image) for image in images])
@@ -146,7 +147,7 @@ class Classifier:
             return np.asarray(image)
         if not isinstance(image, str | pathlib.Path | Image.Image):
             raise UserError(
-                f"an image must be a file name, a Pillow image or an array, found a value of type "
+                "an image must be a file name, a Pillow image or an array, found a value of type "
                 f"{type(image).__name__}"
             )
         height, width, channels = self.image_shape
@@ -183,7 +184,8 @@ def _encoded(image: str | pathlib.Path | Image.Image) -> bytes:
         (upright if keeps else upright.convert("RGB")).save(file, "PNG")
         return file.getvalue()
     try:
-        return pathlib.Path(image).expanduser().read_bytes()
+        # Unlike `Path.expanduser`, this leaves names such as ~photo.jpg alone.
+        return pathlib.Path(os.path.expanduser(image)).read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from error
 

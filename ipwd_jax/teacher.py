@@ -251,11 +251,11 @@ def find_workdir(
     folder = workdir.parent if workdir.name not in ("", "..") else workdir.resolve().parent
     if config.teacher.pretrained:
         file = pathlib.Path(config.teacher.pretrained).expanduser()
-        return folder / (file.stem if file.is_file() else file.name)
+        return folder / _readable(file.stem if file.is_file() else file.name)
     recipe = teacher_config(config)
     identity = workdir_lib.identity(recipe, checksums)
     name = f"{data_name}_{recipe.name}_{identity}_seed{recipe.seed}"
-    own = folder / re.sub(r"[/:\[*?]", "-", name)  # `checkpoint.check_path` refuses the last three
+    own = folder / _readable(name)
 
     def find() -> str:
         if own.exists():
@@ -265,6 +265,11 @@ def find_workdir(
         return str(next(found, own))
 
     return pathlib.Path(parallel.from_first(find))
+
+
+def _readable(name: str) -> str:
+    """Return the name of a folder without characters that `checkpoint.check_path` refuses."""
+    return re.sub(r"[/:\[*?]", "-", name)
 
 
 def load(config: ConfigDict, workdir: pathlib.Path, dataset: Dataset) -> Teacher:

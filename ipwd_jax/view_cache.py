@@ -255,7 +255,7 @@ def _files_and_views(
     """Return the files of the table for runs of some seeds, and which views it has: (N, V) bool."""
     config, dataset, teacher = experiment.config, experiment.dataset, experiment.teacher
     assert teacher is not None
-    epochs = max(stage.epochs for stage in experiment.stages)
+    epochs = max(stage.epochs for stage in experiment.stages if stage.teacher_taps)
     size = len(dataset.train.labels)
     views = augment.num_views(config.data.crop_padding, config.data.flip)
     identity = {

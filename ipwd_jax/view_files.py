@@ -175,6 +175,7 @@ class TableFiles:
         note = {
             "identity": self.identity,
             "bytes": table_path.stat().st_size,
+            "seconds": time.monotonic() - started,
             "checksum": _checksum(table),
         }
         with writers.explained(self.table):

@@ -118,13 +118,14 @@ def check_begun_with(teacher: pathlib.Path, workdirs: Iterable[pathlib.Path], ep
     """Raise `UserError` if a run has begun with a teacher that is not in the directory `teacher`.
 
     A teacher that is trained again need not have the same bits, and its students would be refused
-    only then. A run that has finished its `epochs` needs no teacher.
+    only then. Runs that have all finished their `epochs` need no teacher.
     """
 
     def check() -> None:
-        left = [path for path in workdirs if not is_finished(path, epochs)]
-        begun = [p for p in left if "teacher" in (_noted(p / "config.json", "checksums") or ())]
-        if begun and not any(teacher.glob("checkpoints/*")):
+        runs = list(workdirs)
+        begun = [p for p in runs if "teacher" in (_noted(p / "config.json", "checksums") or ())]
+        finished = all(is_finished(path, epochs) for path in runs)
+        if begun and not finished and not any(teacher.glob("checkpoints/*")):
             raise UserError(
                 f"{begun[0]} has begun with a teacher that is not in {teacher}. Move the teacher's "
                 "folder there, or name it with --config.teacher.workdir. With --mode=teacher it is "

@@ -37,8 +37,9 @@ def run(monkeypatch, *arguments):
 )
 def test_every_command_has_help(command, argument):
     program, *arguments = command.split()
+    path = sys.executable if program == "python" else Path(sys.executable).with_name(program)
     done = subprocess.run(
-        [Path(sys.executable).with_name(program), *arguments, "--help"],
+        [path, *arguments, "--help"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

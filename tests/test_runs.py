@@ -91,6 +91,7 @@ def test_files_and_pillow_images_are_those_of_the_arrays(workdir, squares, tmp_p
         ([], "the list is empty"),
         ("missing.png", "missing.png cannot be read: No such file"),
         (str(ROOT / "README.md"), "README.md cannot be read as an image"),
+        (None, "found a value of type NoneType"),
         (b"bytes", "a Pillow image or an array, found a value of type int"),
         ([Image.new("F", (8, 8))], "has the Pillow mode F, whose pixels have an unknown range"),
     ],

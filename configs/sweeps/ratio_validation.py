@@ -6,10 +6,10 @@ The command must be started in the folder that holds `ipwd_jax` and `configs`.
 
 The test set then plays no part in that choice, so that the accuracy of the best epoch on it is what
 can be expected of other images. Students are trained on the other 45,000 images. Their teacher is
-that of ratio_small.py, which has seen all 50,000. A run refuses a
-teacher that is known to be of other data than its own; of a teacher in a file this is not known, so
-the teacher is named as a file here. The choice is only between epochs
-of a student, which never gets the teacher's answers to the validation images.
+that of ratio_small.py, which has seen all 50,000. A run refuses a teacher that is known to be of
+other data than its own; of a teacher in a file this is not known, so the teacher is named as a file
+here. The choice is only between epochs of a student, which never gets the teacher's answers to the
+validation images.
 """
 
 from pathlib import Path

@@ -223,7 +223,8 @@ def _visible_files(root: pathlib.Path) -> Iterator[pathlib.Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # In an order that decides by which name a folder with several links to it is found.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         # macOS puts ._NAME beside NAME.
         yield from (pathlib.Path(folder, name) for name in files if not name.startswith("."))
 

@@ -81,17 +81,18 @@ def load_variables(path: pathlib.Path, network: str = "") -> PyTree:
     """Return the variables, float32, of a network that is in a run's folder or a PyTorch file.
 
     Args:
-        path: work directory of a run, or a file as `import_file` takes it.
-        network: the network of a file; if empty, it is inferred. Of a run, it is the last epoch.
+        path: work directory of a finished run, whose last epoch is taken, or a file as
+            `import_file` takes it.
+        network: the network of a file; if empty, it is inferred.
 
     Raises:
         UserError: there is neither a finished run nor a file, or it cannot be read.
     """
     if not path.is_dir():
         return _read(path, network)[1]
+    _, template, term = _of_run(path, "last")
     if not (path / "result.json").exists():
         raise UserError(f"the run in {path} is not finished; run its command again first")
-    _, template, term = _of_run(path, "last")
     if term:
         raise UserError(
             f"{path} was trained with the loss term {term}, whose head makes the predictions, so "

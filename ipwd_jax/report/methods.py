@@ -265,11 +265,13 @@ def _method(one: Loaded) -> str:
     method = name.removesuffix(pair)
     if method == name:
         return _described(one.run.config)
+    if method == one.data:  # labels alone may have no name of their own
+        return _described(one.run.config)
     if (rest := method.removeprefix(f"{one.data}_")) != method:
         return one_line(rest, 60)
     data, _, rest = method.partition("_")
     known = any(data and data in source for source in (one.data, str(one.run.config.data.name)))
-    if known and not rest:  # labels alone may have no name of their own
+    if known and not rest:
         return _described(one.run.config)
     return one_line(rest if known else method, 60)
 

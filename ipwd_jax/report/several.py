@@ -191,9 +191,9 @@ def _published(
     names = {run.run.result.get("data") for one in groups for run in one.runs.values()}
     whole = not any(one.config.data[k] for one in groups for k in _PARTS_OF_DATA)
     # A folder of other images can have the name of a data set.
-    sources = {one.config.data.name.removeprefix("tfds:") for one in groups}
-    known = published.of_data(names.pop() or "") if names == sources and whole else {}
-    rows, cited = [], {}
+    alike = len(names) == 1 and names == {one.config.data.name for one in groups}
+    known = published.of_data(names.pop() or "") if alike and whole else {}
+    rows, sources = [], {}
     for method in dict.fromkeys(one.method for one in groups):
         entry = known.get(method, {"top1": {}})
         cells = []
@@ -205,10 +205,10 @@ def _published(
                 cells.append(f"{theirs:.2f} ({signed(_mean(ours, 'last') - theirs)})")
         if any(cell != NOT_MEASURED for cell in cells):
             rows.append([method, *cells])
-            cited[method] = entry["source"]
+            sources[method] = entry["source"]
     if not rows:
         return None
-    listed = "; ".join(f"{method}: {source}" for method, source in cited.items())
+    listed = "; ".join(f"{method}: {source}" for method, source in sources.items())
     text = [
         "In brackets: our mean at the last epoch minus the published number. Published numbers are "
         "of 240 epochs or more and of teachers of other runs, and those of the best epoch are too "

@@ -144,6 +144,7 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "data/a").mkdir(parents=True)
     (tmp_path / "data/a/more").symlink_to("../../more")
     (tmp_path / "data/a/again").symlink_to(".")
+    (tmp_path / "data/a/less").symlink_to("../../more")
     (tmp_path / "data/b").symlink_to("../b")
     write_image(tmp_path / "data/a/2.png")
     dataset = load(f"folder:{tmp_path}/data", test_fraction=0.5)

@@ -138,6 +138,10 @@ def test_the_name_of_the_data_is_no_part_of_the_method(runs):
         changed(runs / f"{name}_seed0", "config.json", config__name=pair, data__name="my_photos")
     report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], runs / "all.html")
     assert {name for name, _ in results(runs / "all.csv")} == {"ipwd", "kd"}
+    changed(runs / "kd_seed0", "config.json", config__name="my_photos_tiny_net")
+    changed(runs / "kd_seed0", "config.json", config__teacher__name="")
+    report.write_report([runs / "ipwd_seed0", runs / "kd_seed0"], runs / "all.html")
+    assert {name for name, _ in results(runs / "all.csv")} == {"ipwd", "0.1 ce + 0.9 kd"}
 
 
 def test_labels_alone_without_a_name_of_their_own(runs):

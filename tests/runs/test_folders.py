@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, module_of, settings, squares, stopped_after, teacher_folder
 
-from ipwd_jax import plan, train, workdir
+from ipwd_jax import plan, report, train, workdir
 from ipwd_jax import teacher as teacher_lib
 from ipwd_jax.errors import Interrupted, InUse, UserError
 from ipwd_jax.recorder import Recorder
@@ -78,6 +78,15 @@ def test_a_finished_student_needs_no_teacher(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["cached", "run"]
 
 
+def test_a_finished_seed_keeps_its_teacher_for_the_others(folder):
+    """A teacher that is trained again for the others need not have the same bits."""
+    (folder / "run").rename(folder / "run_seed0")
+    teacher_folder(folder, "tiny_net").rename(folder.parent / "elsewhere")
+    with pytest.raises(UserError, match="run_seed0 has begun with a teacher that is not in"):
+        train.run(config(seeds=(0, 1)), folder / "run", squares())
+    assert not list(folder.glob("*tiny_net*"))
+
+
 def test_a_path_that_orbax_would_take_for_a_pattern(tmp_path):
     folder = tmp_path / "photos [2024]"
     for start in (train.run, lambda *given: next(train.planned(*given))):
@@ -97,9 +106,10 @@ def test_the_network_of_an_unfinished_run(folder, capsys):
     with pytest.raises(UserError, match="is not finished and has no best epoch yet"):
         load_student(unfinished, "best")
     load_student(unfinished)
-    assert (
-        "unfinished is not finished: this network has been trained for" in capsys.readouterr().err
-    )
+    assert "is not finished: its network after 0 whole epochs is taken" in capsys.readouterr().err
+    scores = train.evaluate_run(config(), unfinished, squares())
+    assert scores["last"]["top1"] >= 0 and "best" not in scores
+    assert "top1" in report.summary(scores)
     with pytest.raises(UserError, match=r"the run in .*unfinished is not finished"):
         train.run(config(model__pretrained=str(unfinished)), folder / "student", squares())
 
