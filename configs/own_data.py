@@ -31,8 +31,7 @@ def get_config(arg: str = ""):
     if len(parts) not in (1, 3) or not all(parts):
         raise UserError(
             "configs/own_data.py needs the path of the data, --config=configs/own_data.py:PATH, or "
-            "a path without commas and two networks, PATH,TEACHER,STUDENT; found "
-            f"{arg!r}"
+            f"a path without commas and two networks, PATH,TEACHER,STUDENT; found {arg!r}"
         )
     path, teacher, student = parts if len(parts) == 3 else (arg, "resnet32x4", "resnet8x4")
     config = default()

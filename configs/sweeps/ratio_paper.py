@@ -16,7 +16,7 @@ from ipwd_jax.api import load_module
 from ipwd_jax.config import default
 
 SMALL = load_module(Path(__file__).with_name("ratio_small.py"))
-SMALL.PAIR = ("resnet32x4", "resnet8x4")
+PAIR = ("resnet32x4", "resnet8x4")
 
 
 def get_runs(constants="2"):
@@ -25,7 +25,7 @@ def get_runs(constants="2"):
     Args:
         constants: the constant weights, with commas between them.
     """
-    paper, runs = default(), SMALL.get_runs(constants)
+    paper, runs = default(), SMALL.get_runs(constants, PAIR)
     for run in runs:
         config = run["config"]
         config.epochs, config.optimizer.milestones = paper.epochs, paper.optimizer.milestones

@@ -45,14 +45,15 @@ OTHERS = [
 ]
 
 
-def get_runs(constants="1.95"):
+def get_runs(constants="1.95", pair=PAIR):
     """The important methods, seed after seed, and then the others; last, all with the third seed.
 
     Args:
         constants: the constant weights, with commas between them.
+        pair: the networks of the teacher and of the students.
     """
     return [
-        {"config": _config(*arm), "seeds": (seed,)}
+        {"config": _config(pair, *arm), "seeds": (seed,)}
         for seeds in (SEEDS[:2], SEEDS[2:])
         for part in (_deciding(constants), OTHERS)
         for seed in seeds
@@ -80,10 +81,10 @@ def _deciding(constants):
     ]
 
 
-def _config(name, method, changes):
-    config = load_config(f"{BASELINES}:{method},{','.join(PAIR)}", **changes)
-    pair = PAIR if config.teacher.name else PAIR[1:]
-    config.name = "_".join(("cifar100", name, *pair))
+def _config(pair, name, method, changes):
+    config = load_config(f"{BASELINES}:{method},{','.join(pair)}", **changes)
+    networks = pair if config.teacher.name else pair[1:]
+    config.name = "_".join(("cifar100", name, *networks))
     config.data.download = True
     config.data.crop_padding = 0
     if config.teacher.name:
